@@ -1,0 +1,11 @@
+"""Loads the pack as `wan21` and puts a real ComfyUI within reach, before any test is imported."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))
+
+import pack  # noqa: E402
+
+pack.load_pack()
+pack.load_host()
