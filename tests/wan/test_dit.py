@@ -1,0 +1,209 @@
+"""Our DiT against the host's native one and diffusers', in float32 with the same random weights."""
+
+import pytest
+import torch
+from comfy.ldm.wan.model import WanModel as NativeModel
+from diffusers import WanTransformer3DModel
+from wan21.wan.checkpoint import to_wan_dit_keys
+from wan21.wan.config import SIZES, WanConfig, detect_config
+from wan21.wan.dit import WanModel, run_blocks
+
+SMALL = dict(dim=256, ffn_dim=320, num_heads=2, num_layers=3, text_dim=48)
+T2V = WanConfig(in_dim=16, **SMALL)
+I2V = WanConfig(in_dim=36, image_dim=1280, **SMALL)
+FLF = WanConfig(in_dim=36, image_dim=1280, image_tokens=514, **SMALL)
+PLAIN_I2V = WanConfig(in_dim=36, **SMALL)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def random_weights(model, seed=0):
+    """Weights of unit gain with every bias, norm and modulation away from its neutral value."""
+    g = torch.Generator().manual_seed(seed)
+    state = {}
+    for key, value in model.state_dict().items():
+        noise = torch.randn(value.shape, generator=g)
+        fan_in = value[0].numel() if value.ndim > 1 else 1
+        if "norm" in key and key.endswith("weight"):
+            state[key] = 1 + 0.2 * noise
+        elif value.ndim > 1 and "modulation" not in key and "emb_pos" not in key:
+            state[key] = noise / fan_in**0.5
+        else:
+            state[key] = 0.2 * noise
+    return state
+
+
+def ours(config, operations=torch.nn):
+    model = WanModel(config, operations)
+    model.load_state_dict(random_weights(model))
+    return model.eval()
+
+
+def native(config, state):
+    from comfy.ops import disable_weight_init
+
+    model = NativeModel(
+        model_type="t2v" if config.image_dim is None else "i2v",
+        in_dim=config.in_dim, dim=config.dim, ffn_dim=config.ffn_dim, text_dim=config.text_dim,
+        num_heads=config.num_heads, num_layers=config.num_layers,
+        flf_pos_embed_token_number=config.image_tokens, operations=disable_weight_init,
+    )  # fmt: skip
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def inputs(config, frames=3, height=6, width=10, batch=1, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, config.in_dim, frames, height, width, generator=g)
+    t = torch.linspace(300, 900, batch)
+    text = torch.randn(batch, 12, config.text_dim, generator=g)
+    tokens = config.image_tokens or 257
+    clip = torch.randn(batch, tokens, 1280, generator=g) if config.image_dim else None
+    return x, t, text, clip
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.mark.parametrize("config", [T2V, I2V, FLF, PLAIN_I2V], ids=["t2v", "i2v", "flf2v", "i2v-no-clip"])
+@pytest.mark.parametrize("size", [(1, 2, 2), (3, 6, 10), (5, 14, 4)])
+def test_equals_native(config, size):
+    model = ours(config)
+    x, t, text, clip = inputs(config, *size, batch=2)
+    expected = native(config, model.state_dict())(x, t, text, clip_fea=clip)
+    assert relative(model(x, t, text, clip), expected) < 1e-5
+
+
+@pytest.mark.parametrize("config", [T2V, I2V, FLF, PLAIN_I2V], ids=["t2v", "i2v", "flf2v", "i2v-no-clip"])
+def test_equals_diffusers(config):
+    peer = WanTransformer3DModel(
+        in_channels=config.in_dim, num_attention_heads=config.num_heads, attention_head_dim=config.head_dim,
+        text_dim=config.text_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers,
+        image_dim=config.image_dim, added_kv_proj_dim=config.dim if config.image_dim else None,
+        pos_embed_seq_len=config.image_tokens,
+    ).eval()  # fmt: skip
+    peer.load_state_dict(random_weights(peer, seed=3))
+    state = to_wan_dit_keys(peer.state_dict())
+    assert detect_config(state) == config
+    model = WanModel(config, torch.nn).eval()
+    model.load_state_dict(state)
+    x, t, text, clip = inputs(config, 3, 6, 10)
+    expected = peer(x, t, text, encoder_hidden_states_image=clip, return_dict=False)[0]
+    assert relative(model(x, t, text, clip), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_released_sizes_have_the_native_keys_and_shapes(name):
+    with torch.device("meta"):
+        model = WanModel(SIZES[name], torch.nn)
+        expected = native_meta(SIZES[name])
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert shapes == {k: tuple(v.shape) for k, v in expected.state_dict().items()}
+    assert detect_config(model.state_dict()) == SIZES[name]
+
+
+def native_meta(config):
+    return NativeModel(
+        model_type="t2v" if config.image_dim is None else "i2v",
+        in_dim=config.in_dim, dim=config.dim, ffn_dim=config.ffn_dim, num_heads=config.num_heads,
+        num_layers=config.num_layers, flf_pos_embed_token_number=config.image_tokens, operations=torch.nn,
+    )  # fmt: skip
+
+
+def test_without_clip_features_the_image_branch_is_left_out():
+    model = ours(I2V)
+    x, t, text, _ = inputs(I2V)
+    state = model.state_dict()
+    for key in state:
+        if "v_img" in key:
+            state[key] = torch.zeros_like(state[key])
+    silent = native(I2V, state)(x, t, text, clip_fea=torch.zeros(1, 257, 1280))
+    assert relative(model(x, t, text), silent) < 1e-5
+
+
+@pytest.mark.parametrize("config", [T2V, FLF], ids=["t2v", "flf2v"])
+def test_joint_pass_equals_separate_passes_bitwise(config):
+    model = ours(config)
+    x, t, text, clip = inputs(config, batch=2, seed=7)
+    joint = model(x, t, text, clip, pass_names=("cond", "uncond"))
+    for i in range(2):
+        alone = model(x[i : i + 1], t[i : i + 1], text[i : i + 1], None if clip is None else clip[i : i + 1])
+        assert torch.equal(joint[i : i + 1], alone)
+
+
+def test_the_runner_sees_every_block_of_every_pass_in_joint_order():
+    model = ours(T2V)
+    x, t, text, _ = inputs(T2V, batch=2)
+    seen = []
+
+    def spy(num_blocks, passes, call):
+        def record(i, p):
+            seen.append((i, p.name))
+            return call(i, p)
+
+        run_blocks(num_blocks, passes, record)
+
+    out = model(x, t, text, pass_names=("cond", "uncond"), runner=spy)
+    assert seen == [(i, name) for i in range(3) for name in ("cond", "uncond")]
+    assert torch.equal(out, model(x, t, text, pass_names=("cond", "uncond")))
+
+
+def test_same_input_same_bytes_and_nothing_is_kept():
+    model = ours(I2V)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    args = inputs(I2V)
+    kept = [None if a is None else a.clone() for a in args]
+    first, second = model(*args), model(*args)
+    assert torch.equal(first, second)
+    assert all(a is None or torch.equal(a, b) for a, b in zip(args, kept))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert attributes == {name: set(vars(module)) for name, module in model.named_modules()}
+
+
+def test_training_gradients_equal_finite_differences():
+    with torch.inference_mode(False):
+        config = WanConfig(in_dim=16, dim=24, ffn_dim=16, num_heads=1, num_layers=1, text_dim=8, freq_dim=8)
+        model = WanModel(config, torch.nn)
+        model.load_state_dict(random_weights(model))
+        x, t, text, _ = inputs(config, 1, 2, 4)
+        model(x, t, text).square().sum().backward()
+        weight = model.blocks[0].self_attn.q.weight
+        i = weight.grad.abs().argmax().item()
+        with torch.no_grad():
+            values = []
+            for step in (1e-2, -2e-2):
+                weight.view(-1)[i] += step
+                values.append(model(x, t, text).double().square().sum())
+        slope = ((values[0] - values[1]) / 2e-2).item()
+        assert slope == pytest.approx(weight.grad.view(-1)[i].item(), rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    "extra, family",
+    [("vace_blocks.0.after_proj.weight", "VACE"), ("ref_conv.weight", "Fun-Control")],
+)
+def test_other_families_are_named(extra, family):
+    with torch.device("meta"):
+        state = WanModel(T2V, torch.nn).state_dict()
+    with pytest.raises(ValueError, match=family):
+        detect_config(state | {extra: torch.empty(1)})
+
+
+def test_other_channel_counts_are_named():
+    with torch.device("meta"):
+        state = WanModel(WanConfig(in_dim=48, out_dim=48, **SMALL), torch.nn).state_dict()
+    with pytest.raises(ValueError, match=r"48 channels.*Wan2\.2-5B"):
+        detect_config(state)
+
+
+def test_metadata_sets_the_head_count():
+    with torch.device("meta"):
+        state = WanModel(T2V, torch.nn).state_dict()
+    config = detect_config(state, {"config": '{"transformer": {"num_heads": 4}}'})
+    assert config.num_heads == 4 and config.head_dim == 64

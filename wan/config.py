@@ -1,0 +1,134 @@
+"""What a Wan2.1 model is made of, and how to read that from its weights."""
+
+import json
+import math
+from dataclasses import dataclass
+
+HEAD_DIM = 128
+PATCH_SIZE = (1, 2, 2)
+LATENT_CHANNELS = 16
+MASK_CHANNELS = 4
+CLIP_TOKENS = 257
+VAE_STRIDE = (4, 8, 8)
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of one Wan2.1 DiT, named as in the release's `wan/configs` and `config.json`.
+
+    Attributes:
+        in_dim: input channels, 16 (text to video) or 36 (16 noise + 4 mask + 16 image latent).
+        dim: width D of a token.
+        ffn_dim: hidden width of the feed-forward.
+        num_heads: attention heads; `dim // num_heads` is the head width, 128 in every release.
+        num_layers: transformer blocks.
+        text_dim: width of the text encoder's features (4096 for umT5-XXL).
+        image_dim: width of the CLIP vision features (1280), or None without an image branch.
+        image_tokens: length of `img_emb.emb_pos` (514, first-last-frame models), or None.
+        freq_dim: width of the sinusoidal time embedding.
+        out_dim: output channels.
+        eps: epsilon of every norm.
+    """
+
+    in_dim: int
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    text_dim: int = 4096
+    image_dim: int | None = None
+    image_tokens: int | None = None
+    freq_dim: int = 256
+    out_dim: int = LATENT_CHANNELS
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(
+                f"width {self.dim} does not divide into {self.num_heads} heads of an even size; "
+                "set num_heads in the checkpoint's metadata"
+            )
+
+    @property
+    def head_dim(self):
+        return self.dim // self.num_heads
+
+    @property
+    def takes_image(self):
+        """Whether the model's input carries the mask and the image latent besides the noise."""
+        return self.in_dim > LATENT_CHANNELS
+
+    @property
+    def kind(self):
+        """The release's name for this sort of model: t2v, i2v or flf2v."""
+        if not self.takes_image:
+            return "t2v"
+        return "flf2v" if self.image_tokens else "i2v"
+
+
+_SMALL = dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+_LARGE = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+
+# The released sizes (Wan2.1 `wan/configs`; the 1.3B image model is Wan2.1-Fun-InP).
+SIZES = {
+    "t2v-1.3B": WanConfig(in_dim=16, **_SMALL),
+    "t2v-14B": WanConfig(in_dim=16, **_LARGE),
+    "i2v-1.3B": WanConfig(in_dim=36, image_dim=1280, **_SMALL),
+    "i2v-14B": WanConfig(in_dim=36, image_dim=1280, **_LARGE),
+    "flf2v-14B": WanConfig(in_dim=36, image_dim=1280, image_tokens=2 * CLIP_TOKENS, **_LARGE),
+}
+
+_OTHER_FAMILIES = {
+    "vace_blocks.0.after_proj.weight": "Wan2.1-VACE",
+    "ref_conv.weight": "Wan2.1-Fun-Control with a reference image",
+    "control_adapter.conv.weight": "Wan2.1-Fun-Camera",
+    "casual_audio_encoder.encoder.final_linear.weight": "Wan2.2-S2V",
+    "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
+    "face_adapter.fuser_blocks.0.k_norm.weight": "Wan2.2-Animate",
+}
+
+
+def detect_config(state_dict, metadata=None):
+    """Read the sizes of a Wan2.1 DiT from its weights.
+
+    Args:
+        state_dict: tensors under Wan2.1's own names (`wan.checkpoint.to_wan_dit_keys`).
+        metadata: safetensors metadata; its `config` JSON may set `num_heads` and `freq_dim` under
+            `"transformer"`, as ComfyUI reads it.
+
+    Raises:
+        ValueError: the weights are not a Wan2.1 DiT, or one of a family this pack does not run.
+    """
+    for key, family in _OTHER_FAMILIES.items():
+        if key in state_dict:
+            raise ValueError(
+                f"these are {family} weights; Wan21ModelLoader runs text-to-video, image-to-video and "
+                "first-last-frame Wan2.1 models: load this file with the host's own Load Diffusion Model"
+            )
+    if "patch_embedding.weight" not in state_dict or "blocks.0.ffn.0.weight" not in state_dict:
+        raise ValueError(
+            "these are not Wan2.1 diffusion weights (no patch_embedding.weight and blocks.0.ffn.0.weight); "
+            "pick a Wan2.1 t2v, i2v or flf2v file"
+        )
+    shape = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+    dim, in_dim = shape["patch_embedding.weight"][:2]
+    out_dim = shape["head.head.weight"][0] // math.prod(PATCH_SIZE)
+    if in_dim not in (16, 36) or out_dim != LATENT_CHANNELS:
+        raise ValueError(
+            f"this Wan model takes {in_dim} channels and gives {out_dim}; Wan21ModelLoader runs models of "
+            "16 (t2v) or 36 (i2v) channels that give 16. 48 in and out is Wan2.2-5B, 48 in and 16 out is "
+            "Fun-Control: load them with the host's own Load Diffusion Model"
+        )
+    stored = json.loads((metadata or {}).get("config", "{}")).get("transformer", {})
+    return WanConfig(
+        in_dim=in_dim,
+        dim=dim,
+        ffn_dim=shape["blocks.0.ffn.0.weight"][0],
+        num_heads=stored.get("num_heads", max(1, dim // HEAD_DIM)),
+        num_layers=1 + max(int(key.split(".")[1]) for key in shape if key.startswith("blocks.")),
+        text_dim=shape["text_embedding.0.weight"][1],
+        image_dim=shape.get("img_emb.proj.0.weight", (None,))[0],
+        image_tokens=shape.get("img_emb.emb_pos", (None, None))[1],
+        freq_dim=shape["time_embedding.0.weight"][1],
+        out_dim=out_dim,
+    )

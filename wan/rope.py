@@ -1,0 +1,58 @@
+"""Three-axis rotary position embedding (RoPE) of Wan2.1.
+
+B batch, L tokens = F*H*W of the patch grid, N heads, D head width. Pairs are interleaved: channels
+2i and 2i+1 turn together.
+"""
+
+import torch
+
+
+def axis_frequencies(head_dim, theta=10000.0):
+    """Angle per position step of each pair, for the axes (time, height, width).
+
+    Wan2.1 splits D into (D - 4*(D//6), 2*(D//6), 2*(D//6)): 44, 42, 42 of 128.
+
+    Returns:
+        Three float64 tensors, of D_axis/2 frequencies each; options such as RIFLEx edit the first.
+
+    Source: `rope_params` and `WanModel.freqs` in Wan2.1 `wan/modules/model.py`.
+    """
+    sixth = head_dim // 6
+    axes = (head_dim - 4 * sixth, 2 * sixth, 2 * sixth)
+    return tuple(theta ** -(torch.arange(0, d, 2, dtype=torch.float64) / d) for d in axes)
+
+
+def rope_table(frequencies, grid, device=None):
+    """Rotations of every token of a patch grid.
+
+    Args:
+        frequencies: of the three axes, from `axis_frequencies`.
+        grid: (F, H, W) of the patch grid.
+
+    Returns:
+        complex64 [F*H*W, 1, D/2]; angles are taken in float64, so that late frames lose nothing.
+    """
+    angles = [torch.outer(torch.arange(n, dtype=torch.float64), f) for n, f in zip(grid, frequencies)]
+    frames, height, width = grid
+    table = torch.cat(
+        [
+            angles[0].view(frames, 1, 1, -1).expand(frames, height, width, -1),
+            angles[1].view(1, height, 1, -1).expand(frames, height, width, -1),
+            angles[2].view(1, 1, width, -1).expand(frames, height, width, -1),
+        ],
+        dim=-1,
+    ).reshape(frames * height * width, 1, -1)
+    return torch.polar(torch.ones_like(table), table).to(torch.complex64).to(device)
+
+
+def apply_rope(x, table):
+    """Turn queries or keys: [B, L, N, D] -> [B, L, N, D], computed in float32.
+
+    Without gradients a float32 input is turned in place.
+    """
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, L, N, D/2)
+    if torch.is_grad_enabled():
+        turned = turned * table
+    else:
+        turned.mul_(table)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)  # (B, L, N, D)
