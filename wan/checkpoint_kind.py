@@ -1,0 +1,134 @@
+"""Names what a state dict is, so that a file picked in the wrong loader is called by its name.
+
+A table of key patterns, first match wins; the few cases that only shapes tell apart follow it.
+"""
+
+import re
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Kind(NamedTuple):
+    """What a checkpoint is: an identifier, words for the person, and what to do with the file."""
+
+    name: str
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.fix}"
+
+
+_VARIANT = "this pack runs Wan2.1 text-to-video, image-to-video and first-last-frame models"
+_VAE = "pick the Wan2.1 VAE (wan_2.1_vae.safetensors)"
+_TEXT = "pick a umT5 text encoder (umt5_xxl_*.safetensors)"
+
+WAN21_DIT = Kind("wan21_dit", "a Wan2.1 diffusion model", "pick it in Wan21ModelLoader")
+WAN21_VAE = Kind("wan21_vae", "the Wan2.1 VAE", "pick it in Wan21VAELoader")
+UMT5 = Kind("umt5", "a umT5 text encoder", "pick it in Wan21TextEncoderLoader")
+T5 = Kind("t5", "a plain T5 text encoder (relative positions in the first block only)", _TEXT)
+WAN22_DIT = Kind("wan22_dit", "a Wan2.2 5B diffusion model (48 latent channels)", _VARIANT)
+WAN22_VAE = Kind("wan22_vae", "the Wan2.2 VAE (48 latent channels)", _VAE)
+FUN_CONTROL = Kind("fun_control", "a Wan2.1 Fun-Control model", _VARIANT)
+
+# One pattern per kind, searched in the list of keys, one key a line. Any prefix may come first.
+RULES: tuple[tuple[Kind, str], ...] = (
+    (
+        Kind("lora", "a LoRA", "load the base model here and the LoRA with Wan21LoraLoader"),
+        r"\.(lora_(up|down|A|B)(\.\w+)?(\.weight)?|hada_w[12]_a|lokr_w[12](_a)?|oft_blocks|dora_scale|diff|diff_b)$",
+    ),
+    (Kind("vace", "a Wan2.1 VACE model", _VARIANT), r"(^|\.)vace_(patch_embedding|blocks)\."),
+    (Kind("s2v", "a Wan2.2 speech-to-video model", _VARIANT), r"(^|\.)casual_audio_encoder\."),
+    (Kind("animate", "a Wan2.2 Animate model", _VARIANT), r"(^|\.)(face_adapter|pose_patch_embedding)\."),
+    (Kind("audio", "an audio-driven Wan model (HuMo, MultiTalk)", _VARIANT), r"(^|\.)audio_proj\."),
+    (Kind("fun_camera", "a Wan Fun-Camera model", _VARIANT), r"(^|\.)control_adapter\."),
+    (FUN_CONTROL, r"(^|\.)ref_conv\.weight$"),
+    (
+        Kind("wan_variant", "a Wan model with further inputs", _VARIANT),
+        r"(^|\.)patch_embedding_(pose|mask|global)\.",
+    ),
+    (WAN21_DIT, r"(^|\.)(head\.modulation|condition_embedder\.time_proj\.weight)$"),
+    (
+        Kind("sd", "an SD or SDXL checkpoint", "pick a Wan2.1 file"),
+        r"(^|\.)(input_blocks\.\d+\.\d+\.|down_blocks\.\d+\.(attentions|downsamplers)\.\d+\.(proj_in|conv)\.)",
+    ),
+    (
+        Kind("mmdit", "a diffusion model of another family (Flux, SD3, HunyuanVideo)", "pick a Wan2.1 file"),
+        r"(^|\.)(double_blocks|joint_blocks|transformer_blocks)\.\d+\.",
+    ),
+    (WAN22_VAE, r"(^|\.)decoder\.(upsamples\.\d+\.upsamples|up_blocks\.\d+\.upsampler)\."),
+    (WAN21_VAE, r"(^|\.)decoder\.(middle\.0\.residual\.0|mid_block\.resnets\.0\.norm1)\.gamma$"),
+    (
+        Kind("kl_vae", "an image VAE (AutoencoderKL of SD, SDXL or Flux)", _VAE),
+        r"(^|\.)decoder\.(up_blocks\.\d+\.resnets\.\d+\.norm1|up\.\d+\.block\.\d+\.norm1)\.weight$",
+    ),
+    (
+        Kind("tae", "a TAEHV or TAESD preview decoder", _VAE),
+        r"(^|\.)decoder\.\d+\.(bias|conv\.)",
+    ),
+    (Kind("vae", "a VAE of another model", _VAE), r"(^|\.)decoder\.(up_blocks|up|mid_block|mid|conv_in)\."),
+    (
+        UMT5,
+        r"(^|\.)(encoder\.block\.[1-9]\d*\.layer\.0\.SelfAttention\.relative_attention_bias"
+        r"|blocks\.[1-9]\d*\.pos_embedding\.embedding)\.weight$",
+    ),
+    (T5, r"(^|\.)(encoder\.block\.0\.layer\.0\.SelfAttention\.q|blocks\.0\.attn\.q)\.weight$"),
+    (
+        Kind("clip_vision", "a CLIP vision model", "pick it in the host's CLIPVisionLoader"),
+        r"(^|\.)(vision_model\.|visual\.(transformer|trunk|conv1|patch_embedding)\b)",
+    ),
+    (
+        Kind("clip", "a CLIP text encoder", _TEXT),
+        r"(^|\.)(encoder\.layers\.\d+\.self_attn\.|transformer\.resblocks\.\d+\.)",
+    ),
+    (
+        Kind("llm", "a language model (LLaMA, Qwen, Gemma or the like)", _TEXT),
+        r"(^|\.)layers\.\d+\.(self_attn|linear_attn|input_layernorm|mlp)\.",
+    ),
+)
+_COMPILED = tuple((kind, re.compile(pattern, re.MULTILINE)) for kind, pattern in RULES)
+
+
+def detect_kind(state_dict: dict[str, Tensor]) -> Kind | None:
+    """Recognise a checkpoint by its keys (any layout or prefix) and, where those agree, its shapes.
+
+    Returns:
+        The kind, or `None` when nothing known matches. A file with several parts is named by its
+        diffusion model.
+    """
+    names = "\n".join(state_dict)
+    kind = next((kind for kind, pattern in _COMPILED if pattern.search(names)), None)
+    if kind is WAN21_DIT:
+        return _refine_dit(state_dict)
+    if kind is WAN21_VAE and _axis(state_dict, r"decoder\.(conv1|conv_in)\.weight", 1) == 48:
+        return WAN22_VAE
+    if kind is T5 and not re.search(r"(^|\.)(encoder\.block|blocks)\.1\.", names, re.MULTILINE):
+        return UMT5  # with one block the two are the same network
+    return kind
+
+
+def not_a(expected: Kind, state_dict: dict[str, Tensor]) -> ValueError:
+    """The error for a state dict that was to be `expected`, naming what it is instead."""
+    kind = detect_kind(state_dict)
+    if kind:
+        return ValueError(f"This file is not {expected.what}. It is {kind}.")
+    keys = ", ".join(list(state_dict)[:5]) or "none"
+    return ValueError(f"This file is not {expected.what}, nor anything known here. Its first keys: {keys}.")
+
+
+def _refine_dit(state_dict: dict[str, Tensor]) -> Kind:
+    in_dim = _axis(state_dict, r"patch_embedding\.weight", 1)
+    out_rows = _axis(state_dict, r"(head\.head|proj_out)\.weight", 0)  # 4 per latent channel
+    if out_rows == 4 * 48:
+        return WAN22_DIT
+    if in_dim is not None and in_dim > 36:
+        return FUN_CONTROL
+    return WAN21_DIT
+
+
+def _axis(state_dict: dict[str, Tensor], pattern: str, axis: int) -> int | None:
+    """Size of one axis of the first tensor whose name ends in `pattern`."""
+    ending = re.compile(rf"(^|.*\.){pattern}")
+    shape = next((tensor.shape for key, tensor in state_dict.items() if ending.fullmatch(key)), ())
+    return shape[axis] if len(shape) > axis else None

@@ -1,0 +1,127 @@
+"""umT5 text encoders in the layouts people have -> Hugging Face's key names, and their configuration.
+
+The host's text encoder (`comfy/text_encoders/t5.py`) uses Hugging Face's names. The Wan2.1 release's own
+(`wan/modules/t5.py`) are shorter: `blocks.0.attn.q.weight`.
+"""
+
+import re
+
+from torch import Tensor
+
+from .checkpoint_keys import renamed, replace_module, select_part
+from .checkpoint_kind import UMT5, detect_kind, not_a
+
+UMT5_PREFIXES = (
+    "text_encoders.umt5xxl.transformer.", "umt5xxl.transformer.", "umt5xxl.", "text_encoder.", "text_model.",
+    "transformer.",
+)  # fmt: skip
+TOKENIZER_KEY = "spiece_model"  # bytes of the SentencePiece tokenizer, in ComfyUI's files
+
+RELEASE_MODULES = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
+RELEASE_BLOCK_MODULES = {
+    "norm1": "layer.0.layer_norm",
+    "attn.q": "layer.0.SelfAttention.q",
+    "attn.k": "layer.0.SelfAttention.k",
+    "attn.v": "layer.0.SelfAttention.v",
+    "attn.o": "layer.0.SelfAttention.o",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",  # the branch that goes through GELU
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+UMT5_CONSTANTS = {
+    "decoder_start_token_id": 0,
+    "dropout_rate": 0.1,
+    "eos_token_id": 1,
+    "dense_act_fn": "gelu_pytorch_tanh",
+    "initializer_factor": 1.0,
+    "is_encoder_decoder": True,
+    "is_gated_act": True,
+    "layer_norm_epsilon": 1e-06,
+    "model_type": "umt5",
+    "output_past": True,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+
+def to_umt5_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a umT5 encoder's keys to Hugging Face's, as the host's text encoder loads them.
+
+    Takes ComfyUI's and Hugging Face's layout (with `shared.weight`, `encoder.embed_tokens.weight` or both)
+    and the Wan2.1 release's, with or without one of `UMT5_PREFIXES`. A decoder and its output layer, which
+    encoding does not use, are left out. The tokenizer's bytes stay under `spiece_model`, where present;
+    scales of quantised layers follow their layer. The tensors are those given, uncopied.
+
+    Raises:
+        ValueError: the file is another text encoder, or no text encoder; names it.
+    """
+    part = select_part(state_dict, UMT5_PREFIXES)
+    if detect_kind(part) is not UMT5:
+        raise not_a(UMT5, state_dict)
+    if "token_embedding.weight" in part:
+        part = renamed(part, _huggingface_key)
+    embedding = part.pop("encoder.embed_tokens.weight", None)
+    if embedding is not None:
+        part.setdefault("shared.weight", embedding)
+    tokenizer = next((v for k, v in state_dict.items() if k.rpartition(".")[2] == TOKENIZER_KEY), None)
+    if tokenizer is not None:
+        part[TOKENIZER_KEY] = tokenizer
+    return {k: v for k, v in part.items() if not k.startswith(("decoder.", "lm_head."))}
+
+
+def _huggingface_key(key: str) -> str:
+    block = re.match(r"blocks\.(\d+)\.(.*)", key)
+    if block:
+        return f"encoder.block.{block[1]}.{replace_module(block[2], RELEASE_BLOCK_MODULES)}"
+    return replace_module(key, RELEASE_MODULES)
+
+
+def umt5_config(state_dict: dict[str, Tensor]) -> dict:
+    """Configuration of a umT5 encoder of any size, in the fields of the host's `umt5_config_xxl.json`.
+
+    Args:
+        state_dict: in Hugging Face's names (`to_umt5_keys`).
+
+    Returns:
+        Sizes read from the weights (`d_model`, `d_ff`, `d_kv`, `num_heads`, `num_layers`, `vocab_size`,
+        `relative_attention_num_buckets`) and the constants every umT5 shares (`UMT5_CONSTANTS`).
+
+    Raises:
+        ValueError: a tensor that a size is read from is missing, or the sizes contradict each other.
+    """
+    block = "encoder.block.0.layer."
+    sources = {
+        "embedding": "shared.weight",  # [vocab_size, d_model]
+        "query": f"{block}0.SelfAttention.q.weight",  # [num_heads * d_kv, d_model]
+        "positions": f"{block}0.SelfAttention.relative_attention_bias.weight",  # [buckets, num_heads]
+        "gate": f"{block}1.DenseReluDense.wi_0.weight",  # [d_ff, d_model]
+    }
+    missing = [key for key in sources.values() if key not in state_dict or state_dict[key].ndim != 2]
+    if missing:
+        raise ValueError(
+            f"This umT5 text encoder lacks {', '.join(missing)}, from which its size is read: "
+            "the file is incomplete, download it again."
+        )
+    shapes = {name: state_dict[key].shape for name, key in sources.items()}
+    vocab_size, d_model = shapes["embedding"]
+    num_buckets, num_heads = shapes["positions"]
+    inner_dim = shapes["query"][0]
+    if inner_dim % num_heads:
+        raise ValueError(
+            f"This umT5 text encoder has {inner_dim} query channels for {num_heads} heads: they must divide "
+            "evenly, so the file is damaged."
+        )
+    blocks = {int(m[1]) for m in map(re.compile(r"encoder\.block\.(\d+)\.").match, state_dict) if m}
+    num_layers = max(blocks) + 1
+    return UMT5_CONSTANTS | {
+        "d_model": d_model,
+        "d_ff": shapes["gate"][0],
+        "d_kv": inner_dim // num_heads,
+        "num_heads": num_heads,
+        "num_layers": num_layers,
+        "num_decoder_layers": num_layers,
+        "relative_attention_num_buckets": num_buckets,
+        "vocab_size": vocab_size,
+    }
