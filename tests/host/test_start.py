@@ -1,0 +1,90 @@
+"""The host starts with this pack in it, quickly and without complaint, and stops without a trace."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from host_server import group_lives
+from pack import ROOT
+from setup_host import LINK_NAME
+
+NODE_IDS = {
+    "Wan21ModelLoader",
+    "Wan21TextEncoderLoader",
+    "Wan21VAELoader",
+    "Wan21ImageToVideo",
+    "Wan21Sampler",
+    "Wan21VAEDecode",
+}
+IMPORT_BUDGET_S = 0.3
+
+# Imports the pack as the host does and calls its entry point, in a process where the host's own
+# modules are already there; prints what that took and what it loaded.
+IMPORT_PROBE = """
+import asyncio, json, sys, time
+sys.path.insert(0, "scripts")
+import pack
+pack.load_host()
+import nodes, comfy_api.latest, comfy_extras.nodes_wan
+before = set(sys.modules)
+start = time.perf_counter()
+module = pack.load_pack()
+light = set(sys.modules) - before
+extension = asyncio.run(module.comfy_entrypoint())
+asyncio.run(extension.get_node_list())
+print(json.dumps({
+    "seconds": time.perf_counter() - start,
+    "package": sorted(light),
+    "nodes": sorted(set(sys.modules) - before - light),
+}))
+"""
+
+
+def test_nodes_appear(client):
+    missing = NODE_IDS - client.object_info().keys()
+    assert not missing, f"the host does not know {sorted(missing)}"
+
+
+def test_log_has_no_complaint_about_the_pack(server):
+    complaint = re.compile(r"error|warning|failed|traceback|exception", re.IGNORECASE)
+    ours = [line for line in server.log().splitlines() if LINK_NAME in line or "wan21" in line.lower()]
+    assert [line for line in ours if complaint.search(line)] == []
+
+
+def test_host_reports_a_short_import(server):
+    match = re.search(rf"([\d.]+) seconds(.*): .*{LINK_NAME}$", server.log(), re.MULTILINE)
+    assert match, f"no import time of {LINK_NAME} in the log:\n{server.log_tail()}"
+    assert match[2] == ""
+    assert float(match[1]) <= IMPORT_BUDGET_S
+
+
+def test_import_is_quick_and_light():
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORT_PROBE], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    probe = json.loads(run.stdout.splitlines()[-1])
+    assert probe["seconds"] < IMPORT_BUDGET_S
+    assert probe["package"] == ["wan21"], "importing the package itself must load nothing else"
+    foreign = {name.split(".")[0] for name in probe["nodes"]} - {"wan21"} - sys.stdlib_module_names
+    assert foreign <= {"comfy", "comfy_api", "comfy_extras"}, "the host has not loaded these by itself"
+
+
+def test_server_ends_with_a_killed_parent(tmp_path):
+    script = (
+        "import sys, time; sys.path.insert(0, 'scripts')\n"
+        "from host_server import HostServer\n"
+        f"with HostServer({str(tmp_path)!r}, extra_args=['--disable-all-custom-nodes']) as server:\n"
+        "    print(server.process.pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    group = int(parent.stdout.readline())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while group_lives(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not group_lives(group)
