@@ -1,0 +1,309 @@
+"""The VAE against the host's native one and diffusers' at toy size, and the laws it must keep."""
+
+import weakref
+
+import pytest
+import torch
+from comfy.ldm.wan.vae import WanVAE as NativeVAE
+from diffusers import AutoencoderKLWan
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from wan21.wan.vae import WanVAE
+
+DIM = 16
+MULTIPLIERS = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
+
+
+def randomise(model, seed=0):
+    """Weights that keep activations near 1 through all layers, every parameter different."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("weight"):
+            parameter.data = noise / parameter[0].numel() ** 0.5
+        else:
+            parameter.data = 0.1 * noise + name.endswith("gamma")
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """At this size threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return randomise(WanVAE(dim=DIM))
+
+
+@pytest.fixture(scope="module")
+def native(vae):
+    model = NativeVAE(dim=DIM, z_dim=16, **MULTIPLIERS).eval().requires_grad_(False)
+    model.load_state_dict(vae.state_dict(), strict=True)
+    return model
+
+
+@pytest.fixture(scope="module")
+def diffusers(vae):
+    model = AutoencoderKLWan(base_dim=DIM).eval().requires_grad_(False)
+    model.load_state_dict(convert_wan_vae_to_diffusers(dict(vae.state_dict())), strict=True)
+    return model
+
+
+def pixels(frames, h=24, w=40, batch=1):
+    return torch.rand(batch, 3, frames, h, w, generator=torch.Generator().manual_seed(frames)) * 2 - 1
+
+
+def latents(frames, h=3, w=5, batch=1):
+    return torch.randn(batch, 16, frames, h, w, generator=torch.Generator().manual_seed(frames))
+
+
+def relative_error(ours, reference):
+    assert ours.shape == reference.shape
+    return ((ours.float() - reference.float()).norm() / reference.float().norm()).item()
+
+
+def test_state_dict_is_the_releases(vae, native):
+    ours = {name: tensor.shape for name, tensor in vae.state_dict().items()}
+    assert ours == {name: tensor.shape for name, tensor in native.state_dict().items()}
+
+
+@pytest.mark.parametrize("frames", [1, 5, 17, 33])
+def test_encode_equals_native_and_diffusers(vae, native, diffusers, frames):
+    x = pixels(frames)
+    ours = vae.encode(x)
+    assert relative_error(ours, native.encode(x)) <= 1e-5
+    assert relative_error(ours, diffusers.encode(x).latent_dist.mean) <= 1e-5
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 9])
+def test_decode_equals_native_and_diffusers(vae, native, diffusers, frames):
+    z = latents(frames)
+    ours = vae.decode(z)
+    reference = native.decode(z)
+    assert 0.1 < reference.std() < 10  # a comparison of zeros or of explosions proves nothing
+    assert relative_error(ours, reference) <= 1e-5
+    # diffusers clamps its result to [-1, 1]
+    assert relative_error(ours.clamp(-1, 1), diffusers.decode(z).sample) <= 1e-5
+
+
+def test_batch_is_independent(vae, native):
+    z = latents(2, batch=3)
+    assert relative_error(vae.decode(z), native.decode(z)) <= 1e-5
+    assert relative_error(vae.decode(z)[1:2], vae.decode(z[1:2])) <= 2e-6
+
+
+@pytest.mark.parametrize("chunk_frames", [1, 2, 3, 4, 7, 100])
+def test_chunk_length_changes_nothing(vae, chunk_frames):
+    x, z = pixels(17, 24, 40), latents(5, 3, 5)
+    assert relative_error(vae.encode(x, chunk_frames=chunk_frames), vae.encode(x)) <= 2e-6
+    assert relative_error(vae.decode(z, chunk_frames=chunk_frames), vae.decode(z)) <= 2e-6
+
+
+def test_same_call_same_bytes(vae):
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    x, z = pixels(9), latents(3)
+    assert torch.equal(vae.encode(x), vae.encode(x))
+    first = vae.decode(z)
+    vae.encode(x)
+    assert torch.equal(first, vae.decode(z))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
+    assert torch.equal(z, latents(3)) and torch.equal(x, pixels(9))  # inputs are left alone
+
+
+def test_a_cancelled_call_leaves_nothing_behind(vae):
+    class Cancelled(Exception):
+        pass
+
+    def cancel(done, total):
+        raise Cancelled
+
+    z = latents(3)
+    expected = vae.decode(z)
+    names = {id(module): set(vars(module)) for module in vae.modules()}
+    with pytest.raises(Cancelled):
+        vae.decode(z, progress=cancel)
+    assert names == {id(module): set(vars(module)) for module in vae.modules()}
+    assert torch.equal(vae.decode(z), expected)
+
+
+def test_progress_counts_to_the_end(vae):
+    calls = []
+    vae.decode(latents(3), chunk_frames=2, progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (9, 9) and calls == sorted(calls) and len(calls) > 3
+    calls.clear()
+    vae.encode(pixels(9), progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (9, 9) and calls == sorted(calls)
+    calls.clear()
+    vae.decode_tiled(latents(1), 3, 2, 0, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, 4) for done in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_decode_writes_into_the_buffer(vae, dtype):
+    z = latents(3)
+    buffer = torch.empty(vae.decode_output_shape(z.shape), dtype=dtype)
+    assert vae.decode(z, output_buffer=buffer) is buffer
+    assert torch.equal(buffer, vae.decode(z).to(dtype))
+
+
+def test_host_operations_and_other_floats(vae):
+    from comfy import ops
+
+    z, x = latents(2), pixels(5)
+    hosted = WanVAE(dim=DIM, operations=ops.disable_weight_init).requires_grad_(False)
+    hosted.load_state_dict(vae.state_dict(), strict=True)
+    assert torch.equal(hosted.decode(z), vae.decode(z))
+    for dtype in (torch.bfloat16, torch.float16):
+        low = WanVAE(dim=DIM, dtype=dtype).requires_grad_(False)
+        low.load_state_dict(vae.state_dict())
+        assert low.decode(z.to(dtype)).dtype == dtype
+        assert relative_error(low.decode(z.to(dtype)), vae.decode(z)) < 0.05
+        assert relative_error(low.encode(x.to(dtype)), vae.encode(x)) < 0.05
+
+
+def test_gradients_reach_every_parameter(vae):
+    model = WanVAE(dim=8)
+    randomise(model).requires_grad_(True)
+    model.decode(model.encode(pixels(5, 16, 16))).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        # the log-variance half of conv1 is unused, so its weights see zeros there, and only there
+        assert parameter.grad.abs().sum() > 0, name
+    with torch.no_grad():
+        fast = model.decode(latents(2))
+    assert relative_error(model.decode(latents(2)).detach(), fast) <= 2e-6
+
+
+# Tiles
+
+
+def test_one_tile_is_the_whole(vae):
+    x, z = pixels(5), latents(2)
+    assert torch.equal(vae.encode_tiled(x), vae.encode(x))
+    assert torch.equal(vae.decode_tiled(z), vae.decode(z))
+    buffer = torch.full(vae.decode_output_shape(z.shape), float("nan"))
+    assert vae.decode_tiled(z, output_buffer=buffer) is buffer
+    assert torch.equal(buffer, vae.decode(z))
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "tile_y", "tile_x", "overlap"),
+    [(5, 7, 4, 3, 1), (9, 4, 4, 32, 2), (13, 11, 5, 5, 4), (8, 8, 4, 4, 0)],
+)
+def test_tile_weights_add_up_to_one(h, w, tile_y, tile_x, overlap):
+    from wan21.wan.vae_tiling import plan_tiles
+
+    for scale in (1, 8):
+        total = torch.zeros(h * scale, w * scale)
+        for ys, xs, weight in plan_tiles(h, w, tile_y, tile_x, overlap, scale):
+            assert (ys.stop - ys.start, xs.stop - xs.start) == (min(tile_y, h), min(tile_x, w))
+            assert weight.min() > 0
+            total[ys.start * scale : ys.stop * scale, xs.start * scale : xs.stop * scale] += weight
+        torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_tiles_blend_without_a_seam():
+    """Where the weights make each pixel depend on its own latent only, tiles and whole agree exactly."""
+    local = randomise(WanVAE(dim=8))
+    for name, parameter in local.named_parameters():
+        if parameter.ndim >= 4 and parameter.shape[-1] == 3:
+            centre = parameter[..., 1, 1].clone()
+            parameter.zero_()
+            parameter[..., 1, 1] = centre
+        if "to_qkv" in name or "proj" in name:
+            parameter.zero_()
+    z = latents(2, 9, 10)
+    whole, tiled = local.decode(z), local.decode_tiled(z, 6, 5, 2)
+    assert relative_error(tiled, whole) <= 1e-6
+    assert relative_error(local.encode_tiled(whole, 48, 40, 16), local.encode(whole)) <= 1e-6
+
+
+def test_tiled_stays_near_the_whole(vae):
+    z = latents(1, 12, 8)
+    tiled, whole = vae.decode_tiled(z, 6, 8, 2), vae.decode(z)
+    assert relative_error(tiled, whole) < 0.5
+
+
+# Memory
+
+
+class PeakBytes(TorchDispatchMode):
+    """Most bytes of tensor storage alive at once among those made within the context."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.foreign, self.now, self.peak = {}, set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.foreign |= {key for key, _ in storages((args, kwargs)) if key not in self.live}
+        result = func(*args, **(kwargs or {}))
+        for key, storage in storages(result):
+            if key not in self.live and key not in self.foreign:
+                self.live[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, key)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def free(self, key):
+        self.now -= self.live.pop(key, 0)
+
+
+def storages(tree):
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [(tensor.untyped_storage()._cdata, tensor.untyped_storage()) for tensor in tensors]
+
+
+def peak_bytes(call, *args, **options):
+    with PeakBytes() as meter:
+        call(*args, **options)
+    return meter.peak
+
+
+def test_memory_does_not_grow_with_the_frames(vae):
+    few, many = latents(17, 2, 2), latents(33, 2, 2)
+    peaks = []
+    for z in (few, many):
+        buffer = torch.empty(vae.decode_output_shape(z.shape))
+        peaks.append(peak_bytes(vae.decode, z, output_buffer=buffer, chunk_frames=1))
+    assert peaks[1] <= peaks[0] * 1.1  # the first chunk is a few frames shorter than later ones
+    peaks = [peak_bytes(vae.encode, pixels(frames, 16, 16), chunk_frames=1) for frames in (65, 129)]
+    assert peaks[1] <= peaks[0] * 1.1 + many.nbytes  # the result itself
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda v: v.encode(torch.zeros(1, 3, 16, 16, 16)), ["16 frames", "4n", "13 or 17"]),
+        (lambda v: v.encode(torch.zeros(1, 3, 5, 20, 16)), ["16 x 20", "multiples of 8", "16 x 16"]),
+        (lambda v: v.encode(torch.zeros(1, 4, 5, 16, 16)), ["(1, 4, 5, 16, 16)", "[batch, 3", "RGB"]),
+        (
+            lambda v: v.encode(torch.zeros(1, 3, 5, 16, 16), chunk_frames=0),
+            ["chunk_frames = 0", "at least 1"],
+        ),
+        (lambda v: v.decode(torch.zeros(1, 4, 2, 2, 2)), ["(1, 4, 2, 2, 2)", "16", "Wan2.1 latent"]),
+        (lambda v: v.decode_tiled(torch.zeros(1, 16, 2)), ["(1, 16, 2)", "latent"]),
+        (
+            lambda v: v.decode(torch.zeros(1, 16, 2, 2, 2), output_buffer=torch.zeros(1, 3, 5, 16, 8)),
+            ["(1, 3, 5, 16, 8)", "(1, 3, 5, 16, 16)", "decode_output_shape"],
+        ),
+        (lambda v: v.decode_tiled(torch.zeros(1, 16, 2, 2, 2), 8, 8, 8), ["overlap 8", "smaller", "tile 32"]),
+        (
+            lambda v: v.encode_tiled(torch.zeros(1, 3, 5, 16, 16), tile_x=100),
+            ["tile_x = 100", "multiple", "96"],
+        ),
+    ],
+)
+def test_errors_name_value_rule_and_fix(vae, call, words):
+    with pytest.raises(ValueError) as caught:
+        call(vae)
+    assert all(word in str(caught.value) for word in words), str(caught.value)

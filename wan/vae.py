@@ -1,0 +1,284 @@
+"""The Wan2.1 video autoencoder: the executors that walk the layers of vae_layers.py.
+
+A clip runs as a stream of chunks. Every layer is causal in time and finds the earlier frames it needs in
+a `Past`, which one call makes and drops; the model itself stores nothing, and how the clip is cut changes
+no number beyond rounding.
+
+Frame 0 is special in Wan: it is one latent of its own, each later latent covers four frames. Hence
+F = 4(T - 1) + 1.
+
+    B batch    C channels    F pixel frames (4n+1)    T latent frames    f frames of one chunk
+    H W height and width of the pixels (latents: H/8 W/8)
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from .vae_layers import Decoder, Encoder, Past, causal_conv
+from .vae_tiling import plan_tiles
+
+# Frames x height x width to work on at once at full size: enough to keep the kernels busy, and small
+# beside the frames the caches must hold. At least one frame is always taken.
+CHUNK_VOXELS = {"cpu": 256 * 256, "cuda": 4 * 480 * 832}
+
+# How many more frames fit into the same bytes at 1/1, 1/2, 1/4 and 1/8 of the size (channels 1, 2, 4, 4).
+FRAMES_PER_STAGE = (1, 2, 4, 16)
+
+
+def regroup(chunks, size):
+    """Cuts and joins a stream of [B, C, f, H, W] into chunks of `size` frames, the last maybe shorter."""
+    waiting = None
+    for chunk in chunks:
+        waiting = chunk if waiting is None else torch.cat((waiting, chunk), 2)
+        del chunk
+        while waiting is not None and waiting.shape[2] >= size:
+            ready = waiting[:, :, :size]
+            waiting = waiting[:, :, size:] if waiting.shape[2] > size else None
+            yield ready
+            del ready
+    if waiting is not None:
+        yield waiting
+
+
+def run_stage(layers, chunks, past):
+    for x in chunks:
+        for layer in layers:
+            x = layer(x, past)
+            if not x.shape[2]:  # every frame waits for its partner in time
+                break
+        else:
+            yield x
+
+
+def stream(stages, chunks, sizes):
+    """Pulls `chunks` through the stages, cut to `sizes[i]` frames before stage i. Yields the results."""
+    past = Past()
+    for layers, size in zip(stages, sizes):
+        chunks = run_stage(layers, regroup(chunks, size), past)
+    return chunks
+
+
+class WanVAE(nn.Module):
+    """Wan2.1's video autoencoder; latents are raw, without the per-channel mean and std of the model.
+
+    Args:
+        dim: Channels of the first level; 96 in the release.
+        z_dim: Latent channels.
+        operations: Namespace with `Conv2d` and `Conv3d`: `torch.nn`, or the host's.
+    """
+
+    comfy_has_chunked_io = True  # the host hands decode() the buffer of the final image
+
+    def __init__(self, dim=96, z_dim=16, operations=nn, device=None, dtype=None):
+        super().__init__()
+        kw = {"device": device, "dtype": dtype}
+        self.z_dim = z_dim
+        self.encoder = Encoder(dim, z_dim, operations, **kw)
+        self.conv1 = operations.Conv3d(z_dim * 2, z_dim * 2, 1, **kw)
+        self.conv2 = operations.Conv3d(z_dim, z_dim, 1, **kw)
+        self.decoder = Decoder(dim, z_dim, operations, **kw)
+
+    def encode(self, x, device=None, chunk_frames=None, progress=None):
+        """Mean of the latent distribution.
+
+        Args:
+            x: [B, 3, F, H, W] in [-1, 1], F = 4n+1, H and W multiples of 8; in the dtype of the weights.
+            device: Where to compute; `x` may live elsewhere and is then moved chunk by chunk.
+            chunk_frames: Frames of full size to work on at once; None chooses by their size.
+            progress: Called as progress(done, total) with pixel frames after each chunk; may raise.
+
+        Returns:
+            [B, z_dim, (F - 1) / 4 + 1, H / 8, W / 8] on `device`.
+
+        Raises:
+            ValueError: If the shape of `x` does not fit.
+        """
+        check_pixels(x.shape)
+        b, _, frames, h, w = x.shape
+        device = x.device if device is None else torch.device(device)
+        out = x.new_empty(b, self.z_dim, (frames - 1) // 4 + 1, h // 8, w // 8, device=device)
+        for t, chunk in self._encode_chunks(x, device, chunk_frames):
+            out[:, :, t : t + chunk.shape[2]] = chunk
+            report(progress, 4 * (t + chunk.shape[2] - 1) + 1, frames)
+        return out
+
+    def decode(self, z, output_buffer=None, chunk_frames=None, progress=None):
+        """Pixels of a latent, written chunk by chunk into their final place.
+
+        Args:
+            z: [B, z_dim, T, H/8, W/8], raw, on the device to compute on.
+            output_buffer: [B, 3, 4(T-1)+1, H, W], any device and floating dtype; None makes one like `z`.
+            chunk_frames: Frames of full size to work on at once; None chooses by their size.
+            progress: Called as progress(done, total) with pixel frames after each chunk; may raise.
+
+        Returns:
+            `output_buffer`: about [-1, 1], not clamped.
+
+        Raises:
+            ValueError: If the shape of `z` or of `output_buffer` does not fit.
+        """
+        out = self._output(z, output_buffer, z.dtype)
+        for f, chunk in self._decode_chunks(z, chunk_frames):
+            out[:, :, f : f + chunk.shape[2]] = chunk
+            report(progress, f + chunk.shape[2], out.shape[2])
+        return out
+
+    def decode_output_shape(self, shape):
+        """[B, z_dim, T, H/8, W/8] -> (B, 3, 4(T-1)+1, H, W)."""
+        b, _, t, h, w = shape
+        return (b, 3, 4 * (t - 1) + 1, h * 8, w * 8)
+
+    def encode_tiled(self, x, tile_x=256, tile_y=256, overlap=64, tile_t=None, overlap_t=None, progress=None):
+        """`encode` in overlapping tiles, blended linearly: less memory, slightly different numbers.
+
+        `tile_t` and `overlap_t` are ignored: time is streamed exactly, in bounded memory, and a cut
+        without the causal past would begin a new clip.
+
+        Args:
+            x: As for `encode`.
+            tile_x, tile_y, overlap: Pixels, multiples of 8; the overlap is smaller than the tile.
+            progress: Called as progress(done, total) with tiles; may raise.
+
+        Returns:
+            As `encode`.
+
+        Raises:
+            ValueError: If the shape of `x` or a tile size does not fit.
+        """
+        check_pixels(x.shape)
+        check_multiple_of_8(tile_x=tile_x, tile_y=tile_y, overlap=overlap)
+        b, _, frames, h, w = x.shape
+        out = x.new_zeros(b, self.z_dim, (frames - 1) // 4 + 1, h // 8, w // 8)
+        tiles = plan_tiles(h // 8, w // 8, tile_y // 8, tile_x // 8, overlap // 8, scale=1)
+        for done, tile in enumerate(tiles, 1):
+            pixels = x[..., scaled(tile.ys, 8), scaled(tile.xs, 8)]
+            weight = tile.weight.to(out)
+            for t, chunk in self._encode_chunks(pixels, x.device, None):
+                out[:, :, t : t + chunk.shape[2], tile.ys, tile.xs] += chunk * weight
+            report(progress, done, len(tiles))
+        return out
+
+    def decode_tiled(
+        self,
+        z,
+        tile_x=32,
+        tile_y=32,
+        overlap=8,
+        tile_t=None,
+        overlap_t=None,
+        output_buffer=None,
+        progress=None,
+    ):
+        """`decode` in overlapping tiles, blended linearly: less memory, slightly different numbers.
+
+        `tile_t` and `overlap_t` are ignored: time is streamed exactly, in bounded memory, and a cut
+        without the causal past would begin a new clip.
+
+        Args:
+            z, output_buffer: As for `decode`; without a buffer the result is float32.
+            tile_x, tile_y, overlap: Latent pixels (an eighth of an image pixel each); the overlap is
+                smaller than the tile.
+            progress: Called as progress(done, total) with tiles; may raise.
+
+        Returns:
+            `output_buffer`, as `decode`.
+
+        Raises:
+            ValueError: If the shape of `z` or of `output_buffer` or a tile size does not fit.
+        """
+        tiles = plan_tiles(*z.shape[-2:], tile_y, tile_x, overlap, scale=8)
+        out = self._output(z, output_buffer, torch.float32).zero_()
+        for done, tile in enumerate(tiles, 1):
+            place = out[..., scaled(tile.ys, 8), scaled(tile.xs, 8)]
+            weight = tile.weight.to(z.device)
+            for f, chunk in self._decode_chunks(z[..., tile.ys, tile.xs], None):
+                place[:, :, f : f + chunk.shape[2]] += (chunk * weight).to(out)
+            report(progress, done, len(tiles))
+        return out
+
+    def _encode_chunks(self, x, device, chunk_frames):
+        """Yields (latent index, means [B, z_dim, t, h, w])."""
+        sizes = chunk_sizes(chunk_frames, x.shape[3] * x.shape[4], device)
+        stages = self.encoder.stages()
+        stages[-1].append(partial(causal_conv, self.conv1))
+        frames = (chunk.to(device) for chunk in regroup([x], sizes[0]))
+        t = 0
+        for moments in stream(stages, frames, sizes):
+            yield t, moments[:, : self.z_dim]
+            t += moments.shape[2]
+
+    def _decode_chunks(self, z, chunk_frames):
+        """Yields (frame index, pixels [B, 3, f, H, W])."""
+        sizes = chunk_sizes(chunk_frames, 64 * z.shape[3] * z.shape[4], z.device)
+        stages = self.decoder.stages()
+        stages[0].insert(0, partial(causal_conv, self.conv2))
+        f = 0
+        for pixels in stream(stages, [z], sizes[::-1]):
+            yield f, pixels
+            f += pixels.shape[2]
+
+    def _output(self, z, buffer, dtype):
+        if z.ndim != 5 or z.shape[1] != self.z_dim or 0 in z.shape:
+            raise ValueError(
+                f"Wan VAE latent of shape {tuple(z.shape)}: it must be [batch, {self.z_dim}, latent frames, "
+                f"height / 8, width / 8] with nothing empty. Connect a Wan2.1 latent."
+            )
+        shape = self.decode_output_shape(z.shape)
+        if buffer is None:
+            return z.new_empty(shape, dtype=dtype)
+        if tuple(buffer.shape) != shape:
+            raise ValueError(
+                f"Output buffer of shape {tuple(buffer.shape)} for a latent of shape {tuple(z.shape)}: it "
+                f"must be {shape}. Make it with decode_output_shape()."
+            )
+        return buffer
+
+
+def check_pixels(shape):
+    if len(shape) != 5 or shape[1] != 3 or 0 in shape:
+        raise ValueError(
+            f"Wan VAE pixels of shape {tuple(shape)}: they must be [batch, 3, frames, height, width] with "
+            f"nothing empty. Pass RGB frames channels-first with the frames as third axis."
+        )
+    frames, h, w = shape[2:]
+    if frames % 4 != 1:
+        shorter = frames - (frames - 1) % 4
+        raise ValueError(
+            f"{frames} frames for the Wan VAE: the number must be 4n + 1 (one latent for the first frame, "
+            f"one for each four after it). Use {shorter} or {shorter + 4}."
+        )
+    if h % 8 or w % 8:
+        raise ValueError(
+            f"Frames of {w} x {h} pixels for the Wan VAE: both must be multiples of 8. "
+            f"Resize or crop to {max(8, w // 8 * 8)} x {max(8, h // 8 * 8)}."
+        )
+
+
+def check_multiple_of_8(**pixels):
+    for name, value in pixels.items():
+        if value % 8:
+            raise ValueError(
+                f"{name} = {value} pixels for Wan VAE encoding: it must be a multiple of 8 (one latent "
+                f"pixel). Use {max(8, value // 8 * 8)}."
+            )
+
+
+def chunk_sizes(chunk_frames, frame_area, device):
+    """Frames per chunk of each stage, from full size down to latent size."""
+    if chunk_frames is None:
+        voxels = CHUNK_VOXELS.get(torch.device(device).type, CHUNK_VOXELS["cuda"])
+        return [max(1, n * voxels // frame_area) for n in FRAMES_PER_STAGE]
+    if chunk_frames < 1:
+        raise ValueError(f"chunk_frames = {chunk_frames}: it must be at least 1. Use 4, or None (by size).")
+    return [n * chunk_frames for n in FRAMES_PER_STAGE]
+
+
+def scaled(span, factor):
+    return slice(span.start * factor, span.stop * factor)
+
+
+def report(progress, done, total):
+    if progress is not None:
+        progress(done, total)

@@ -1,0 +1,234 @@
+"""Layers of the Wan2.1 video autoencoder. They know nothing of chunks or memory: vae.py walks them.
+
+Each is called as layer(x, past) with x [B, C, f, H, W], and is causal in time: an output frame needs its
+own and earlier input frames only. The earlier ones come from `past`; a layer itself stores nothing.
+
+Parameter names are the Wan2.1 release's (wan/modules/vae.py), so that its files load strictly.
+
+    B batch    C channels    f frames of one chunk    H W height and width of the tensor at hand
+"""
+
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Past:
+    """The input frames that causal layers still need, for one stream; made by an executor."""
+
+    def __init__(self):
+        self.frames = {}
+
+    def started(self, layer):
+        return layer in self.frames
+
+    def keep(self, layer, frames):
+        self.frames[layer] = frames.clone()  # a view would hold the whole chunk
+
+    def join(self, layer, x):
+        """The frames kept for `layer`, then `x`."""
+        return torch.cat((self.frames[layer], x), 2) if layer in self.frames else x
+
+
+def causal_conv(conv, x, past):
+    """Convolution whose frame t sees frames t-k+1 ... t, with zeros before the first one."""
+    keep = conv.kernel_size[0] - 1
+    if keep:
+        if not past.started(conv):
+            past.keep(conv, x.new_zeros(*x.shape[:2], keep, *x.shape[3:]))
+        x = past.join(conv, x)
+        past.keep(conv, x[:, :, -keep:])
+    return conv(x)
+
+
+class RMSNorm(nn.Module):
+    """Scales each pixel's channel vector to length sqrt(C), then by `gamma`; [B, C, ...] -> same."""
+
+    def __init__(self, dim, spatial_dims, device=None, dtype=None):
+        super().__init__()
+        self.scale = dim**0.5
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial_dims, device=device, dtype=dtype))
+
+    def forward(self, x):
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        return x * (self.scale / length.clamp_min(1e-12)).to(x) * self.gamma.to(x)
+
+
+def norm_silu(norm, x):
+    """silu(norm(x)); in place on its own copy when nothing is recorded for a gradient."""
+    x = norm(x)
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_dim, out_dim, ops, **kw):
+        super().__init__()
+        self.residual = nn.Sequential(
+            RMSNorm(in_dim, 3, **kw),
+            nn.SiLU(),
+            ops.Conv3d(in_dim, out_dim, 3, padding=(0, 1, 1), **kw),
+            RMSNorm(out_dim, 3, **kw),
+            nn.SiLU(),
+            nn.Identity(),  # the release's dropout, which is 0
+            ops.Conv3d(out_dim, out_dim, 3, padding=(0, 1, 1), **kw),
+        )
+        self.shortcut = ops.Conv3d(in_dim, out_dim, 1, **kw) if in_dim != out_dim else nn.Identity()
+
+    def forward(self, x, past):
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        h = causal_conv(conv1, norm_silu(norm1, x), past)
+        h = causal_conv(conv2, norm_silu(norm2, h), past)
+        return h + self.shortcut(x)
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention among the pixels of one frame."""
+
+    def __init__(self, dim, ops, **kw):
+        super().__init__()
+        self.norm = RMSNorm(dim, 2, **kw)
+        self.to_qkv = ops.Conv2d(dim, dim * 3, 1, **kw)
+        self.proj = ops.Conv2d(dim, dim, 1, **kw)
+
+    def forward(self, x, past):
+        b, c, f, h, w = x.shape
+        y = frames_to_batch(x)  # [B f, C, H, W]
+        qkv = self.to_qkv(self.norm(y)).flatten(2).transpose(1, 2).unsqueeze(1)  # [B f, 1, H W, 3C]
+        y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # [B f, 1, H W, C]
+        y = self.proj(y.squeeze(1).transpose(1, 2).reshape(b * f, c, h, w))
+        return x + batch_to_frames(y, b)
+
+
+class Resample(nn.Module):
+    """Halves (`down`) or doubles (`up`) height and width, and with `in_time` the frame rate.
+
+    Frame 0 has no partner in time: it passes unchanged, and the doubling convolution starts at frame 1.
+    """
+
+    def __init__(self, dim, direction, in_time, ops, **kw):
+        super().__init__()
+        if direction == "up":
+            self.resample = nn.Sequential(
+                nn.Upsample(scale_factor=2.0, mode="nearest-exact"),
+                ops.Conv2d(dim, dim // 2, 3, padding=1, **kw),
+            )
+        else:
+            self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), ops.Conv2d(dim, dim, 3, stride=2, **kw))
+        if in_time and direction == "up":
+            self.time_conv = ops.Conv3d(dim, dim * 2, (3, 1, 1), **kw)
+        elif in_time:
+            self.time_conv = ops.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1), **kw)
+
+    def space(self, x, past):
+        return batch_to_frames(self.resample(frames_to_batch(x)), x.shape[0])
+
+    def time_up(self, x, past):
+        """[B, C, f, H, W] -> [B, C, 2f, H, W], one frame less in the chunk that holds frame 0."""
+        if past.started(self):
+            return self._double(x, past)
+        past.keep(self, x[:, :, :0])
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        return torch.cat((first, self._double(rest, past)), 2) if rest.shape[2] else first
+
+    def _double(self, x, past):
+        pairs = causal_conv(self.time_conv, x, past).unflatten(1, (2, x.shape[1]))  # [B, 2, C, f, H, W]
+        return torch.stack(pairs.unbind(1), 3).flatten(2, 3)
+
+    def time_down(self, x, past):
+        """[B, C, f, H, W] -> about f/2 frames: (0), (0 1 2), (2 3 4), ...; a frame without its pair waits."""
+        first = x[:, :, :0] if past.started(self) else x[:, :, :1]
+        window = past.join(self, x)
+        n = (window.shape[2] - 1) // 2
+        past.keep(self, window[:, :, 2 * n :])
+        return torch.cat((first, self.time_conv(window)), 2) if n else first
+
+
+def frames_to_batch(x):
+    """[B, C, f, H, W] -> [B f, C, H, W]."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def batch_to_frames(x, batch):
+    """[B f, C, H, W] -> [B, C, f, H, W]."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class Head(nn.Sequential):
+    """Norm, SiLU, convolution to the output channels."""
+
+    def __init__(self, dim, out_dim, ops, **kw):
+        super().__init__(
+            RMSNorm(dim, 3, **kw), nn.SiLU(), ops.Conv3d(dim, out_dim, 3, padding=(0, 1, 1), **kw)
+        )
+
+    def forward(self, x, past):
+        return causal_conv(self[2], norm_silu(self[0], x), past)
+
+
+def middle_blocks(dim, ops, **kw):
+    return nn.Sequential(
+        ResidualBlock(dim, dim, ops, **kw), AttentionBlock(dim, ops, **kw), ResidualBlock(dim, dim, ops, **kw)
+    )
+
+
+class Encoder(nn.Module):
+    """RGB frames to latent mean and log-variance, channels 3 -> 2 z_dim."""
+
+    def __init__(self, dim, z_dim, ops, **kw):
+        super().__init__()
+        widths = [dim, dim, dim * 2, dim * 4, dim * 4]
+        self.conv1 = ops.Conv3d(3, dim, 3, padding=(0, 1, 1), **kw)
+        layers = []
+        for level, (in_dim, out_dim) in enumerate(pairwise(widths)):
+            layers += [ResidualBlock(in_dim, out_dim, ops, **kw), ResidualBlock(out_dim, out_dim, ops, **kw)]
+            if level < 3:
+                layers.append(Resample(out_dim, "down", level > 0, ops, **kw))
+        self.downsamples = nn.Sequential(*layers)
+        self.middle = middle_blocks(dim * 4, ops, **kw)
+        self.head = Head(dim * 4, z_dim * 2, ops, **kw)
+
+    def stages(self):
+        """Lists of layers, a new list wherever the size of a frame has changed."""
+        stages = [[partial(causal_conv, self.conv1)]]
+        for layer in self.downsamples:
+            if not isinstance(layer, Resample):
+                stages[-1].append(layer)
+                continue
+            stages[-1].append(layer.space)
+            stages.append([layer.time_down] if hasattr(layer, "time_conv") else [])
+        stages[-1] += [*self.middle, self.head]
+        return stages
+
+
+class Decoder(nn.Module):
+    """Latents to RGB frames, channels z_dim -> 3."""
+
+    def __init__(self, dim, z_dim, ops, **kw):
+        super().__init__()
+        widths = [(4, 4), (2, 4), (2, 2), (1, 1)]  # the upsampling halves the channels
+        self.conv1 = ops.Conv3d(z_dim, dim * 4, 3, padding=(0, 1, 1), **kw)
+        self.middle = middle_blocks(dim * 4, ops, **kw)
+        layers = []
+        for level, (first, rest) in enumerate(widths):
+            layers.append(ResidualBlock(dim * first, dim * rest, ops, **kw))
+            layers += [ResidualBlock(dim * rest, dim * rest, ops, **kw) for _ in range(2)]
+            if level < 3:
+                layers.append(Resample(dim * rest, "up", level < 2, ops, **kw))
+        self.upsamples = nn.Sequential(*layers)
+        self.head = Head(dim, 3, ops, **kw)
+
+    def stages(self):
+        """Lists of layers, a new list wherever the size of a frame changes."""
+        stages = [[partial(causal_conv, self.conv1), *self.middle]]
+        for layer in self.upsamples:
+            if not isinstance(layer, Resample):
+                stages[-1].append(layer)
+                continue
+            if hasattr(layer, "time_conv"):
+                stages[-1].append(layer.time_up)
+            stages.append([layer.space])
+        stages[-1].append(self.head)
+        return stages
