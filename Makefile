@@ -1,0 +1,42 @@
+# Everything a newcomer runs. Needs Python 3.10+ and make; all else is brought in by `setup`.
+#
+#   make demo                                  a still image becomes demo.mp4, through a real ComfyUI
+#   make demo IMAGE=cat.jpg PROMPT="a cat"     one's own; also SEED, STEPS, WIDTH, HEIGHT, FRAMES
+#   make test                                  all tests, the real host included; ARGS="-k vae" picks
+#   make bench                                 our model and VAE beside the host's and diffusers'
+#   make lint                                  ruff
+#   make clean                                 removes what demo, tests and benchmark wrote
+#
+# COMFYUI_PATH=/path/to/ComfyUI uses an installation of yours. PYTHON=python3.12 picks the Python.
+
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+
+.PHONY: setup demo test bench lint clean
+
+setup: .venv/created
+	$(VENV_PYTHON) scripts/setup_host.py
+
+.venv/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	  "Python " + sys.version.split()[0] + " is too old: 3.10 or newer is needed. Try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# Variables given on make's command line reach the script as environment variables.
+demo: setup
+	$(VENV_PYTHON) scripts/demo.py
+
+test: setup
+	$(VENV_PYTHON) -m pytest $(ARGS)
+
+bench: setup
+	$(VENV_PYTHON) scripts/bench.py $(ARGS)
+
+lint: setup
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+
+clean:
+	rm -rf build demo.mp4 demo.jpg bench.json .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.host/*' -prune -exec rm -rf {} +

@@ -1,0 +1,131 @@
+"""Turn a still image into `demo.mp4` through a real ComfyUI, with `workflows/api/i2v.json`.
+
+Every option is also read from the environment variable of the same name in capitals, which is how
+`make demo IMAGE=cat.jpg PROMPT="a cat walks"` passes it on.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+
+from comfy_client import GraphRejected, JobFailed, fill
+from contact_sheet import contact_sheet, read_frames
+from host_server import HostServer
+from make_random_checkpoints import I2V, TEXT_ENCODER, VAE, make_checkpoints
+from pack import ROOT, comfyui_path
+
+WORKFLOW = ROOT / "workflows" / "api" / "i2v.json"
+WORK_FOLDER = ROOT / "build" / "demo"
+VIDEO = ROOT / "demo.mp4"
+SHEET = ROOT / "demo.jpg"
+TIMEOUT_S = 3600
+
+# The checkpoints of the demo. Their weights are random for now, so the video is noise that follows
+# the image only faintly; a trained small checkpoint takes their place in these two lines.
+CHECKPOINTS = {"model_name": I2V, "text_encoder_name": TEXT_ENCODER, "vae_name": VAE}
+prepare_checkpoints = make_checkpoints
+
+
+def main():
+    """Read the options, run the graph on a fresh server, write the video and its contact sheet."""
+    options = _options()
+    _check_image(options.image)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped."))  # so that the server is stopped, too
+    try:
+        video = _run_on_server(options)
+    except (GraphRejected, JobFailed, ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        sys.exit(f"The demo failed. {error}\nThe server's log: {WORK_FOLDER / 'server.log'}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped.")
+    VIDEO.write_bytes(video)
+    contact_sheet(read_frames(VIDEO)).save(SHEET, quality=90)
+    print(f"video          {VIDEO}\ncontact sheet  {SHEET}")
+
+
+def _options():
+    def option(name, default, help_text):
+        value = os.environ.get(name.upper()) or default
+        parser.add_argument(f"--{name}", type=type(default), default=value, help=help_text)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    option("image", comfyui_path() / "input" / "example.png", "still image to start from")
+    option("prompt", "the camera moves slowly forward", "what should happen in the video")
+    option("seed", 1, "the same seed gives the same video; -1 draws one")
+    option("steps", 8, "sampling steps")
+    option("width", 256, "width of the video in pixels, a multiple of 16")
+    option("height", 256, "height of the video in pixels, a multiple of 16")
+    option("frames", 33, "number of frames, 4n + 1")
+    return parser.parse_args()
+
+
+def _check_image(path):
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except FileNotFoundError:
+        sys.exit(f"There is no image at {path}. Set IMAGE to the path of a picture.")
+    except OSError as error:
+        sys.exit(f"{path} is not an image that can be read: {error}")
+
+
+def _run_on_server(options):
+    """Return the bytes of the mp4 that the graph writes."""
+    shutil.rmtree(WORK_FOLDER, ignore_errors=True)
+    models = prepare_checkpoints(ROOT / "build" / "models")
+    print("Starting ComfyUI")
+    with HostServer(WORK_FOLDER, models_directory=models) as server:
+        image = server.client.upload_image(options.image)
+        graph = _filled_graph(options, image)
+        job = server.client.run(graph, on_event=_ProgressBars(graph), timeout_s=TIMEOUT_S)
+        video = next(file for file in job.files if file["filename"].endswith(".mp4"))
+        return server.client.download(video)
+
+
+def _filled_graph(options, image):
+    graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    graph = fill(graph, "Wan21ModelLoader", model_name=CHECKPOINTS["model_name"])
+    graph = fill(graph, "Wan21TextEncoderLoader", text_encoder_name=CHECKPOINTS["text_encoder_name"])
+    graph = fill(graph, "Wan21VAELoader", vae_name=CHECKPOINTS["vae_name"])
+    graph = fill(graph, "LoadImage", image=image)
+    graph = fill(graph, "Positive prompt", text=options.prompt)
+    size = {"width": options.width, "height": options.height, "num_frames": options.frames}
+    graph = fill(graph, "Wan21ImageToVideo", **size)
+    return fill(graph, "Wan21Sampler", seed=options.seed, steps=options.steps)
+
+
+class _ProgressBars:
+    """One bar for each node that reports progress, fed by the host's own messages."""
+
+    def __init__(self, graph):
+        self.graph = graph
+        self.node_id = None
+        self.bar = None
+
+    def __call__(self, kind, data):
+        if kind == "executing":
+            self._close()
+        elif kind == "progress":
+            self._show(data["node"], data["value"], data["max"])
+
+    def _show(self, node_id, value, total):
+        from tqdm import tqdm
+
+        if self.bar is None or node_id != self.node_id:
+            self._close()
+            self.node_id = node_id
+            self.bar = tqdm(total=total, desc=self.graph[node_id]["class_type"])
+        self.bar.update(value - self.bar.n)
+
+    def _close(self):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+if __name__ == "__main__":
+    main()
