@@ -1,0 +1,194 @@
+"""Image(s) into the conditioning of an image-to-video model, and the empty latent to fill."""
+
+import node_helpers
+import torch
+from comfy_api.latest import io
+
+from ..wan import preflight
+from ..wan.conditioning import (
+    END_LATENT_ALONE,
+    RESIZE_MODES,
+    fit_image,
+    keep_aspect_size,
+    known_mask,
+    latent_frames,
+    pixel_video,
+)
+from ..wan.config import LATENT_CHANNELS, VAE_STRIDE
+from . import host
+from .load import CATEGORY
+
+NODE = "Wan21ImageToVideo"
+MAX_SIDE = 8192
+MAX_FRAMES = 4097
+
+
+class Wan21ImageToVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id=NODE,
+            display_name="Wan2.1 Image to Video",
+            category=CATEGORY,
+            description="Encode the start image, and an end image if wanted, for Wan21Sampler.",
+            search_aliases=["wan i2v", "start image", "first last frame", "flf2v", "end image"],
+            inputs=[
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Vae.Input("vae"),
+                io.Image.Input("start_image"),
+                io.Int.Input("width", default=832, min=16, max=MAX_SIDE, step=16),
+                io.Int.Input("height", default=480, min=16, max=MAX_SIDE, step=16),
+                io.Int.Input(
+                    "num_frames",
+                    default=81,
+                    min=1,
+                    max=MAX_FRAMES,
+                    step=4,
+                    tooltip="4n+1 frames; Wan2.1 plays 16 a second, and was trained on 81.",
+                ),
+                io.Combo.Input(
+                    "resize_mode",
+                    options=list(RESIZE_MODES),
+                    default="crop",
+                    tooltip="crop fills the frame and cuts the rest; pad shows all with grey borders; "
+                    "stretch distorts; keep_aspect takes width x height as an area to fill.",
+                ),
+                io.Boolean.Input(
+                    "add_frames_for_end_image",
+                    default=False,
+                    tooltip="End image only. Off: it is the last frame (for first-last-frame and Fun-InP "
+                    "models). On: it is a latent of its own behind the video, for plain i2v models.",
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "tile_size",
+                    options=["auto", "0", "128", "256"],
+                    default="auto",
+                    tooltip="Pixels of a tile for the VAE encode; 0 encodes whole frames, auto does so while "
+                    "memory lasts.",
+                    advanced=True,
+                ),
+                io.Image.Input("end_image", optional=True),
+                io.ClipVisionOutput.Input("clip_vision_start", optional=True),
+                io.ClipVisionOutput.Input("clip_vision_end", optional=True),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive"),
+                io.Conditioning.Output(display_name="negative"),
+                io.Latent.Output(display_name="latent"),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, width=None, height=None, num_frames=None):
+        """Refuse impossible sizes when the prompt is queued (a linked input arrives as None)."""
+        try:
+            check_sizes(width, height, num_frames)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        positive,
+        negative,
+        vae,
+        start_image,
+        width,
+        height,
+        num_frames,
+        resize_mode,
+        add_frames_for_end_image,
+        tile_size,
+        end_image=None,
+        clip_vision_start=None,
+        clip_vision_end=None,
+    ) -> io.NodeOutput:
+        check_sizes(width, height, num_frames)
+        check_inputs(vae, start_image, end_image, clip_vision_start, clip_vision_end, num_frames)
+        if resize_mode == "keep_aspect":
+            width, height = keep_aspect_size(start_image.shape[2], start_image.shape[1], width, height)
+        start, end = (
+            None if image is None else fit_image(image[..., :3], width, height, resize_mode)[0]
+            for image in (start_image, end_image)
+        )
+        alone = end is not None and add_frames_for_end_image
+        video = pixel_video(start, num_frames, None if alone else end)
+        image_latent = encode(vae, video, tile_size)
+        if alone:
+            image_latent = torch.cat([image_latent, encode(vae, end[None], tile_size)], dim=2)
+        mask = known_mask(num_frames, height, width, end is not None, alone)
+        values = {"concat_latent_image": image_latent, "concat_mask": 1 - mask}  # the host's 0 is known
+        clip = join_clip_vision(clip_vision_start, clip_vision_end)
+        if clip is not None:
+            values["clip_vision_output"] = clip
+        latent = {"samples": empty_latent(num_frames, height, width, alone)}
+        if alone:
+            latent[END_LATENT_ALONE] = True
+        return io.NodeOutput(
+            node_helpers.conditioning_set_values(positive, values),
+            node_helpers.conditioning_set_values(negative, values),
+            latent,
+        )
+
+
+def check_sizes(width, height, num_frames):
+    for name, value, limit in (
+        ("width", width, MAX_SIDE),
+        ("height", height, MAX_SIDE),
+        ("num_frames", num_frames, MAX_FRAMES),
+    ):
+        if value is not None and value > limit:
+            preflight.fail(NODE, f"{name} is {value}; the most is {limit}", f"Set {limit} or less")
+    preflight.check_sides(NODE, 16 if width is None else width, 16 if height is None else height)
+    preflight.check_num_frames(NODE, 1 if num_frames is None else num_frames)
+
+
+def check_inputs(vae, start_image, end_image, clip_start, clip_end, num_frames):
+    preflight.check_vae(NODE, *host.vae_shape(vae))
+    preflight.check_image(NODE, "start_image", start_image)
+    if end_image is not None:
+        preflight.check_image(NODE, "end_image", end_image)
+        if num_frames < 5:
+            preflight.fail(
+                NODE, f"num_frames is {num_frames} with an end image; it must be at least 5", "Set 5 or more"
+            )
+    if clip_end is not None and clip_start is None:
+        preflight.fail(
+            NODE,
+            "clip_vision_end is connected and clip_vision_start is not; the start image comes first",
+            "Connect clip_vision_start too, or neither",
+        )
+
+
+def encode(vae, video, tile_size):
+    """[F, H, W, 3] in [0, 1] -> [1, 16, T, H/8, W/8]."""
+    if tile_size in ("auto", "0"):
+        return vae.encode(video)
+    tile = int(tile_size)
+    return vae.encode_tiled(video, tile_x=tile, tile_y=tile, overlap=tile // 4)
+
+
+def empty_latent(num_frames, height, width, end_alone):
+    frames = latent_frames(num_frames) + end_alone
+    return torch.zeros(
+        1,
+        LATENT_CHANNELS,
+        frames,
+        height // VAE_STRIDE[1],
+        width // VAE_STRIDE[2],
+        device=host.latent_device(),
+    )
+
+
+def join_clip_vision(start, end):
+    """Features of both images, 257 + 257 tokens, as first-last-frame models read them."""
+    if start is None or end is None:
+        return start
+    joined = type(start)()
+    joined.penultimate_hidden_states = torch.cat(
+        [start.penultimate_hidden_states, end.penultimate_hidden_states], dim=-2
+    )
+    return joined

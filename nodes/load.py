@@ -1,0 +1,118 @@
+"""Loaders: a file becomes a standard MODEL, CLIP or VAE."""
+
+import re
+
+import folder_paths
+from comfy_api.latest import io
+
+from . import host
+
+CATEGORY = "Wan2.1 I2V"
+_LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.safetensors$")
+
+
+def file_names(folder):
+    """Names in one of the host's model folders; a sharded set is listed once, by its first shard."""
+    return [name for name in folder_paths.get_filename_list(folder) if not _LATER_SHARD.search(name)]
+
+
+def load(node, folder, name, build, *args):
+    """Call `build(path, *args)`; its `ValueError` gets the node and the file in front."""
+    path = folder_paths.get_full_path_or_raise(folder, name)
+    try:
+        return io.NodeOutput(build(path, *args))
+    except ValueError as error:
+        raise ValueError(f"{node}: {name}: {error}") from error
+
+
+class Wan21ModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Wan21ModelLoader",
+            display_name="Wan2.1 Model Loader",
+            category=CATEGORY,
+            description="Load a Wan2.1 text-to-video, image-to-video or first-last-frame model.",
+            search_aliases=["wan", "diffusion model", "unet loader", "i2v", "flf2v", "t2v"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=file_names("diffusion_models"),
+                    tooltip="A file in models/diffusion_models: ComfyUI's, diffusers' or the release's "
+                    "layout, sharded sets by their first shard.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=["default", *host.DTYPES],
+                    default="default",
+                    tooltip="default keeps what suits the file and the device.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model_name, weight_dtype) -> io.NodeOutput:
+        return load("Wan21ModelLoader", "diffusion_models", model_name, host.load_model, weight_dtype)
+
+
+class Wan21TextEncoderLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Wan21TextEncoderLoader",
+            display_name="Wan2.1 Text Encoder Loader",
+            category=CATEGORY,
+            description="Load the umT5 text encoder of a Wan2.1 model, for CLIPTextEncode.",
+            search_aliases=["umt5", "t5", "clip loader", "wan text encoder"],
+            inputs=[
+                io.Combo.Input(
+                    "text_encoder_name",
+                    options=file_names("text_encoders"),
+                    tooltip="A umT5 file in models/text_encoders. Files without a tokenizer inside need "
+                    "spiece.model beside them.",
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=["default", "cpu"],
+                    default="default",
+                    tooltip="cpu keeps the encoder out of GPU memory; encoding a prompt is then slower.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder_name, device) -> io.NodeOutput:
+        return load(
+            "Wan21TextEncoderLoader", "text_encoders", text_encoder_name, host.load_text_encoder, device
+        )
+
+
+class Wan21VAELoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Wan21VAELoader",
+            display_name="Wan2.1 VAE Loader",
+            category=CATEGORY,
+            description="Load a Wan2.1 VAE. It streams: memory on the device does not grow with the frames.",
+            search_aliases=["wan vae", "vae loader"],
+            inputs=[
+                io.Combo.Input(
+                    "vae_name", options=file_names("vae"), tooltip="A Wan2.1 VAE file in models/vae."
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=["auto", *host.DTYPES],
+                    default="auto",
+                    tooltip="auto is bf16 where the device has it, else fp32 (exact, twice as large).",
+                ),
+            ],
+            outputs=[io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls, vae_name, precision) -> io.NodeOutput:
+        return load("Wan21VAELoader", "vae", vae_name, host.load_vae, precision)

@@ -1,0 +1,49 @@
+"""A video latent becomes frames."""
+
+import torch
+from comfy_api.latest import io
+
+from ..wan import preflight
+from ..wan.conditioning import END_LATENT_ALONE
+from . import host
+from .load import CATEGORY
+
+NODE = "Wan21VAEDecode"
+
+
+class Wan21VAEDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id=NODE,
+            display_name="Wan2.1 VAE Decode",
+            category=CATEGORY,
+            description="Decode a video latent, streamed straight into the frames it returns.",
+            search_aliases=["vae decode", "wan decode", "decode tiled"],
+            inputs=[
+                io.Vae.Input("vae"),
+                io.Latent.Input("latent"),
+                io.Combo.Input(
+                    "tile_size",
+                    options=["auto", "0", "128", "256"],
+                    default="auto",
+                    tooltip="Pixels of a tile; 0 decodes whole frames, auto does so while memory lasts. Time "
+                    "is never cut, so tiles do not flicker.",
+                ),
+            ],
+            outputs=[io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, vae, latent, tile_size) -> io.NodeOutput:
+        samples = latent["samples"]
+        preflight.check_vae(NODE, *host.vae_shape(vae))
+        preflight.check_latent(NODE, samples)
+        if latent.get(END_LATENT_ALONE):
+            samples = samples[:, :, :-1]  # the end image itself: a guide, not a frame
+        if tile_size in ("auto", "0"):
+            images = vae.decode(samples)
+        else:
+            tile = int(tile_size) // vae.spacial_compression_decode()
+            images = vae.decode_tiled(samples, tile_x=tile, tile_y=tile, overlap=tile // 4)
+        return io.NodeOutput(torch.flatten(images, 0, 1))  # [B, F, H, W, 3] -> [B*F, H, W, 3]

@@ -1,0 +1,113 @@
+"""From image(s) to what a Wan2.1 image-to-video model is given: pixel video, mask, sizes.
+
+F pixel frames (4n+1), T latent frames (n+1), H W pixels, h w latent size (H/8, W/8). Pixels are
+[..., H, W, 3] in [0, 1]; mid-grey 0.5 is the release's 0 in [-1, 1].
+Source: Wan2.1 `wan/image2video.py` and `wan/first_last_frame2video.py`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .config import MASK_CHANNELS, VAE_STRIDE
+
+# LATENT dictionary key: the last latent is a single image of its own, encoded without the causal
+# cache, and is dropped before decoding.
+END_LATENT_ALONE = "wan21_end_latent_alone"
+
+RESIZE_MODES = ("crop", "stretch", "pad", "keep_aspect")
+
+
+def latent_frames(num_frames):
+    """Pixel frames F = 4n+1 -> latent frames n+1."""
+    return (num_frames - 1) // VAE_STRIDE[0] + 1
+
+
+def pixel_frames(num_latents):
+    """Latent frames n+1 -> pixel frames 4n+1."""
+    return (num_latents - 1) * VAE_STRIDE[0] + 1
+
+
+def keep_aspect_size(image_width, image_height, width, height):
+    """Sides of the image's aspect ratio in the area width*height, each rounded to a multiple of 16."""
+    scale = math.sqrt(width * height / (image_width * image_height))
+    return tuple(max(16, round(side * scale / 16) * 16) for side in (image_width, image_height))
+
+
+def fit_image(image, width, height, mode):
+    """Bring images to width x height.
+
+    Args:
+        image: [B, H, W, 3] in [0, 1].
+        mode: crop (fill, cut the middle out), pad (fit, mid-grey around) or stretch; `keep_aspect` has
+            chosen the size before and stretches by the rounding.
+
+    Returns:
+        [B, height, width, 3]. An image that already has the size is returned as it is; others go
+        through antialiased bicubic interpolation.
+    """
+    if mode not in RESIZE_MODES:
+        raise ValueError(f"resize_mode is {mode!r}; it is one of {', '.join(RESIZE_MODES)}")
+    old_height, old_width = image.shape[1:3]
+    if (old_height, old_width) == (height, width):
+        return image
+    if mode == "crop":
+        scale = min(old_width / width, old_height / height)
+        image = _middle(image, round(width * scale), round(height * scale))
+        return _resize(image, width, height)
+    if mode == "pad":
+        scale = min(width / old_width, height / old_height)
+        inner = _resize(image, max(1, round(old_width * scale)), max(1, round(old_height * scale)))
+        canvas = image.new_full((image.shape[0], height, width, image.shape[3]), 0.5)
+        top, left = (height - inner.shape[1]) // 2, (width - inner.shape[2]) // 2
+        canvas[:, top : top + inner.shape[1], left : left + inner.shape[2]] = inner
+        return canvas
+    return _resize(image, width, height)
+
+
+def _middle(image, width, height):
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top : top + height, left : left + width]
+
+
+def _resize(image, width, height):
+    pixels = image.movedim(-1, 1).float()
+    pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
+    return pixels.clamp(0, 1).movedim(1, -1)
+
+
+def pixel_video(start, num_frames, end=None):
+    """Start image, mid-grey, and the end image as last frame when given.
+
+    Args:
+        start, end: [H, W, 3] in [0, 1].
+
+    Returns:
+        [F, H, W, 3] in [0, 1].
+    """
+    video = start.new_full((num_frames, *start.shape), 0.5)
+    video[0] = start
+    if end is not None:
+        video[-1] = end
+    return video
+
+
+def known_mask(num_frames, height, width, end=False, end_alone=False):
+    """Which frames the model is told to keep: 1 = known.
+
+    Each pixel frame has one bit; the first counts four times, and four bits make a latent frame. With
+    `end` the last pixel frame is known too: in its place as frame F (last latent 0, 0, 0, 1), or with
+    `end_alone` as a latent of its own behind the others (1, 1, 1, 1).
+
+    Returns:
+        [1, 4, T, H/8, W/8], T = n+1, or n+2 with `end_alone`.
+    """
+    known = torch.zeros(latent_frames(num_frames) + end_alone, MASK_CHANNELS)
+    known[0] = 1
+    if end_alone:
+        known[-1] = 1
+    elif end:
+        known[-1, -1] = 1
+    known = known.T.reshape(1, MASK_CHANNELS, -1, 1, 1)
+    return known.expand(-1, -1, -1, height // VAE_STRIDE[1], width // VAE_STRIDE[2]).contiguous()
