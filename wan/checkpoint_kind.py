@@ -30,6 +30,7 @@ UMT5 = Kind("umt5", "a umT5 text encoder", "pick it in Wan21TextEncoderLoader")
 T5 = Kind("t5", "a plain T5 text encoder (relative positions in the first block only)", _TEXT)
 WAN22_DIT = Kind("wan22_dit", "a Wan2.2 5B diffusion model (48 latent channels)", _VARIANT)
 WAN22_VAE = Kind("wan22_vae", "the Wan2.2 VAE (48 latent channels)", _VAE)
+OTHER_VAE = Kind("vae", "a VAE of another model", _VAE)
 FUN_CONTROL = Kind("fun_control", "a Wan2.1 Fun-Control model", _VARIANT)
 
 # One pattern per kind, searched in the list of keys, one key a line. Any prefix may come first.
@@ -51,7 +52,7 @@ RULES: tuple[tuple[Kind, str], ...] = (
     (WAN21_DIT, r"(^|\.)(head\.modulation|condition_embedder\.time_proj\.weight)$"),
     (
         Kind("sd", "an SD or SDXL checkpoint", "pick a Wan2.1 file"),
-        r"(^|\.)(input_blocks\.\d+\.\d+\.|down_blocks\.\d+\.(attentions|downsamplers)\.\d+\.(proj_in|conv)\.)",
+        r"(^|\.)(input_blocks\.\d+\.\d+\.|down_blocks\.\d+\.attentions\.\d+\.proj_in\.)",
     ),
     (
         Kind("mmdit", "a diffusion model of another family (Flux, SD3, HunyuanVideo)", "pick a Wan2.1 file"),
@@ -59,6 +60,7 @@ RULES: tuple[tuple[Kind, str], ...] = (
     ),
     (WAN22_VAE, r"(^|\.)decoder\.(upsamples\.\d+\.upsamples|up_blocks\.\d+\.upsampler)\."),
     (WAN21_VAE, r"(^|\.)decoder\.(middle\.0\.residual\.0|mid_block\.resnets\.0\.norm1)\.gamma$"),
+    (OTHER_VAE, r"(^|\.)decoder\..*\.conv(\d|_in|_out)?\.conv\.weight$"),  # HunyuanVideo, LTX
     (
         Kind("kl_vae", "an image VAE (AutoencoderKL of SD, SDXL or Flux)", _VAE),
         r"(^|\.)decoder\.(up_blocks\.\d+\.resnets\.\d+\.norm1|up\.\d+\.block\.\d+\.norm1)\.weight$",
@@ -67,7 +69,7 @@ RULES: tuple[tuple[Kind, str], ...] = (
         Kind("tae", "a TAEHV or TAESD preview decoder", _VAE),
         r"(^|\.)decoder\.\d+\.(bias|conv\.)",
     ),
-    (Kind("vae", "a VAE of another model", _VAE), r"(^|\.)decoder\.(up_blocks|up|mid_block|mid|conv_in)\."),
+    (OTHER_VAE, r"(^|\.)decoder\.(up_blocks|up|mid_block|mid|conv_in)\."),
     (
         UMT5,
         r"(^|\.)(encoder\.block\.[1-9]\d*\.layer\.0\.SelfAttention\.relative_attention_bias"

@@ -1,0 +1,153 @@
+"""umT5 layouts against Hugging Face's classes and the host's own text model, at toy size."""
+
+import json
+from pathlib import Path
+
+import comfy.ops
+import comfy.text_encoders.t5 as host_t5
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import UMT5Config, UMT5EncoderModel, UMT5ForConditionalGeneration
+from wan21.wan import checkpoint as ck
+
+UMT5_SIZE = {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 3, "num_heads": 2}
+
+
+def randomise(module, seed=0):
+    """Every parameter different, biases and norms too; matrices of unit gain."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 and "gamma" not in name else 0.2
+        parameter.data = noise * scale + ("norm" in name or "gamma" in name)
+    return module.eval().requires_grad_(False)
+
+
+def meta_state_dict(build):
+    """Keys and shapes of a model, without its memory."""
+    with torch.device("meta"):
+        return build().state_dict()
+
+
+def with_prefix(prefix, state_dict):
+    return {prefix + key: tensor for key, tensor in state_dict.items()}
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def umt5_state_dict(**changes):
+    return meta_state_dict(lambda: UMT5EncoderModel(UMT5Config(**UMT5_SIZE | changes)))
+
+
+def host_umt5(state_dict):
+    """The host's own text model of the size that the weights say, loaded strictly."""
+    config = ck.umt5_config(state_dict)
+    model = host_t5.T5(config, torch.float32, "cpu", comfy.ops.disable_weight_init)
+    model.load_state_dict(state_dict, strict=True)
+    return model.eval()
+
+
+def encode(model, ids):
+    with torch.no_grad():
+        return model(ids, attention_mask=torch.ones_like(ids))[0]
+
+
+IDS = torch.tensor([[5, 9, 60, 3, 17, 1]])
+
+
+@pytest.mark.parametrize("embedding", ["shared", "encoder.embed_tokens", "both"])
+@pytest.mark.parametrize("prefix", ["", "text_encoder.", "text_encoders.umt5xxl.transformer.", "text_model."])
+def test_huggingface_umt5_runs_in_the_host(prefix, embedding):
+    published = randomise(UMT5EncoderModel(UMT5Config(**UMT5_SIZE)))
+    weights = published.state_dict()
+    weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
+    for key in ("shared", "encoder.embed_tokens"):
+        if embedding not in ("both", key):
+            del weights[f"{key}.weight"]
+    renamed = ck.to_umt5_keys(with_prefix(prefix, weights))
+    assert relative(encode(host_umt5(renamed), IDS), encode(published, IDS)) < 1e-5
+
+
+def test_decoder_of_a_full_umt5_is_left_out():
+    full = meta_state_dict(lambda: UMT5ForConditionalGeneration(UMT5Config(**UMT5_SIZE)))
+    assert any(key.startswith("decoder.") for key in full) and "lm_head.weight" in full
+    assert ck.to_umt5_keys(full).keys() == ck.to_umt5_keys(umt5_state_dict()).keys()
+
+
+def release_umt5(layers=3, dim=16, heads=2, ffn=24, vocab=64):
+    """Random weights under the names that `wan/modules/t5.py` of the Wan2.1 release gives them."""
+    sizes = {"token_embedding.weight": (vocab, dim), "norm.weight": (dim,)}
+    for i in range(layers):
+        block = f"blocks.{i}."
+        sizes |= {f"{block}attn.{name}.weight": (8, dim) for name in "qkv"}
+        sizes |= {f"{block}attn.o.weight": (dim, 8)}
+        sizes |= {f"{block}norm{n}.weight": (dim,) for n in (1, 2)}
+        sizes |= {f"{block}ffn.{name}.weight": (ffn, dim) for name in ("gate.0", "fc1")}
+        sizes |= {f"{block}ffn.fc2.weight": (dim, ffn)}
+        sizes |= {f"{block}pos_embedding.embedding.weight": (32, heads)}
+    g = torch.Generator().manual_seed(3)
+    return {key: torch.randn(size, generator=g) * 0.3 for key, size in sizes.items()}
+
+
+def run_release_umt5(w, ids, heads=2):
+    """A umT5 encoder over the release's names, from the T5 paper's formulas (short inputs only)."""
+
+    def norm(x, weight):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+    def split(x):
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    x = w["token_embedding.weight"][ids]
+    position = torch.arange(ids.shape[1])
+    offset = position[None, :] - position[:, None]  # key minus query; below 8 each has its own bucket
+    bucket = offset.abs() + 16 * (offset > 0)
+    for i in range(3):
+        layer = {k.removeprefix(f"blocks.{i}."): v for k, v in w.items() if k.startswith(f"blocks.{i}.")}
+        h = norm(x, layer["norm1.weight"])
+        q, k, v = (split(h @ layer[f"attn.{name}.weight"].T) for name in "qkv")
+        bias = layer["pos_embedding.embedding.weight"][bucket].permute(2, 0, 1)
+        attended = (q @ k.transpose(-1, -2) + bias).softmax(-1) @ v
+        x = x + attended.transpose(1, 2).flatten(2) @ layer["attn.o.weight"].T
+        h = norm(x, layer["norm2.weight"])
+        gate = F.gelu(h @ layer["ffn.gate.0.weight"].T, approximate="tanh")
+        x = x + (gate * (h @ layer["ffn.fc1.weight"].T)) @ layer["ffn.fc2.weight"].T
+    return norm(x, w["norm.weight"])
+
+
+def test_release_umt5_runs_in_the_host():
+    weights = release_umt5()
+    renamed = ck.to_umt5_keys(weights)
+    assert relative(encode(host_umt5(renamed), IDS), run_release_umt5(weights, IDS)) < 1e-5
+
+
+def test_umt5_tokenizer_and_scales_stay():
+    extra = {
+        "spiece_model": torch.zeros(9, dtype=torch.uint8),
+        "scaled_fp8": torch.zeros(0),
+        "encoder.block.0.layer.0.SelfAttention.q.scale_weight": torch.ones(()),
+    }
+    renamed = ck.to_umt5_keys(umt5_state_dict() | extra)
+    assert all(renamed[key] is extra[key] for key in extra)
+
+
+def test_umt5_config_of_the_xxl_size_is_the_hosts():
+    xxl = umt5_state_dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+    host = Path(host_t5.__file__).with_name("umt5_config_xxl.json")
+    assert ck.umt5_config(ck.to_umt5_keys(xxl)) == json.loads(host.read_text())
+
+
+def test_umt5_of_one_block_is_umt5():
+    assert ck.umt5_config(ck.to_umt5_keys(umt5_state_dict(num_layers=1)))["num_layers"] == 1
+
+
+def test_umt5_config_names_what_is_missing_or_contradictory():
+    weights = ck.to_umt5_keys(umt5_state_dict())
+    with pytest.raises(ValueError, match=r"lacks shared\.weight.*incomplete"):
+        ck.umt5_config({k: v for k, v in weights.items() if k != "shared.weight"})
+    query = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    with pytest.raises(ValueError, match="9 query channels for 2 heads"):
+        ck.umt5_config(weights | {query: torch.zeros(9, 16)})
