@@ -32,7 +32,7 @@ def test_every_solver_has_a_grid():
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
 def test_grid_and_timesteps_equal_the_release_exactly(solver):
-    # The same sweep was run once against the release's own scheduler classes: no difference in 52,200 grids.
+    # A wider sweep against the release's own classes, run once (shifts 0.01 to 100), found no difference.
     for shift in [0.3, 1.0, 1.7, 3.0, 5.0, 7.0, 8.0, 12.3, 16.0, 25.0, 100.0]:
         for steps in range(1, 101):
             sigmas = flow_sigmas(steps, shift, solver)
