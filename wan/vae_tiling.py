@@ -35,8 +35,8 @@ def plan_tiles(h, w, tile_y, tile_x, overlap, scale):
 
 def _cut(size, tile, overlap, scale):
     """Spans of one axis and their weights, each [span * scale]."""
+    starts = [*range(0, size - tile, tile - overlap), size - tile] if tile < size else [0]
     tile = min(tile, size)
-    starts = [*range(0, size - tile, tile - overlap), size - tile]
     spans = [slice(start, start + tile) for start in starts]
     ramp = torch.arange(tile * scale, dtype=torch.float64).add(0.5) / max(1, overlap * scale)
     weights, total = [], torch.zeros(size * scale, dtype=torch.float64)

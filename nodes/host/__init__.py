@@ -1,0 +1,29 @@
+"""The only package that touches ComfyUI's internals, as read in ComfyUI 0.30.0.
+
+It puts our model, VAE and text encoder into the host's standard MODEL, VAE and CLIP, and lends our
+sampler the host's life cycle: device memory, model patches, progress, preview and cancel.
+"""
+
+from .conditioning import describe_conditioning, trim_clip_vision
+from .model import DTYPES, config_of, ignored_patches, is_ours, load_model
+from .progress import StepProgress, memory_watch
+from .sampling import run_sampling
+from .text_encoder import load_text_encoder
+from .vae import latent_device, load_vae, vae_shape
+
+__all__ = [
+    "DTYPES",
+    "StepProgress",
+    "config_of",
+    "describe_conditioning",
+    "ignored_patches",
+    "is_ours",
+    "latent_device",
+    "load_model",
+    "load_text_encoder",
+    "load_vae",
+    "memory_watch",
+    "run_sampling",
+    "trim_clip_vision",
+    "vae_shape",
+]

@@ -1,0 +1,47 @@
+"""What a CONDITIONING carries."""
+
+import node_helpers
+import torch
+
+from ...wan.config import CLIP_TOKENS
+from ...wan.preflight import Conditioning
+
+# Keys by which other nodes ask for what our sampler does not do.
+UNSUPPORTED = ("area", "mask", "control", "gligen", "hooks", "start_percent", "end_percent")
+
+
+def describe_conditioning(name, conditioning):
+    """Shapes of a CONDITIONING, for the preflight."""
+    text, options = conditioning[0] if conditioning else (None, {})
+    shape = {k: tuple(v.shape) for k, v in options.items() if torch.is_tensor(v)}
+    clip = options.get("clip_vision_output")
+    return Conditioning(
+        name=name,
+        entries=len(conditioning),
+        text=None if text is None else tuple(text.shape),
+        image_latent=shape.get("concat_latent_image"),
+        mask=shape.get("concat_mask"),
+        clip=None if clip is None else tuple(clip.penultimate_hidden_states.shape),
+        unsupported=tuple(key for key in UNSUPPORTED if key in options),
+    )
+
+
+def trim_clip_vision(conditioning, config):
+    """A plain i2v model reads the start image alone: cut the end image's CLIP features off.
+
+    Returns:
+        (conditioning, note or None)
+    """
+    clip = describe_conditioning("", conditioning).clip
+    if clip is None or config.image_tokens or clip[-2] != 2 * CLIP_TOKENS:
+        return conditioning, None
+    if config.image_dim is None:
+        return conditioning, None
+    whole = conditioning[0][1]["clip_vision_output"]
+    start = type(whole)()
+    start.penultimate_hidden_states = whole.penultimate_hidden_states[:, :CLIP_TOKENS]
+    trimmed = node_helpers.conditioning_set_values(conditioning, {"clip_vision_output": start})
+    return (
+        trimmed,
+        "the model reads CLIP features of the start image only; those of the end image are left out",
+    )

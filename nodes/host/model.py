@@ -1,0 +1,205 @@
+"""Our DiT inside a standard MODEL."""
+
+from pathlib import Path
+
+import comfy.ldm.common_dit
+import comfy.model_base
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.ldm.modules import attention as host_attention
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+
+from ...wan import checkpoint
+from ...wan.attention import sdpa
+from ...wan.config import detect_config
+from ...wan.dit import WanModel
+from .progress import check_cancelled
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def attention_of(transformer_options):
+    """The attention the user chose for the host, as an `AttentionFn`.
+
+    An override by another pack and the host's start options are honoured; where the host would take its
+    sub-quadratic default, plain SDPA is as exact and several times faster.
+    """
+    chosen = host_attention.optimized_attention
+    if "optimized_attention_override" not in transformer_options and chosen in (
+        host_attention.attention_sub_quad,
+        host_attention.attention_pytorch,
+    ):
+        return sdpa
+
+    def attention(q, k, v):
+        heads = q.shape[2]
+        q, k, v = q.flatten(2), k.flatten(2), v.flatten(2)
+        return chosen(q, k, v, heads, transformer_options=transformer_options).unflatten(-1, (heads, -1))
+
+    return attention
+
+
+def runner_of(transformer_options):
+    """The joint walk over the blocks that stops on cancel and honours the host's block replacements."""
+    replace = transformer_options.get("patches_replace", {}).get("dit", {})
+
+    def run(num_blocks, passes, call):
+        transformer_options["total_blocks"] = num_blocks
+        transformer_options["block_type"] = "double"
+        for i in range(num_blocks):
+            transformer_options["block_index"] = i
+            for p in passes:
+                check_cancelled()
+                patch = replace.get(("double_block", i))
+                p.x = call(i, p) if patch is None else _replaced(patch, i, p, call, transformer_options)
+
+    return run
+
+
+def _replaced(patch, i, p, call, transformer_options):
+    def original_block(args):
+        p.x = args["img"]
+        return {"img": call(i, p)}
+
+    args = {"img": p.x, "txt": p.text, "vec": p.modulation, "pe": None}
+    return patch(args | {"transformer_options": transformer_options}, {"original_block": original_block})[
+        "img"
+    ]
+
+
+class HostWanModel(WanModel):
+    """Our DiT behind the call that the host's samplers make."""
+
+    def __init__(self, config, operations, device=None, dtype=None):
+        super().__init__(config, operations, device, dtype)
+        self.dtype = dtype
+
+    def forward(
+        self, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options=None, **kwargs
+    ):
+        options = {} if transformer_options is None else transformer_options
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+        executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+
+    def _forward(self, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
+        foreign = kwargs | {"time_dim_concat": time_dim_concat}
+        for name in ("time_dim_concat", "reference_latent", "context_latents"):
+            if foreign.get(name) is not None:
+                raise ValueError(
+                    f"Wan21ModelLoader: the conditioning carries {name} of another Wan family. "
+                    "Load the model with the host's Load Diffusion Model"
+                )
+        height, width = x.shape[-2:]
+        x = comfy.ldm.common_dit.pad_to_patch_size(x, (1, 2, 2))
+        chunks = transformer_options.get("cond_or_uncond") or [0]
+        v = super().forward(
+            x,
+            timestep,
+            context,
+            clip_fea,
+            pass_names=[("cond", "uncond")[c] for c in chunks],
+            attention=attention_of(transformer_options),
+            runner=runner_of(transformer_options),
+        )
+        return v[..., :height, :width]
+
+
+class Wan21(comfy.model_base.WAN21):
+    """The host's Wan2.1 base model around our DiT, with the velocity that our sampler asks for."""
+
+    def __init__(self, model_config, config, device=None):
+        def build(operations, device, dtype=None, **_):
+            return HostWanModel(config, operations, device, dtype)
+
+        super(comfy.model_base.WAN21, self).__init__(
+            model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=build
+        )
+        self.image_to_video = config.takes_image
+
+    def velocity(self, x, timestep, transformer_options, **conds):
+        """`apply_model` without its change to denoised space; wrappers such as torch.compile apply."""
+        wrappers = get_all_wrappers(WrappersMP.APPLY_MODEL, transformer_options)
+        executor = WrapperExecutor.new_class_executor(self._velocity, self, wrappers)
+        concat, text = conds.pop("c_concat", None), conds.pop("c_crossattn", None)
+        return executor.execute(x, timestep, concat, text, None, transformer_options, **conds)
+
+    def _velocity(self, x, timestep, c_concat, c_crossattn, control, transformer_options, **conds):
+        dtype = self.get_dtype_inference()
+        if c_concat is not None:
+            x = torch.cat([x, c_concat.to(x)], dim=1)
+        conds = {k: v.to(x.device, dtype) if torch.is_tensor(v) else v for k, v in conds.items()}
+        context = c_crossattn.to(x.device, dtype)
+        return self.diffusion_model(
+            x, timestep, context, transformer_options=transformer_options, **conds
+        ).float()
+
+
+def is_ours(model):
+    return isinstance(model.model, Wan21)
+
+
+def config_of(model):
+    return model.model.diffusion_model.config
+
+
+def load_model(path, weight_dtype="default", disable_dynamic=False):
+    """Read a Wan2.1 checkpoint of any published layout into a standard MODEL."""
+    state_dict, metadata = checkpoint.read_checkpoint(path)
+    state_dict = checkpoint.to_wan_dit_keys(state_dict)
+    config = detect_config(state_dict, metadata)
+    state_dict, metadata = comfy.utils.convert_old_quants(state_dict, "", metadata=metadata)
+    model_config = comfy.model_detection.model_config_from_unet(state_dict, "", metadata=metadata)
+    load_device = comfy.model_management.get_torch_device()
+    _choose_dtype(model_config, state_dict, load_device, DTYPES.get(weight_dtype))
+
+    model = Wan21(model_config, config)
+    expected = {k: tuple(v.shape) for k, v in model.diffusion_model.state_dict().items()}
+    checkpoint.check_keys(expected, state_dict, Path(path).name)
+    patcher_class = (
+        comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    )
+    offload_device = comfy.model_management.unet_offload_device()
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    if not comfy.model_management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    model.load_model_weights(state_dict, "", assign=patcher.is_dynamic())
+    # The host builds further patchers of this model (hooks, several GPUs) from this recipe.
+    patcher.cached_patcher_init = (load_model, (path, weight_dtype))
+    return patcher
+
+
+def _choose_dtype(model_config, state_dict, load_device, dtype):
+    """Storage and compute dtype by the host's rules; layers that cast at each call."""
+    management = comfy.model_management
+    supported = list(model_config.supported_inference_dtypes)
+    if model_config.quant_config is not None:
+        cast = management.unet_manual_cast(None, load_device, supported)
+        model_config.set_inference_dtype(dtype or supported[0], cast, device=load_device)
+        return
+    if dtype is None:
+        dtype = management.unet_dtype(
+            model_params=comfy.utils.calculate_parameters(state_dict),
+            supported_dtypes=supported,
+            weight_dtype=comfy.utils.weight_dtype(state_dict),
+        )
+    cast = management.unet_manual_cast(dtype, load_device, supported)
+    model_config.set_inference_dtype(dtype, cast, device=load_device)
+    # The time embedding and the modulation are float32 whatever the weights are, so layers must cast.
+    model_config.custom_operations = comfy.ops.manual_cast
+
+
+def ignored_patches(model):
+    """What other nodes put on the MODEL that our sampler's own steps do not pass through."""
+    names = [
+        key
+        for key in ("sampler_cfg_function", "sampler_post_cfg_function", "sampler_pre_cfg_function")
+        if model.model_options.get(key)
+    ]
+    if "model_sampling" in model.object_patches:
+        names.append("ModelSampling (its shift)")
+    return names

@@ -1,0 +1,68 @@
+"""Progress, preview, cancel and memory of the node that runs."""
+
+from contextlib import contextmanager
+
+import comfy.model_management
+import comfy.utils
+import latent_preview
+import psutil
+import torch
+from PIL import Image
+
+PREVIEW_FRAMES = 5
+
+
+def check_cancelled():
+    """Raise the host's interrupt when the user has cancelled the job."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+class Progress:
+    """`progress(done, total)` for the node that runs: moves its bar and stops on cancel."""
+
+    def __init__(self):
+        self.bar = comfy.utils.ProgressBar(1)
+
+    def __call__(self, done, total):
+        self.bar.update_absolute(done, total)
+        check_cancelled()
+
+
+class StepProgress:
+    """`on_step(i, x0)`: moves the node's bar and sends a strip of frames of the current estimate."""
+
+    def __init__(self, model, steps):
+        self.steps = steps
+        self.bar = comfy.utils.ProgressBar(steps)
+        self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def __call__(self, i, x0):
+        preview = None
+        if self.previewer is not None:
+            preview = ("JPEG", self.strip(x0), latent_preview.MAX_PREVIEW_RESOLUTION)
+        self.bar.update_absolute(i + 1, self.steps, preview)
+        check_cancelled()
+
+    def strip(self, x0):
+        count = min(PREVIEW_FRAMES, x0.shape[2])
+        at = torch.linspace(0, x0.shape[2] - 1, count).round().int().tolist()
+        frames = [self.previewer.decode_latent_to_preview(x0[:1, :, t : t + 1]) for t in at]
+        strip = Image.new("RGB", (sum(f.width for f in frames), frames[0].height))
+        left = 0
+        for frame in frames:
+            strip.paste(frame, (left, 0))
+            left += frame.width
+        return strip
+
+
+@contextmanager
+def memory_watch(device):
+    """Yields a list that, after the block, holds one sentence on the memory it took."""
+    said = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield said
+    if device.type == "cuda":
+        said.append(f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}")
+    else:
+        said.append(f"{psutil.Process().memory_info().rss / 2**30:.2f} GiB held by the process ({device})")

@@ -1,0 +1,49 @@
+"""umT5 of any size inside a standard CLIP."""
+
+from pathlib import Path
+
+import comfy.sd
+import comfy.supported_models_base
+import comfy.text_encoders.sd3_clip
+import comfy.text_encoders.wan
+import comfy.utils
+import folder_paths
+import torch
+
+from ...wan import checkpoint
+
+
+def load_text_encoder(path, device="default"):
+    """Read a umT5 encoder of any size and published layout into a standard CLIP."""
+    state_dict = checkpoint.to_umt5_keys(checkpoint.read_checkpoint(path).state_dict)
+    config = checkpoint.umt5_config(state_dict)
+    tokenizer = state_dict.pop("spiece_model", None)
+    if tokenizer is None:
+        tokenizer = _tokenizer_beside(Path(path))
+    options = {"umt5xxl_model_config": config}
+    if device == "cpu":
+        options["load_device"] = options["offload_device"] = torch.device("cpu")
+    detected = comfy.text_encoders.sd3_clip.t5_xxl_detect(state_dict)
+    return comfy.sd.CLIP(
+        comfy.supported_models_base.ClipTarget(
+            comfy.text_encoders.wan.WanT5Tokenizer, comfy.text_encoders.wan.te(**detected)
+        ),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        tokenizer_data={"spiece_model": tokenizer},
+        parameters=comfy.utils.calculate_parameters(state_dict),
+        state_dict=[state_dict],
+        model_options=options,
+    )
+
+
+def _tokenizer_beside(path):
+    """Bytes of the SentencePiece model beside a checkpoint that does not carry it."""
+    for name in ("spiece.model", "google/umt5-xxl/spiece.model", "../tokenizer/spiece.model"):
+        file = path.parent / name
+        if file.is_file():
+            return file.read_bytes()
+    raise ValueError(
+        f"{path.name} holds no tokenizer, and there is no spiece.model beside it. Put spiece.model "
+        "(google/umt5-xxl on Hugging Face) into the same folder, or use ComfyUI's umt5_xxl file, which "
+        "carries it"
+    )

@@ -1,0 +1,136 @@
+"""Our MODEL in the host's own sampler and patch system, against the native model on the same file."""
+
+import comfy.sample
+import comfy.sd
+import pytest
+import torch
+from helpers_nodes import clip_vision, relative
+from safetensors.torch import load_file, save_file
+from wan21.nodes import host
+
+
+def native(path):
+    return comfy.sd.load_diffusion_model(str(path))
+
+
+def ksample(model, positive, negative, latent, cfg=3.0):
+    samples = latent["samples"]
+    noise = comfy.sample.prepare_noise(samples, 5)
+    return comfy.sample.sample(
+        model, noise, 3, cfg, "euler", "simple", positive, negative, samples, seed=5, disable_pbar=True
+    )
+
+
+@pytest.mark.parametrize("clip_tokens", [0, 257, 514])
+def test_ksampler_gives_what_the_native_model_gives(files, models, image_to_video, clip_tokens):
+    kind = "flf2v" if clip_tokens == 514 else "i2v"
+    extra = {"clip_vision_start": clip_vision(clip_tokens)} if clip_tokens else {}
+    positive, negative, latent = image_to_video(**extra)
+    ours = ksample(models[kind], positive, negative, latent)
+    # Without features the native model feeds the text to the image branch: silence that one to compare.
+    path = files[kind] if clip_tokens else _without_image_branch(files["i2v"])
+    assert relative(ours, ksample(native(path), positive, negative, latent)) < 1e-5
+
+
+def _without_image_branch(path):
+    silent = path.with_name("silent-" + path.name)
+    state = load_file(path)
+    for key in state:
+        if ".v_img." in key:
+            state[key] = torch.zeros_like(state[key])
+    save_file(state, silent, metadata={"config": '{"transformer": {"text_dim": 128}}'})
+    return silent
+
+
+def test_ksampler_text_to_video(files, models, prompts):
+    latent = {"samples": torch.zeros(2, 16, 3, 8, 6)}
+    ours = ksample(models["t2v"], *prompts, latent)
+    assert relative(ours, ksample(native(files["t2v"]), *prompts, latent)) < 1e-5
+
+
+def test_ksampler_pads_odd_latents_like_the_native_model(files, models, prompts):
+    latent = {"samples": torch.zeros(1, 16, 2, 7, 5)}
+    ours = ksample(models["t2v"], *prompts, latent)
+    assert relative(ours, ksample(native(files["t2v"]), *prompts, latent)) < 1e-5
+
+
+def test_model_sampling_sd3_applies(files, models, prompts):
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+    shifted = [ModelSamplingSD3().patch(m, 2.0)[0] for m in (models["t2v"], native(files["t2v"]))]
+    ours, theirs = (ksample(m, *prompts, latent) for m in shifted)
+    assert relative(ours, theirs) < 1e-5
+    assert relative(ours, ksample(models["t2v"], *prompts, latent)) > 1e-3
+
+
+def test_host_lora_applies_and_strength_zero_is_absent(files, models, prompts, tmp_path):
+    g = torch.Generator().manual_seed(1)
+    lora = {}
+    for name in ("self_attn.q", "ffn.0"):
+        out = 512 if name == "ffn.0" else 256
+        lora[f"diffusion_model.blocks.1.{name}.lora_A.weight"] = torch.randn(4, 256, generator=g) / 16
+        lora[f"diffusion_model.blocks.1.{name}.lora_B.weight"] = torch.randn(out, 4, generator=g)
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+    plain = ksample(models["t2v"], *prompts, latent)
+    ours, theirs = (
+        ksample(comfy.sd.load_lora_for_models(m, None, lora, 1.0, 0)[0], *prompts, latent)
+        for m in (models["t2v"], native(files["t2v"]))
+    )
+    assert relative(ours, theirs) < 1e-5
+    assert relative(ours, plain) > 1e-3
+    none = comfy.sd.load_lora_for_models(models["t2v"], None, lora, 0.0, 0)[0]
+    assert torch.equal(ksample(none, *prompts, latent), plain)
+    assert torch.equal(ksample(models["t2v"], *prompts, latent), plain)
+
+
+def test_native_skip_layer_node_replaces_our_blocks(models, prompts):
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+    plain = ksample(models["t2v"], *prompts, latent)
+    patched = models["t2v"].clone()
+    patched.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", 0)
+    skipped = ksample(patched, *prompts, latent)
+    through = models["t2v"].clone()
+    through.set_model_patch_replace(
+        lambda args, extra: extra["original_block"](args), "dit", "double_block", 0
+    )
+    assert relative(skipped, plain) > 1e-3
+    assert torch.equal(ksample(through, *prompts, latent), plain)
+
+
+@pytest.mark.parametrize("weight_dtype, tolerance", [("fp32", 0), ("bf16", 0.1), ("fp16", 0.02)])
+def test_weight_dtype(files, models, prompts, weight_dtype, tolerance):
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+    model = host.load_model(files["t2v"], weight_dtype)
+    assert model.model.diffusion_model.blocks[0].ffn[0].weight.dtype == host.DTYPES[weight_dtype]
+    error = relative(ksample(model, *prompts, latent), ksample(models["t2v"], *prompts, latent))
+    assert error <= tolerance
+    assert error > 0 or weight_dtype == "fp32"
+
+
+def test_the_recipe_the_host_keeps_builds_the_same_model(models, prompts):
+    build, args = models["t2v"].cached_patcher_init
+    again = build(*args, disable_dynamic=True)
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+    assert torch.equal(ksample(again, *prompts, latent), ksample(models["t2v"], *prompts, latent))
+
+
+def test_text_encoder_equals_hugging_face(files, prompts):
+    import sentencepiece
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    state = load_file(files["umt5"])
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=state.pop("spiece_model").numpy().tobytes())
+    config = UMT5Config(
+        d_model=128, d_ff=256, d_kv=64, num_heads=4, num_layers=2, vocab_size=state["shared.weight"].shape[0],
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    peer = UMT5EncoderModel(config).eval()
+    missing, unexpected = peer.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"encoder.embed_tokens.weight"}
+    tokens = [*tokenizer.encode("a cat walks through the grass"), 1]
+    expected = peer(torch.tensor([tokens])).last_hidden_state
+    ours = prompts[0][0][0]
+    assert ours.shape == (1, 512, 128)
+    assert relative(ours[:, : len(tokens)], expected) < 1e-5
+    assert not ours[:, len(tokens) :].any()

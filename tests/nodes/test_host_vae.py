@@ -1,0 +1,65 @@
+"""Our VAE inside the host's standard VAE, against the native one on the same file."""
+
+import comfy.sd
+import pytest
+import torch
+from helpers_nodes import relative
+from safetensors.torch import load_file
+from wan21.nodes import host
+
+
+@pytest.fixture(scope="module")
+def native_vae(files):
+    return comfy.sd.VAE(sd=load_file(files["vae"]))
+
+
+@pytest.fixture
+def clip(picture):
+    return torch.cat([picture.roll(shift, 2) for shift in range(0, 27, 3)])  # 9 frames
+
+
+def test_encode_and_decode_equal_the_native_vae(vae, native_vae, clip):
+    latent = vae.encode(clip)
+    assert latent.shape == (1, 16, 3, 8, 12)
+    assert relative(latent, native_vae.encode(clip)) < 1e-5
+    video = vae.decode(latent)
+    assert video.shape == (1, 9, 64, 96, 3)
+    assert relative(video, native_vae.decode(latent)) < 1e-5
+
+
+def test_tiled_calls_of_the_host_reach_our_tiling(vae, clip):
+    whole = vae.encode(clip)
+    assert relative(vae.encode_tiled(clip, tile_x=256, tile_y=256, overlap=64), whole) < 1e-6
+    video = vae.decode(whole)
+    assert relative(vae.decode_tiled(whole, tile_x=32, tile_y=32, overlap=8), video) < 1e-6
+    tiled = vae.decode_tiled(whole, tile_x=8, tile_y=8, overlap=4)
+    assert tiled.shape == video.shape and not torch.equal(tiled, video)
+
+
+def test_native_image_to_video_works_with_our_vae(vae, native_vae, prompts, picture):
+    from comfy_extras.nodes_wan import WanImageToVideo
+
+    both = [
+        WanImageToVideo.execute(*prompts, v, 96, 64, 9, 1, start_image=picture).result
+        for v in (vae, native_vae)
+    ]
+    ours, theirs = (result[0][0][1]["concat_latent_image"] for result in both)
+    assert relative(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_precision(files, vae, clip, precision):
+    other = host.load_vae(files["vae"], precision)
+    assert other.first_stage_model.conv2.weight.dtype == host.DTYPES[precision]
+    error = relative(other.decode(vae.encode(clip)), vae.decode(vae.encode(clip)))
+    assert error == 0 if precision == "fp32" else 0 < error < 0.05
+
+
+def test_decode_stops_on_cancel(vae, clip):
+    import comfy.model_management as management
+
+    latent = vae.encode(clip)
+    management.interrupt_current_processing(True)
+    with pytest.raises(management.InterruptProcessingException):
+        vae.decode(latent)
+    assert torch.equal(vae.decode(latent), vae.decode(latent))
