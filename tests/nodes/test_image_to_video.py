@@ -1,0 +1,131 @@
+"""Wan21ImageToVideo against the native nodes and the release's formulas."""
+
+import pytest
+import torch
+from helpers_nodes import clip_vision, relative
+from wan21.nodes.image_to_video import Wan21ImageToVideo
+from wan21.wan.conditioning import END_LATENT_ALONE, fit_image
+
+
+def model_input(model, conditioning, latent):
+    """What the DiT is given beside the noise: mask and normalised image latent, [1, 20, T, h, w]."""
+    noise = torch.zeros_like(latent["samples"])
+    return model.model.concat_cond(noise=noise, device=noise.device, **conditioning[0][1])
+
+
+def test_equals_the_native_node(models, prompts, vae, picture, image_to_video):
+    from comfy_extras.nodes_wan import WanImageToVideo
+
+    ours = image_to_video()
+    theirs = WanImageToVideo.execute(*prompts, vae, 96, 64, 9, 1, start_image=picture).result
+    for i in (0, 1):
+        assert torch.equal(
+            model_input(models["i2v"], ours[i], ours[2]), model_input(models["i2v"], theirs[i], theirs[2])
+        )
+    assert torch.equal(ours[2]["samples"], theirs[2]["samples"])
+
+
+def test_end_image_as_last_frame_equals_the_native_node(models, prompts, vae, picture, image_to_video):
+    from comfy_extras.nodes_wan import WanFirstLastFrameToVideo
+
+    end = picture.flip(2)
+    ours = image_to_video(
+        end_image=end, clip_vision_start=clip_vision(seed=1), clip_vision_end=clip_vision(seed=2)
+    )
+    theirs = WanFirstLastFrameToVideo.execute(
+        *prompts, vae, 96, 64, 9, 1, start_image=picture, end_image=end,
+        clip_vision_start_image=clip_vision(seed=1), clip_vision_end_image=clip_vision(seed=2),
+    ).result  # fmt: skip
+    assert torch.equal(
+        model_input(models["flf2v"], ours[0], ours[2]), model_input(models["flf2v"], theirs[0], theirs[2])
+    )
+    features = [r[0][0][1]["clip_vision_output"].penultimate_hidden_states for r in (ours, theirs)]
+    assert features[0].shape[1] == 514 and torch.equal(*features)
+
+
+def test_added_end_frame_is_a_latent_of_its_own(models, vae, picture, image_to_video):
+    end = picture.flip(2)
+    positive, _, latent = image_to_video(end_image=end, add_frames_for_end_image=True)
+    plain, _, shorter = image_to_video()
+    assert latent[END_LATENT_ALONE] and END_LATENT_ALONE not in shorter
+    assert latent["samples"].shape[2] == shorter["samples"].shape[2] + 1
+    given = model_input(models["i2v"], positive, latent)
+    assert torch.equal(given[:, :, :-1], model_input(models["i2v"], plain, shorter))
+    assert given[:, :4, -1].eq(1).all()
+    alone = models["i2v"].model.process_latent_in(vae.encode(end))
+    assert relative(given[:, 4:, -1:], alone) < 1e-6
+
+
+def test_released_lengths(image_to_video, picture):
+    """81 frames are 21 latents, and 22 with an added end frame (Wan2GP's 82 pixel frames)."""
+    _, _, latent = image_to_video(num_frames=81, width=16, height=16)
+    assert latent["samples"].shape == (1, 16, 21, 2, 2)
+    _, _, latent = image_to_video(
+        num_frames=81, width=16, height=16, end_image=picture, add_frames_for_end_image=True
+    )
+    assert latent["samples"].shape == (1, 16, 22, 2, 2)
+
+
+def test_keep_aspect_chooses_the_size(image_to_video, picture):
+    _, _, latent = image_to_video(start_image=picture, width=80, height=80, resize_mode="keep_aspect")
+    assert latent["samples"].shape[-2:] == (8, 12)  # 96x64: 3:2 in an area of 80x80
+
+
+def test_tile_size_reaches_the_vae(vae, picture, image_to_video):
+    size = {"width": 256, "height": 128, "num_frames": 1}
+    latent = {
+        t: image_to_video(**size, tile_size=t)[0][0][1]["concat_latent_image"] for t in ("0", "128", "256")
+    }
+    frame = fit_image(picture, 256, 128, "crop")
+    assert torch.equal(latent["0"], vae.encode(frame))
+    assert relative(latent["256"], latent["0"]) < 1e-6  # one tile
+    assert torch.equal(latent["128"], vae.encode_tiled(frame, tile_x=128, tile_y=128, overlap=32))
+    assert not torch.equal(latent["128"], latent["0"])
+
+
+def test_prompts_are_not_changed(prompts, image_to_video):
+    image_to_video(clip_vision_start=clip_vision())
+    assert "concat_latent_image" not in prompts[0][0][1]
+
+
+def test_alpha_channel_is_left_out(picture, image_to_video):
+    rgba = torch.cat([picture, picture[..., :1]], dim=-1)
+    with_alpha, without = image_to_video(start_image=rgba), image_to_video()
+    assert torch.equal(*(r[0][0][1]["concat_latent_image"] for r in (with_alpha, without)))
+
+
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        ({"num_frames": 80}, r"num_frames is 80; Wan2.1 makes 4n\+1 frames. Set 77 or 81"),
+        ({"width": 100}, "width is 100; sides are multiples of 16 pixels. Set 96 or 112"),
+        ({"height": 8}, "height is 8"),
+        ({"start_image": torch.zeros(2, 64, 64, 3)}, "start_image holds 2 images; it must be one"),
+        ({"start_image": torch.zeros(0, 64, 64, 3)}, r"start_image has the shape \[0, 64, 64, 3\]"),
+        ({"start_image": torch.full((1, 64, 64, 3), float("nan"))}, "start_image holds NaN"),
+        ({"end_image": torch.zeros(1, 64, 64, 1)}, "end_image has 1 channel"),
+        ({"num_frames": 1, "end_image": torch.zeros(1, 64, 64, 3)}, "it must be at least 5"),
+        ({"clip_vision_end": clip_vision()}, "clip_vision_start is not"),
+    ],
+)
+def test_bad_input_is_named(image_to_video, inputs, message):
+    with pytest.raises(ValueError, match="^Wan21ImageToVideo: .*" + message):
+        image_to_video(**inputs)
+
+
+def test_wrong_vae_is_named(image_to_video):
+    class OtherVAE:
+        latent_channels, latent_dim = 4, 2
+
+        def spacial_compression_encode(self):
+            return 8
+
+    with pytest.raises(ValueError, match=r"the VAE has 4 channels \(Stable Diffusion's\)"):
+        image_to_video(vae=OtherVAE())
+
+
+def test_sizes_are_refused_when_queued():
+    assert "Set 77 or 81" in Wan21ImageToVideo.validate_inputs(832, 480, 80)
+    assert "multiples of 16" in Wan21ImageToVideo.validate_inputs(830, 480, 81)
+    assert "the most is" in Wan21ImageToVideo.validate_inputs(100000, 480, 81)
+    assert Wan21ImageToVideo.validate_inputs(832, None, None) is True
