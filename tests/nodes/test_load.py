@@ -1,0 +1,170 @@
+"""Loader nodes: the layouts people have, and errors that name node and file."""
+
+import json
+import shutil
+
+import folder_paths
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from wan21.nodes import host
+from wan21.nodes.load import Wan21ModelLoader, Wan21TextEncoderLoader, Wan21VAELoader, file_names
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Empty model folders, known to the host. Returns kind -> path."""
+    kept = {k: (list(v[0]), set(v[1])) for k, v in folder_paths.folder_names_and_paths.items()}
+    paths = {}
+    for kind in ("diffusion_models", "vae", "text_encoders"):
+        paths[kind] = tmp_path / kind
+        paths[kind].mkdir()
+        folder_paths.add_model_folder_path(kind, str(paths[kind]), is_default=True)
+    folder_paths.filename_list_cache.clear()
+    yield paths
+    folder_paths.folder_names_and_paths.clear()
+    folder_paths.folder_names_and_paths.update(kept)
+    folder_paths.filename_list_cache.clear()
+
+
+def same_weights(a, b):
+    states = [m.model.diffusion_model.state_dict() for m in (a, b)]
+    assert states[0].keys() == states[1].keys()
+    return all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+METADATA = {"config": json.dumps({"transformer": {"text_dim": 128}})}
+
+
+def test_prefixed_checkpoint(files, folders, models):
+    state = {f"model.diffusion_model.{k}": v for k, v in load_file(files["i2v"]).items()}
+    save_file(state, folders["diffusion_models"] / "prefixed.safetensors")
+    assert same_weights(Wan21ModelLoader.execute("prefixed.safetensors", "default").result[0], models["i2v"])
+
+
+@pytest.mark.parametrize("pick", [1, 2])
+def test_sharded_checkpoint(files, folders, models, pick):
+    state = list(load_file(files["t2v"]).items())
+    folder = folders["diffusion_models"] / "Wan2.1-T2V"
+    folder.mkdir()
+    index = {}
+    for i, part in enumerate((state[:20], state[20:]), 1):
+        name = f"diffusion_pytorch_model-{i:05d}-of-00002.safetensors"
+        save_file(dict(part), folder / name)
+        index |= {key: name for key, _ in part}
+    path = folder / "diffusion_pytorch_model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    listed = [n for n in file_names("diffusion_models") if "diffusion_pytorch" in n]
+    assert [n.replace("\\", "/") for n in listed] == [
+        "Wan2.1-T2V/diffusion_pytorch_model-00001-of-00002.safetensors"
+    ]
+    name = f"Wan2.1-T2V/diffusion_pytorch_model-{pick:05d}-of-00002.safetensors"
+    assert same_weights(Wan21ModelLoader.execute(name, "default").result[0], models["t2v"])
+
+
+def test_diffusers_layout(folders, prompts, sample):
+    peer = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=128, text_dim=128, ffn_dim=512, num_layers=2
+    )
+    save_file(peer.state_dict(), folders["diffusion_models"] / "diffusers.safetensors")
+    model = Wan21ModelLoader.execute("diffusers.safetensors", "fp32").result[0]
+    x, text = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 512, 128)
+    t = torch.tensor([500.0])
+    expected = peer.eval()(x, t, text, return_dict=False)[0]
+    ours = model.model.diffusion_model(x, t, text)
+    assert ((ours - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def test_diffusers_vae_layout(folders):
+    peer = AutoencoderKLWan(base_dim=16).eval()
+    save_file(peer.state_dict(), folders["vae"] / "diffusers.safetensors")
+    vae = Wan21VAELoader.execute("diffusers.safetensors", "fp32").result[0]
+    z = torch.randn(1, 16, 2, 2, 3)
+    expected = (peer.decode(z).sample.movedim(1, -1) + 1).div(2).clamp(0, 1)
+    assert torch.allclose(vae.decode(z), expected, atol=1e-4)
+
+
+def test_text_encoder_with_the_tokenizer_beside_it(files, folders, prompts):
+    state = load_file(files["umt5"])
+    (folders["text_encoders"] / "spiece.model").write_bytes(state.pop("spiece_model").numpy().tobytes())
+    save_file(state, folders["text_encoders"] / "umt5.safetensors")
+    clip = Wan21TextEncoderLoader.execute("umt5.safetensors", "cpu").result[0]
+    cond = clip.encode_from_tokens_scheduled(clip.tokenize("a cat walks through the grass"))
+    assert torch.equal(cond[0][0], prompts[0][0][0])
+
+
+def test_text_encoder_without_tokenizer_is_named(files, folders):
+    state = load_file(files["umt5"])
+    state.pop("spiece_model")
+    save_file(state, folders["text_encoders"] / "umt5.safetensors")
+    with pytest.raises(ValueError, match=r"^Wan21TextEncoderLoader: umt5.safetensors: .*spiece\.model"):
+        Wan21TextEncoderLoader.execute("umt5.safetensors", "default")
+
+
+def broken(path, how, files):
+    if how == "truncated":
+        path.write_bytes(files["t2v"].read_bytes()[:-1000])
+    elif how == "html":
+        path.write_text("<!DOCTYPE html><html>Sign in</html>")
+    elif how == "missing keys":
+        state = load_file(files["t2v"])
+        del state["blocks.1.ffn.0.bias"]
+        save_file(state, path, metadata=METADATA)
+    elif how == "wrong shape":
+        state = load_file(files["t2v"])
+        state["blocks.1.ffn.0.bias"] = torch.zeros(3)
+        save_file(state, path, metadata=METADATA)
+    else:
+        shutil.copy(files[how], path)
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("truncated", "(?i:truncated|incomplete|download)"),
+        ("html", "(?i:web page)"),
+        ("missing keys", r"1 missing: blocks\.1\.ffn\.0\.bias"),
+        ("wrong shape", r"1 of the wrong shape: blocks\.1\.ffn\.0\.bias \(3,\) instead of \(512,\)"),
+        ("vae", "(?i:vae)"),
+        ("umt5", "(?i:text encoder)"),
+    ],
+)
+def test_a_bad_model_file_is_named(files, folders, how, message):
+    broken(folders["diffusion_models"] / "bad.safetensors", how, files)
+    with pytest.raises(ValueError, match=r"^Wan21ModelLoader: bad\.safetensors: .*" + message):
+        Wan21ModelLoader.execute("bad.safetensors", "default")
+
+
+@pytest.mark.parametrize(
+    "node, folder, how, message",
+    [
+        (Wan21VAELoader, "vae", "i2v", "(?i:diffusion model)"),
+        (Wan21VAELoader, "vae", "truncated", "(?i:truncated|incomplete|download)"),
+        (Wan21TextEncoderLoader, "text_encoders", "vae", "(?i:vae)"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(files, folders, node, folder, how, message):
+    broken(folders[folder] / "bad.safetensors", how, files)
+    with pytest.raises(ValueError, match=rf"^{node.__name__}: bad\.safetensors: .*" + message):
+        node.execute("bad.safetensors", "auto" if folder == "vae" else "default")
+
+
+def test_a_wan22_vae_is_named(folders):
+    state = {
+        "decoder.upsamples.0.upsamples.0.residual.2.weight": torch.zeros(1),
+        "decoder.middle.0.residual.0.gamma": torch.zeros(1),
+    }
+    save_file(state, folders["vae"] / "wan22.safetensors")
+    with pytest.raises(ValueError, match=r"Wan2\.2"):
+        Wan21VAELoader.execute("wan22.safetensors", "auto")
+
+
+def test_nothing_is_left_of_a_failed_load(files, folders, models, prompts, sample):
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+    before = sample(models["t2v"], *prompts, latent)[0]["samples"]
+    broken(folders["diffusion_models"] / "bad.safetensors", "missing keys", files)
+    with pytest.raises(ValueError):
+        Wan21ModelLoader.execute("bad.safetensors", "default")
+    assert torch.equal(sample(models["t2v"], *prompts, latent)[0]["samples"], before)
+    assert host.is_ours(models["t2v"])
