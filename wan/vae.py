@@ -19,12 +19,9 @@ from torch import nn
 from .vae_layers import Decoder, Encoder, Past, causal_conv
 from .vae_tiling import plan_tiles
 
-# Frames x height x width to work on at once at full size: enough to keep the kernels busy, and small
-# beside the frames the caches must hold. At least one frame is always taken.
-CHUNK_VOXELS = {"cpu": 256 * 256, "cuda": 4 * 480 * 832}
-
-# How many more frames fit into the same bytes at 1/1, 1/2, 1/4 and 1/8 of the size (channels 1, 2, 4, 4).
-FRAMES_PER_STAGE = (1, 2, 4, 16)
+# Frames a stage works on at once: few beside the frames that the caches must hold. Four are what the
+# CPU's convolution saves most with (vae_cpu.py).
+CHUNK_FRAMES = {"cpu": 4, "cuda": 2}
 
 
 def regroup(chunks, size):
@@ -52,10 +49,16 @@ def run_stage(layers, chunks, past):
             yield x
 
 
-def stream(stages, chunks, sizes):
-    """Pulls `chunks` through the stages, cut to `sizes[i]` frames before stage i. Yields the results."""
+def fast_layout(x):
+    return torch.channels_last_3d if x.device.type == "cpu" else torch.preserve_format
+
+
+def stream(stages, chunks, size):
+    """Pulls `chunks` through the stages, cut to `size` frames before each. Yields the results."""
     past = Past()
-    for layers, size in zip(stages, sizes):
+    if not torch.is_grad_enabled():  # pixels with their channels side by side: the CPU's fast layout
+        chunks = (chunk.contiguous(memory_format=fast_layout(chunk)) for chunk in chunks)
+    for layers in stages:
         chunks = run_stage(layers, regroup(chunks, size), past)
     return chunks
 
@@ -86,7 +89,7 @@ class WanVAE(nn.Module):
         Args:
             x: [B, 3, F, H, W] in [-1, 1], F = 4n+1, H and W multiples of 8; in the dtype of the weights.
             device: Where to compute; `x` may live elsewhere and is then moved chunk by chunk.
-            chunk_frames: Frames of full size to work on at once; None chooses by their size.
+            chunk_frames: Frames to work on at once; None chooses by device.
             progress: Called as progress(done, total) with pixel frames after each chunk; may raise.
 
         Returns:
@@ -110,7 +113,7 @@ class WanVAE(nn.Module):
         Args:
             z: [B, z_dim, T, H/8, W/8], raw, on the device to compute on.
             output_buffer: [B, 3, 4(T-1)+1, H, W], any device and floating dtype; None makes one like `z`.
-            chunk_frames: Frames of full size to work on at once; None chooses by their size.
+            chunk_frames: Frames to work on at once; None chooses by device.
             progress: Called as progress(done, total) with pixel frames after each chunk; may raise.
 
         Returns:
@@ -200,22 +203,22 @@ class WanVAE(nn.Module):
 
     def _encode_chunks(self, x, device, chunk_frames):
         """Yields (latent index, means [B, z_dim, t, h, w])."""
-        sizes = chunk_sizes(chunk_frames, x.shape[3] * x.shape[4], device)
+        size = frames_per_chunk(chunk_frames, device)
         stages = self.encoder.stages()
         stages[-1].append(partial(causal_conv, self.conv1))
-        frames = (chunk.to(device) for chunk in regroup([x], sizes[0]))
+        frames = (chunk.to(device) for chunk in regroup([x], size))
         t = 0
-        for moments in stream(stages, frames, sizes):
+        for moments in stream(stages, frames, size):
             yield t, moments[:, : self.z_dim]
             t += moments.shape[2]
 
     def _decode_chunks(self, z, chunk_frames):
         """Yields (frame index, pixels [B, 3, f, H, W])."""
-        sizes = chunk_sizes(chunk_frames, 64 * z.shape[3] * z.shape[4], z.device)
+        size = frames_per_chunk(chunk_frames, z.device)
         stages = self.decoder.stages()
         stages[0].insert(0, partial(causal_conv, self.conv2))
         f = 0
-        for pixels in stream(stages, [z], sizes[::-1]):
+        for pixels in stream(stages, [z], size):
             yield f, pixels
             f += pixels.shape[2]
 
@@ -265,14 +268,12 @@ def check_multiple_of_8(**pixels):
             )
 
 
-def chunk_sizes(chunk_frames, frame_area, device):
-    """Frames per chunk of each stage, from full size down to latent size."""
+def frames_per_chunk(chunk_frames, device):
     if chunk_frames is None:
-        voxels = CHUNK_VOXELS.get(torch.device(device).type, CHUNK_VOXELS["cuda"])
-        return [max(1, n * voxels // frame_area) for n in FRAMES_PER_STAGE]
+        return CHUNK_FRAMES.get(device.type, CHUNK_FRAMES["cuda"])
     if chunk_frames < 1:
-        raise ValueError(f"chunk_frames = {chunk_frames}: it must be at least 1. Use 4, or None (by size).")
-    return [n * chunk_frames for n in FRAMES_PER_STAGE]
+        raise ValueError(f"chunk_frames = {chunk_frames}: it must be at least 1. Use 4, or None (by device).")
+    return chunk_frames
 
 
 def scaled(span, factor):

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import vae_cpu
+
 
 class Past:
     """The input frames that causal layers still need, for one stream; made by an executor."""
@@ -33,15 +35,25 @@ class Past:
         return torch.cat((self.frames[layer], x), 2) if layer in self.frames else x
 
 
-def causal_conv(conv, x, past):
-    """Convolution whose frame t sees frames t-k+1 ... t, with zeros before the first one."""
+def causal_conv(conv, x, past, add_to=None):
+    """Convolution whose frame t sees frames t-k+1 ... t, with zeros before the first one.
+
+    With `add_to` the result is added to it, in place when no gradient is recorded.
+    """
     keep = conv.kernel_size[0] - 1
+    before = past.frames.get(conv)
     if keep:
-        if not past.started(conv):
-            past.keep(conv, x.new_zeros(*x.shape[:2], keep, *x.shape[3:]))
-        x = past.join(conv, x)
-        past.keep(conv, x[:, :, -keep:])
-    return conv(x)
+        past.keep(conv, x[:, :, -keep:] if x.shape[2] >= keep else past.join(conv, x)[:, :, -keep:])
+    if keep and vae_cpu.fits(conv, x):
+        return vae_cpu.causal_conv3(conv, before, x, add_to)
+    missing = keep - (0 if before is None else before.shape[2])
+    parts = [x.new_zeros(*x.shape[:2], missing, *x.shape[3:])] * (missing > 0) + [before] * (
+        before is not None
+    )
+    y = conv(torch.cat((*parts, x), 2) if parts else x)
+    if add_to is None:
+        return y
+    return add_to + y if torch.is_grad_enabled() else add_to.add_(y)
 
 
 class RMSNorm(nn.Module):
@@ -52,15 +64,17 @@ class RMSNorm(nn.Module):
         self.scale = dim**0.5
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial_dims, device=device, dtype=dtype))
 
-    def forward(self, x):
+    def forward(self, x, in_place=False):
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-        return x * (self.scale / length.clamp_min(1e-12)).to(x) * self.gamma.to(x)
+        scale, gamma = (self.scale / length.clamp_min(1e-12)).to(x), self.gamma.to(x)
+        return x.mul_(scale).mul_(gamma) if in_place else x * scale * gamma
 
 
-def norm_silu(norm, x):
-    """silu(norm(x)); in place on its own copy when nothing is recorded for a gradient."""
-    x = norm(x)
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+def norm_silu(norm, x, in_place=False):
+    """silu(norm(x)); `in_place` overwrites x, unless a gradient is recorded."""
+    if torch.is_grad_enabled():
+        return F.silu(norm(x))
+    return F.silu(norm(x if in_place else x.clone(), in_place=True), inplace=True)
 
 
 class ResidualBlock(nn.Module):
@@ -80,8 +94,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x, past):
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
         h = causal_conv(conv1, norm_silu(norm1, x), past)
-        h = causal_conv(conv2, norm_silu(norm2, h), past)
-        return h + self.shortcut(x)
+        return causal_conv(conv2, norm_silu(norm2, h, in_place=True), past, add_to=self.shortcut(x))
 
 
 class AttentionBlock(nn.Module):
@@ -123,7 +136,10 @@ class Resample(nn.Module):
             self.time_conv = ops.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1), **kw)
 
     def space(self, x, past):
-        return batch_to_frames(self.resample(frames_to_batch(x)), x.shape[0])
+        frames = frames_to_batch(x)
+        if isinstance(self.resample[0], nn.Upsample) and vae_cpu.fits(self.resample[1], x):
+            return batch_to_frames(vae_cpu.upsample_conv(self.resample[1], frames), x.shape[0])
+        return batch_to_frames(self.resample(frames), x.shape[0])
 
     def time_up(self, x, past):
         """[B, C, f, H, W] -> [B, C, 2f, H, W], one frame less in the chunk that holds frame 0."""
@@ -165,7 +181,7 @@ class Head(nn.Sequential):
         )
 
     def forward(self, x, past):
-        return causal_conv(self[2], norm_silu(self[0], x), past)
+        return causal_conv(self[2], norm_silu(self[0], x, in_place=True), past)
 
 
 def middle_blocks(dim, ops, **kw):

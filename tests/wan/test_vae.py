@@ -36,6 +36,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(scope="module")
 def vae():
     return randomise(WanVAE(dim=DIM))
@@ -92,6 +98,32 @@ def test_decode_equals_native_and_diffusers(vae, native, diffusers, frames):
     assert relative_error(ours.clamp(-1, 1), diffusers.decode(z).sample) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("h", "w", "m", "known"), [(5, 7, 4, 6), (70, 3, 4, 4), (9, 8, 3, 5), (8, 8, 2, 3), (6, 5, 1, 1)]
+)
+def test_cpu_convolution_equals_the_direct_sum(h, w, m, known, monkeypatch):
+    from wan21.wan import vae_cpu
+
+    monkeypatch.setattr(vae_cpu, "STRIP_BYTES", 0)  # the smallest strips
+    conv = randomise(torch.nn.Conv3d(16, 24, 3, padding=(0, 1, 1)))
+    frames, base = torch.randn(2, 16, known, h, w), torch.randn(2, 24, m, h, w)
+    before = frames[:, :, : known - m] if known > m else None
+    expected = conv.double()(torch.nn.functional.pad(frames, (0, 0, 0, 0, m + 2 - known, 0)).double())
+    conv.float()
+    assert relative_error(vae_cpu.causal_conv3(conv, before, frames[:, :, known - m :]), expected) <= 1e-6
+    added = vae_cpu.causal_conv3(conv, before, frames[:, :, known - m :], add_to=base.clone())
+    assert relative_error(added, expected + base) <= 1e-6
+
+
+def test_cpu_upsampling_equals_the_direct_sum():
+    from wan21.wan import vae_cpu
+
+    conv = randomise(torch.nn.Conv2d(16, 8, 3, padding=1))
+    x = torch.randn(3, 16, 5, 7)
+    expected = conv(torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest-exact"))
+    assert relative_error(vae_cpu.upsample_conv(conv, x), expected) <= 1e-6
+
+
 def test_batch_is_independent(vae, native):
     z = latents(2, batch=3)
     assert relative_error(vae.decode(z), native.decode(z)) <= 1e-5
@@ -101,8 +133,8 @@ def test_batch_is_independent(vae, native):
 @pytest.mark.parametrize("chunk_frames", [1, 2, 3, 4, 7, 100])
 def test_chunk_length_changes_nothing(vae, chunk_frames):
     x, z = pixels(17, 24, 40), latents(5, 3, 5)
-    assert relative_error(vae.encode(x, chunk_frames=chunk_frames), vae.encode(x)) <= 2e-6
-    assert relative_error(vae.decode(z, chunk_frames=chunk_frames), vae.decode(z)) <= 2e-6
+    assert relative_error(vae.encode(x, chunk_frames=chunk_frames), vae.encode(x)) <= 5e-6
+    assert relative_error(vae.decode(z, chunk_frames=chunk_frames), vae.decode(z)) <= 5e-6
 
 
 def test_same_call_same_bytes(vae):
@@ -170,14 +202,14 @@ def test_host_operations_and_other_floats(vae):
 def test_gradients_reach_every_parameter(vae):
     model = WanVAE(dim=8)
     randomise(model).requires_grad_(True)
-    model.decode(model.encode(pixels(5, 16, 16))).square().mean().backward()
+    with torch.enable_grad():
+        model.decode(model.encode(pixels(5, 16, 16))).square().mean().backward()
+        recorded = model.decode(latents(2)).detach()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         # the log-variance half of conv1 is unused, so its weights see zeros there, and only there
         assert parameter.grad.abs().sum() > 0, name
-    with torch.no_grad():
-        fast = model.decode(latents(2))
-    assert relative_error(model.decode(latents(2)).detach(), fast) <= 2e-6
+    assert relative_error(recorded, model.decode(latents(2))) <= 2e-6
 
 
 # Tiles
@@ -267,14 +299,15 @@ def peak_bytes(call, *args, **options):
 
 
 def test_memory_does_not_grow_with_the_frames(vae):
-    few, many = latents(17, 2, 2), latents(33, 2, 2)
+    """Six times the frames; a quarter is left for the moment at which Python drops a tensor."""
+    few, many = latents(5, 2, 2), latents(29, 2, 2)
     peaks = []
     for z in (few, many):
         buffer = torch.empty(vae.decode_output_shape(z.shape))
-        peaks.append(peak_bytes(vae.decode, z, output_buffer=buffer, chunk_frames=1))
-    assert peaks[1] <= peaks[0] * 1.1  # the first chunk is a few frames shorter than later ones
-    peaks = [peak_bytes(vae.encode, pixels(frames, 16, 16), chunk_frames=1) for frames in (65, 129)]
-    assert peaks[1] <= peaks[0] * 1.1 + many.nbytes  # the result itself
+        peaks.append(peak_bytes(vae.decode, z, output_buffer=buffer))
+    assert peaks[1] <= peaks[0] * 1.25
+    peaks = [peak_bytes(vae.encode, pixels(frames, 16, 16)) for frames in (17, 97)]
+    assert peaks[1] <= peaks[0] * 1.25 + many.nbytes  # the result itself
 
 
 # Errors
