@@ -14,7 +14,8 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(tmp_path_factory, checkpoints):
     """The running server; `server.client` talks to it."""
-    with HostServer(tmp_path_factory.mktemp("host"), models_directory=checkpoints) as running:
+    previews = ["--preview-method", "auto"]
+    with HostServer(tmp_path_factory.mktemp("host"), checkpoints, extra_args=previews) as running:
         group = running.process.pid
         yield running
     assert not group_lives(group), "the server left a process behind"
