@@ -10,8 +10,9 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
-from comfy_client import GraphRejected, JobFailed, fill
+from comfy_client import GraphRejected, JobFailed, fill, without
 from contact_sheet import contact_sheet, read_frames
 from host_server import HostServer
 from make_random_checkpoints import I2V, TEXT_ENCODER, VAE, make_checkpoints
@@ -46,18 +47,18 @@ def main():
 
 
 def _options():
-    def option(name, default, help_text):
+    def option(name, convert, default, help_text):
         value = os.environ.get(name.upper()) or default
-        parser.add_argument(f"--{name}", type=type(default), default=value, help=help_text)
+        parser.add_argument(f"--{name}", type=convert, default=value, help=f"{help_text} [{default}]")
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    option("image", comfyui_path() / "input" / "example.png", "still image to start from")
-    option("prompt", "the camera moves slowly forward", "what should happen in the video")
-    option("seed", 1, "the same seed gives the same video; -1 draws one")
-    option("steps", 8, "sampling steps")
-    option("width", 256, "width of the video in pixels, a multiple of 16")
-    option("height", 256, "height of the video in pixels, a multiple of 16")
-    option("frames", 33, "number of frames, 4n + 1")
+    option("image", Path, str(comfyui_path() / "input" / "example.png"), "still image to start from")
+    option("prompt", str, "pan right", "what should happen in the video")
+    option("seed", int, 0, "the same seed gives the same video; -1 draws one")
+    option("steps", int, 20, "sampling steps")
+    option("width", int, 96, "width of the video in pixels, a multiple of 16")
+    option("height", int, 96, "height of the video in pixels, a multiple of 16")
+    option("frames", int, 17, "number of frames, 4n + 1")
     return parser.parse_args()
 
 
@@ -88,6 +89,7 @@ def _run_on_server(options):
 
 def _filled_graph(options, image):
     graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    graph = without(graph, "CLIPVisionLoader", "CLIPVisionEncode")  # 1.3 GB; their features are optional
     graph = fill(graph, "Wan21ModelLoader", model_name=CHECKPOINTS["model_name"])
     graph = fill(graph, "Wan21TextEncoderLoader", text_encoder_name=CHECKPOINTS["text_encoder_name"])
     graph = fill(graph, "Wan21VAELoader", vae_name=CHECKPOINTS["vae_name"])
