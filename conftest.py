@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 
-import pack  # noqa: E402
+import pack
 
 pack.load_pack()
 pack.load_host()

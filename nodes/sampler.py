@@ -114,7 +114,14 @@ class Wan21Sampler(io.ComfyNode):
             )
         preflight.check_finite(NODE, samples)
         report = sampling_report(
-            host.config_of(model), job, records[0], samples.shape, seed, memory[0], warnings
+            host.config_of(model),
+            job,
+            records[0],
+            samples.shape,
+            seed,
+            memory[0],
+            END_LATENT_ALONE in latent,
+            warnings,
         )
         return io.NodeOutput(latent | {"samples": samples}, report)
 

@@ -4,7 +4,7 @@ from .conditioning import pixel_frames
 from .config import VAE_STRIDE
 
 
-def sampling_report(config, job, record, shape, seed, memory, warnings=()):
+def sampling_report(config, job, record, shape, seed, memory, end_alone=False, warnings=()):
     """Text of one finished run.
 
     Args:
@@ -13,6 +13,7 @@ def sampling_report(config, job, record, shape, seed, memory, warnings=()):
         shape: of the latent, [B, 16, T, h, w].
         seed: that was used.
         memory: one sentence.
+        end_alone: the last latent is the end image, which gives no frames.
         warnings: sentences on what was adjusted or left out.
     """
     batch, _, frames, height, width = shape
@@ -20,7 +21,7 @@ def sampling_report(config, job, record, shape, seed, memory, warnings=()):
     steady = seconds[1:] or seconds  # the first step also loads the model
     lines = [
         f"model: {config.kind}, {config.num_layers} blocks, width {config.dim}",
-        f"size: {width * VAE_STRIDE[2]}x{height * VAE_STRIDE[1]}, {pixel_frames(frames)} frames"
+        f"size: {width * VAE_STRIDE[2]}x{height * VAE_STRIDE[1]}, {pixel_frames(frames - end_alone)} frames"
         + (f", batch {batch}" if batch > 1 else ""),
         f"latent: {frames} frames of {width}x{height}, {frames * height * width // 4} tokens",
         f"seed: {seed}",

@@ -153,13 +153,13 @@ def load_model(path, weight_dtype="default", disable_dynamic=False):
     state_dict = checkpoint.to_wan_dit_keys(state_dict)
     config = detect_config(state_dict, metadata)
     state_dict, metadata = comfy.utils.convert_old_quants(state_dict, "", metadata=metadata)
+    with torch.device("meta"):
+        expected = {k: tuple(v.shape) for k, v in WanModel(config, torch.nn).state_dict().items()}
+    checkpoint.check_keys(expected, state_dict, Path(path).name)
     model_config = comfy.model_detection.model_config_from_unet(state_dict, "", metadata=metadata)
     load_device = comfy.model_management.get_torch_device()
     _choose_dtype(model_config, state_dict, load_device, DTYPES.get(weight_dtype))
-
     model = Wan21(model_config, config)
-    expected = {k: tuple(v.shape) for k, v in model.diffusion_model.state_dict().items()}
-    checkpoint.check_keys(expected, state_dict, Path(path).name)
     patcher_class = (
         comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     )
@@ -176,21 +176,18 @@ def load_model(path, weight_dtype="default", disable_dynamic=False):
 def _choose_dtype(model_config, state_dict, load_device, dtype):
     """Storage and compute dtype by the host's rules; layers that cast at each call."""
     management = comfy.model_management
+    quantised = model_config.quant_config is not None
     supported = list(model_config.supported_inference_dtypes)
-    if model_config.quant_config is not None:
-        cast = management.unet_manual_cast(None, load_device, supported)
-        model_config.set_inference_dtype(dtype or supported[0], cast, device=load_device)
-        return
     if dtype is None:
         dtype = management.unet_dtype(
             model_params=comfy.utils.calculate_parameters(state_dict),
             supported_dtypes=supported,
-            weight_dtype=comfy.utils.weight_dtype(state_dict),
+            weight_dtype=None if quantised else comfy.utils.weight_dtype(state_dict),
         )
-    cast = management.unet_manual_cast(dtype, load_device, supported)
+    cast = management.unet_manual_cast(None if quantised else dtype, load_device, supported)
     model_config.set_inference_dtype(dtype, cast, device=load_device)
-    # The time embedding and the modulation are float32 whatever the weights are, so layers must cast.
-    model_config.custom_operations = comfy.ops.manual_cast
+    if not quantised:  # the time embedding is float32 whatever the weights are, so layers must cast
+        model_config.custom_operations = comfy.ops.manual_cast
 
 
 def ignored_patches(model):

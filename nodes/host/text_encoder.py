@@ -15,7 +15,9 @@ from ...wan import checkpoint
 
 def load_text_encoder(path, device="default"):
     """Read a umT5 encoder of any size and published layout into a standard CLIP."""
-    state_dict = checkpoint.to_umt5_keys(checkpoint.read_checkpoint(path).state_dict)
+    state_dict, metadata = checkpoint.read_checkpoint(path)
+    state_dict, _ = comfy.utils.convert_old_quants(state_dict, "", metadata=metadata)
+    state_dict = checkpoint.to_umt5_keys(state_dict)
     config = checkpoint.umt5_config(state_dict)
     tokenizer = state_dict.pop("spiece_model", None)
     if tokenizer is None:

@@ -16,3 +16,15 @@ def clip_vision(tokens=257, seed=0):
     g = torch.Generator().manual_seed(seed)
     output.penultimate_hidden_states = torch.randn(1, tokens, 1280, generator=g)
     return output
+
+
+def host_euler(model, positive, negative, latent, sigmas, cfg, seed):
+    """The host's own Euler over the same sigmas."""
+    import comfy.sample
+    import comfy.samplers
+
+    samples = latent["samples"]
+    return comfy.sample.sample_custom(
+        model, comfy.sample.prepare_noise(samples, seed), cfg, comfy.samplers.sampler_object("euler"),
+        torch.tensor(sigmas), positive, negative, samples, seed=seed, disable_pbar=True,
+    )  # fmt: skip

@@ -7,6 +7,7 @@ import folder_paths
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from helpers_nodes import host_euler, relative
 from safetensors.torch import load_file, save_file
 from wan21.nodes import host
 from wan21.nodes.load import Wan21ModelLoader, Wan21TextEncoderLoader, Wan21VAELoader, file_names
@@ -100,6 +101,36 @@ def test_text_encoder_without_tokenizer_is_named(files, folders):
     save_file(state, folders["text_encoders"] / "umt5.safetensors")
     with pytest.raises(ValueError, match=r"^Wan21TextEncoderLoader: umt5.safetensors: .*spiece\.model"):
         Wan21TextEncoderLoader.execute("umt5.safetensors", "default")
+
+
+def as_fp8(state, scaled):
+    """Matrices stored as float8_e4m3fn, plain or with one scale each (the layout of published files)."""
+    out = {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)} if scaled else {}
+    for key, weight in state.items():
+        if key.startswith("blocks.") and key.endswith(".weight") and weight.ndim == 2:
+            scale = weight.abs().max() / 448 if scaled else torch.tensor(1.0)
+            out[key] = (weight / scale).to(torch.float8_e4m3fn)
+            if scaled:
+                out[key.replace(".weight", ".scale_weight")] = scale
+        else:
+            out[key] = weight.half() if weight.ndim == 2 else weight
+    return out
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+def test_stored_fp8(files, folders, models, prompts, sample, scaled):
+    from comfy.sd import load_diffusion_model
+
+    path = folders["diffusion_models"] / "fp8.safetensors"
+    save_file(as_fp8(load_file(files["t2v"]), scaled), path, metadata=METADATA)
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+    model = Wan21ModelLoader.execute("fp8.safetensors", "default").result[0]
+    ours = sample(model, *prompts, latent)[0]["samples"]
+    exact = sample(models["t2v"], *prompts, latent)[0]["samples"]
+    assert 0 < relative(ours, exact) < 0.2
+    native = load_diffusion_model(str(path))
+    both = [host_euler(m, *prompts, latent, [1.0, 0.5, 0.0], 1.0, 0) for m in (model, native)]
+    assert relative(*both) < (1e-5 if scaled else 0.05)
 
 
 def broken(path, how, files):

@@ -5,7 +5,7 @@ import re
 import comfy.model_management as management
 import pytest
 import torch
-from helpers_nodes import clip_vision, relative
+from helpers_nodes import clip_vision, host_euler, relative
 from wan21.nodes import host
 from wan21.nodes.sampler import Wan21Sampler
 from wan21.nodes.vae_decode import Wan21VAEDecode
@@ -20,18 +20,6 @@ def i2v_job(models, image_to_video):
 @pytest.fixture
 def t2v_job(models, prompts):
     return (models["t2v"], *prompts, {"samples": torch.zeros(1, 16, 2, 4, 6)})
-
-
-def host_euler(model, positive, negative, latent, sigmas, cfg, seed):
-    """The host's own Euler over the same sigmas."""
-    import comfy.sample
-    import comfy.samplers
-
-    samples = latent["samples"]
-    return comfy.sample.sample_custom(
-        model, comfy.sample.prepare_noise(samples, seed), cfg, comfy.samplers.sampler_object("euler"),
-        torch.tensor(sigmas), positive, negative, samples, seed=seed, disable_pbar=True,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -141,7 +129,8 @@ def test_patches_that_do_not_apply_are_said(models, prompts, sample):
 
 def test_added_end_frame_is_dropped_by_the_decode(models, vae, picture, image_to_video, sample):
     job = image_to_video(end_image=picture, add_frames_for_end_image=True)
-    latent, _ = sample(models["i2v"], *job)
+    latent, report = sample(models["i2v"], *job)
+    assert "size: 96x64, 9 frames" in report and "latent: 4 frames" in report
     assert latent["samples"].shape[2] == 4
     images = Wan21VAEDecode.execute(vae, latent, "auto").result[0]
     assert images.shape == (9, 64, 96, 3)
