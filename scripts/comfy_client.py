@@ -100,6 +100,19 @@ def find_node(graph, title_or_class):
     return matches[0]
 
 
+def without(graph, *classes):
+    """Return a copy of an API graph without the nodes of these classes and the inputs linked to them."""
+    kept = {i: copy.deepcopy(node) for i, node in graph.items() if node["class_type"] not in classes}
+    gone = graph.keys() - kept.keys()
+    for node in kept.values():
+        node["inputs"] = {
+            name: value
+            for name, value in node["inputs"].items()
+            if not (isinstance(value, list) and value[0] in gone)
+        }
+    return kept
+
+
 class ComfyClient:
     """A client for the server at `url`. Its jobs' progress arrives at this client only."""
 
@@ -279,13 +292,19 @@ class _Events:
 def _rejection(answer):
     """Turn the host's answer to a refused graph into one sentence per problem."""
     lines = [
-        f"{problem['class_type']} (node {node_id}): {error['message']}: {error['details']}"
+        f"{problem['class_type']} (node {node_id}): {error['message']}: {_detail(error)}"
         for node_id, problem in answer["node_errors"].items()
         for error in problem["errors"]
     ]
     if not lines:
         lines = [f"{answer['error']['message']}: {answer['error']['details']}"]
-    return "\n".join(lines)
+    return "\n".join(dict.fromkeys(lines))  # the host repeats a node's own complaint for each input
+
+
+def _detail(error):
+    """What is wrong, without the input's name in front of a complaint that the node made itself."""
+    _, separator, complaint = error["details"].partition(" - ")
+    return complaint if separator and error["type"] == "custom_validation_failed" else error["details"]
 
 
 def _multipart(name, data, fields):
