@@ -1,0 +1,55 @@
+"""Run every workflow small on a real host and write its pictures: `workflows/<name>.jpg`.
+
+python scripts/make_thumbnails.py             # all of them
+python scripts/make_thumbnails.py i2v t2v     # these
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from contact_sheet import contact_sheet, read_frames
+from host_server import HostServer
+from make_random_checkpoints import make_checkpoints
+from pack import ROOT, comfyui_path
+from small_graphs import panning_clip, small_graph
+
+WORKFLOWS = ROOT / "workflows"
+SIZE = (160, 112)
+NUM_FRAMES = 25
+STEPS = 8
+PICTURES = 9
+WIDTH = 512
+
+
+def main():
+    """Write the thumbnails of the workflows named on the command line, or of all."""
+    names = sys.argv[1:] or sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        with HostServer(folder, models_directory=make_checkpoints(folder / "models")) as server:
+            picture = comfyui_path() / "input" / "example.png"
+            image = server.client.upload_image(picture)
+            video = server.client.upload_image(panning_clip(picture, SIZE, NUM_FRAMES, 16), name="clip.mp4")
+            for name in names:
+                graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+                small = small_graph(graph, SIZE, NUM_FRAMES, STEPS, image, video)
+                clip = folder / f"{name}.mp4"
+                clip.write_bytes(_run(server.client, small))
+                _thumbnail(clip).save(WORKFLOWS / f"{name}.jpg", quality=85)
+
+
+def _run(client, graph):
+    """Return the bytes of the video a graph writes."""
+    files = client.run(graph).files
+    return client.download(next(file for file in files if file["filename"].endswith(".mp4")))
+
+
+def _thumbnail(clip):
+    sheet = contact_sheet(read_frames(clip), PICTURES)
+    return sheet.resize((WIDTH, round(sheet.height * WIDTH / sheet.width)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Lay the API graphs out for the editor: `workflows/api/*.json` -> `workflows/*.json`.
+
+The API graphs are the source. The real editor turns each into its own format and fills in the inputs
+a graph lacks; the layout, groups and note come from the tables below. Run it after changing an API
+graph or a node's inputs, and `make_thumbnails.py` when the pictures should change too.
+
+    python scripts/make_workflows.py      # needs a Chromium
+"""
+
+import json
+import tempfile
+import uuid
+
+from editor import api_graph, editor_graph, load_api_graph, open_editor
+from host_server import HostServer
+from pack import ROOT
+
+WORKFLOWS = ROOT / "workflows"
+REPOSITORY = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged"
+
+# Group -> columns of node titles, and the groups from left to right, top to bottom.
+GROUPS = {
+    "Load": [["Model", "Text encoder", "VAE", "CLIP vision"]],
+    "Prompt": [["Positive prompt", "Negative prompt"]],
+    "Start image": [["Start image"], ["Start image features"]],
+    "End image": [["End image"], ["End image features"]],
+    "Source": [["Source video"], ["Frames of the video", "First frames", "Resize", "Encode"]],
+    "Sample": [["Image to video", "Size and length"], ["Sampler", "Report"]],
+    "Video": [["Decode", "Create video"], ["Save video"]],
+}
+COLUMNS = [["Load"], ["Prompt", "Start image", "End image", "Source"], ["Sample"], ["Video"]]
+COLOURS = {
+    "Load": "#3f789e",
+    "Prompt": "#8A8",
+    "Start image": "#a1309b",
+    "End image": "#a1309b",
+    "Source": "#a1309b",
+    "Sample": "#b58b2a",
+    "Video": "#88A",
+}
+GAP = 20
+WIDE, NARROW = 340, 280
+SIZES = {  # (width, least height) in pixels; a node is never lower than its inputs need
+    "Positive prompt": (WIDE + GAP + NARROW, 130),
+    "Negative prompt": (WIDE + GAP + NARROW, 130),
+    "Start image": (WIDE, 340),
+    "End image": (WIDE, 340),
+    "Source video": (WIDE, 340),
+    "Start image features": (NARROW, 0),
+    "End image features": (NARROW, 0),
+    "Frames of the video": (NARROW, 0),
+    "First frames": (NARROW, 0),
+    "Resize": (NARROW, 0),
+    "Encode": (NARROW, 0),
+    "Decode": (NARROW, 0),
+    "Create video": (NARROW, 0),
+    "Report": (WIDE, 280),
+    "Save video": (420, 460),
+}
+PREVIEW_HEIGHT = {"Sampler": 220}  # room below the inputs for the picture that appears while it runs
+NOTE_SIZE = (440, 480)
+TITLE_HEIGHT = 30  # the bar above a node, and a group's own title
+COLUMN_GAP = 50
+
+# Loader -> (input with the file's name, folder below ComfyUI's `models`)
+FILES = {
+    "Wan21ModelLoader": ("model_name", "diffusion_models"),
+    "Wan21TextEncoderLoader": ("text_encoder_name", "text_encoders"),
+    "Wan21VAELoader": ("vae_name", "vae"),
+    "CLIPVisionLoader": ("clip_name", "clip_vision"),
+}
+SIDES_AND_FRAMES = "Sides are multiples of 16; frames are 4n+1 (5, 9 … 81) at 16 a second."
+TEXT_ENCODER = "**Text encoder**: set `device` to `cpu` to keep it out of GPU memory."
+NOTES = {
+    "i2v": (
+        "# Image to video\nA still image becomes five seconds of video.",
+        "**Start image**: your picture. **Positive prompt**: what moves in it, and how the camera does.",
+        f"**Image to video**: size and length. {SIDES_AND_FRAMES} 832x480 or 480x832 suits this model; "
+        "`resize_mode` says what happens to a picture of another shape.",
+        "**Sampler**: the release runs 40 steps at guidance 5. Shift 3 is for 480p; with the 720p model "
+        "(`wan2.1_i2v_720p_14B_fp16.safetensors`) use 1280x720 and shift 5.",
+        "**CLIP vision** is optional: delete its nodes to save memory, the picture then follows the image "
+        "less closely.",
+        TEXT_ENCODER,
+    ),
+    "first_last_frame": (
+        "# First and last frame to video\nThe video that leads from one image to another.",
+        "**Start image**, **End image**: your two pictures, of the same shape. "
+        "**Positive prompt**: what happens between them.",
+        f"**Image to video**: size and length. {SIDES_AND_FRAMES} The model was made for 720p; 832x480 takes "
+        "well under half the time.",
+        "**Sampler**: the release runs 50 steps at guidance 5 and shift 16.",
+        "**add_frames_for_end_image** stays off for this model. Turn it on to use an end image "
+        "with a plain i2v model.",
+        TEXT_ENCODER,
+    ),
+    "t2v": (
+        "# Text to video\nFive seconds of video from a sentence or two.",
+        "**Positive prompt**: what is seen, what moves, how the camera does.",
+        f"**Size and length**. {SIDES_AND_FRAMES} 832x480 suits this model.",
+        "**Sampler**: the release runs 50 steps. For this 1.3B model it recommends guidance 6 and shift 8 to "
+        "12; for the 14B model (`wan2.1_t2v_14B_fp16.safetensors`) guidance 5 and shift 5.",
+        TEXT_ENCODER,
+    ),
+    "video_to_video": (
+        "# Video to video\nA clip is partly turned back into noise and made anew after the prompt.",
+        "**Source video**: your clip, uploaded with its button. **Positive prompt**: what it should become.",
+        "**First frames**: how many to use, 4n+1 (5, 9 … 81) and no more than the clip has.",
+        "**Resize**: the size of the result; sides are multiples of 16.",
+        "**Sampler**: `denoise` is how much may change; 0.3 keeps nearly everything, 0.9 nearly nothing.",
+        "Speed and sound of the clip are kept: **Create video** takes them from **Frames of the video**.",
+        TEXT_ENCODER,
+    ),
+}
+
+
+def main():
+    """Write the editor graph of every API graph, and the API graph as the editor writes it."""
+    with tempfile.TemporaryDirectory() as folder, HostServer(folder) as server:
+        for path in sorted((WORKFLOWS / "api").glob("*.json")):
+            with open_editor(server.url) as page:
+                load_api_graph(page, json.loads(path.read_text(encoding="utf-8")), path.stem)
+                _write(path, api_graph(page))
+                _write(WORKFLOWS / path.name, arranged(editor_graph(page), path.stem, heights(page)))
+
+
+def heights(page):
+    """Return what each node needs: id, as text -> pixels."""
+    found = page.evaluate("() => app.graph._nodes.map(node => [String(node.id), node.computeSize()[1]])")
+    return dict(found)
+
+
+def arranged(graph, name, node_heights):
+    """Return an editor graph with places, sizes, groups, download links and its note."""
+    nodes = {node["title"]: node for node in graph["nodes"]}
+    homeless = nodes.keys() - {title for columns in GROUPS.values() for titles in columns for title in titles}
+    if homeless:
+        raise SystemExit(f"{name}: no group in make_workflows.py holds {', '.join(sorted(homeless))}.")
+    for title, node in nodes.items():
+        width, height = SIZES.get(title, (WIDE, 0))
+        needed = round(node_heights[str(node["id"])]) + PREVIEW_HEIGHT.get(title, 0)
+        node["size"] = [width, max(height, needed)]
+    groups = []
+    left = NOTE_SIZE[0] + COLUMN_GAP
+    for column in COLUMNS:
+        boxes = _place_column(column, nodes, left)
+        groups += boxes
+        left = max(box["bounding"][0] + box["bounding"][2] for box in boxes) + COLUMN_GAP
+    for index, group in enumerate(groups):
+        group["id"] = index + 1
+    files = [_offer_download(node) for node in graph["nodes"] if node["type"] in FILES]
+    note = _note(name, files, graph["last_node_id"] + 1)
+    return graph | {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"wan21/{name}")),
+        "last_node_id": note["id"],
+        "nodes": [*graph["nodes"], note],
+        "groups": groups,
+        "extra": {"ds": {"scale": 0.6, "offset": [120, 160]}},
+    }
+
+
+def _place_column(names, nodes, left):
+    """Place the groups `names` below each other; returns those of them that this graph has."""
+    boxes, top = [], 0
+    for name in names:
+        columns = [[nodes[title] for title in titles if title in nodes] for titles in GROUPS[name]]
+        columns = [column for column in columns if column]
+        if columns:
+            boxes.append(_place_group(name, columns, left, top))
+            top += boxes[-1]["bounding"][3] + COLUMN_GAP
+    return boxes
+
+
+def _place_group(name, columns, left, top):
+    x, bottom = left + GAP, top
+    for column in columns:
+        y = top + TITLE_HEIGHT + GAP
+        for node in column:
+            node["pos"] = [x, y + TITLE_HEIGHT]
+            y += TITLE_HEIGHT + node["size"][1] + GAP
+        x += max(node["size"][0] for node in column) + GAP
+        bottom = max(bottom, y)
+    bounding = [left, top, x - left, bottom - top]
+    return {"title": name, "bounding": bounding, "color": COLOURS[name], "font_size": 24, "flags": {}}
+
+
+def _offer_download(node):
+    """Let the editor offer the file of a loader that lacks it. Returns (folder, name, address)."""
+    input_name, folder = FILES[node["type"]]
+    widgets = [slot["name"] for slot in node["inputs"] if "widget" in slot]
+    name = node["widgets_values"][widgets.index(input_name)]
+    url = f"{REPOSITORY}/resolve/main/split_files/{folder}/{name}"
+    node["properties"]["models"] = [{"name": name, "url": url, "directory": folder}]
+    return folder, name, url
+
+
+def _note(name, files, node_id):
+    title, *changes = NOTES[name]
+    text = [
+        title,
+        "## Files",
+        f"From [Comfy-Org/Wan_2.1_ComfyUI_repackaged]({REPOSITORY}/tree/main/split_files) into these folders "
+        "of ComfyUI; then press `R`.",
+        "\n".join(f"- `models/{folder}`: [{file}]({url})" for folder, file, url in files),
+        "## What to change",
+        "\n".join(f"- {change}" for change in changes),
+    ]
+    return {
+        "id": node_id,
+        "type": "MarkdownNote",
+        "pos": [0, TITLE_HEIGHT],
+        "size": list(NOTE_SIZE),
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "title": "Read me",
+        "properties": {},
+        "widgets_values": ["\n\n".join(text)],
+        "color": "#432",
+        "bgcolor": "#653",
+    }
+
+
+def _write(path, graph):
+    path.write_text(json.dumps(graph, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

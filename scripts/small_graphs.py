@@ -1,0 +1,74 @@
+"""Make a workflow small enough for a CPU: random checkpoints, few pixels, frames and steps."""
+
+import copy
+import io
+
+from comfy_client import without
+from make_random_checkpoints import FLF2V, I2V, T2V, TEXT_ENCODER, VAE
+
+
+def without_clip_vision(graph):
+    """Return an API graph without its CLIP vision nodes, whose features are optional.
+
+    The host takes the size of a CLIP vision model from its own table, so there is no small one: the
+    ViT-H that Wan2.1 reads has 630 million parameters.
+    """
+    return without(graph, "CLIPVisionLoader", "CLIPVisionEncode")
+
+
+def small_graph(graph, size=(64, 64), num_frames=5, steps=2, image=None, video=None):
+    """Return a small copy of an API graph that `make_checkpoints` has the files for.
+
+    Args:
+        graph: a graph of `workflows/api`.
+        size: (width, height) in pixels.
+        num_frames, steps: of the video, of the sampler.
+        image, video: names in the host's input folder for LoadImage and LoadVideo; None keeps the graph's.
+    """
+    values = {
+        "text_encoder_name": TEXT_ENCODER,
+        "vae_name": VAE,
+        "width": size[0],
+        "height": size[1],
+        "num_frames": num_frames,
+        "length": num_frames,
+        "steps": steps,
+    }
+    values |= {name: value for name, value in (("image", image), ("file", video)) if value is not None}
+    graph = copy.deepcopy(without_clip_vision(graph))
+    for node in graph.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list):
+                continue  # linked
+            if name == "model_name":
+                node["inputs"][name] = _checkpoint_like(value)
+            elif name in values:
+                node["inputs"][name] = values[name]
+    return graph
+
+
+def _checkpoint_like(model_name):
+    """Return the random checkpoint of the kind that a published file's name says."""
+    for kind, checkpoint in (("flf2v", FLF2V), ("i2v", I2V), ("t2v", T2V)):
+        if kind in model_name:
+            return checkpoint
+    raise ValueError(f"{model_name} says neither flf2v, i2v nor t2v: add its kind to small_graphs.py.")
+
+
+def panning_clip(image_path, size, num_frames, fps):
+    """Return the bytes of an mp4 that pans over an image from left to right, for LoadVideo."""
+    import av
+    from PIL import Image, ImageOps
+
+    width, height = size
+    wide = ImageOps.fit(Image.open(image_path).convert("RGB"), (width * 3 // 2, height))
+    data = io.BytesIO()
+    with av.open(data, "w", format="mp4") as container:
+        stream = container.add_stream("h264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(num_frames):
+            left = i * (wide.width - width) // max(1, num_frames - 1)
+            frame = wide.crop((left, 0, left + width, height))
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    return data.getvalue()

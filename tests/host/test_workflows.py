@@ -1,0 +1,72 @@
+"""Every graph in workflows/api runs on a real host, small, and gives the video it promises."""
+
+import io
+import json
+from fractions import Fraction
+
+import av
+import pytest
+from comfy_client import find_node
+from pack import ROOT, comfyui_path
+from small_graphs import panning_clip, small_graph
+
+WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
+SIZE = (96, 64)
+NUM_FRAMES = 9
+SOURCE_FPS = 12
+
+pytestmark = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="module")
+def image(server):
+    return server.client.upload_image(comfyui_path() / "input" / "example.png")
+
+
+@pytest.fixture(scope="module")
+def video(server):
+    """A clip of another size and one frame more than the graphs read."""
+    clip = panning_clip(comfyui_path() / "input" / "example.png", (128, 80), NUM_FRAMES + 1, SOURCE_FPS)
+    return server.client.upload_image(clip, name="source.mp4")
+
+
+def test_runs(path, client, image, video):
+    graph = small_graph(
+        json.loads(path.read_text(encoding="utf-8")), SIZE, NUM_FRAMES, image=image, video=video
+    )
+    job = client.run(graph)
+    frames, fps = read_video(client, job)
+    assert len(frames) == NUM_FRAMES
+    assert {(frame.width, frame.height) for frame in frames} == {SIZE}
+    assert fps == expected_fps(graph)
+    report = job.outputs[find_node(graph, "Report")]["text"][0]
+    assert f"{SIZE[0]}x{SIZE[1]}, {NUM_FRAMES} frames" in report
+
+
+def read_video(client, job):
+    [file] = [file for file in job.files if file["filename"].endswith(".mp4")]
+    with av.open(io.BytesIO(client.download(file))) as container:
+        return list(container.decode(video=0)), container.streams.video[0].average_rate
+
+
+def expected_fps(graph):
+    """Wan2.1's 16, or the source's where the graph takes it from there."""
+    fps = graph[find_node(graph, "CreateVideo")]["inputs"]["fps"]
+    return Fraction(SOURCE_FPS if isinstance(fps, list) else fps)
+
+
+def test_nodes_and_inputs_are_the_hosts(path, client):
+    known = client.object_info()
+    for node in json.loads(path.read_text(encoding="utf-8")).values():
+        assert node["class_type"] in known
+        inputs = known[node["class_type"]]["input"]
+        required, optional = inputs.get("required", {}), inputs.get("optional", {})
+        title = node["_meta"]["title"]
+        assert required.keys() <= node["inputs"].keys(), f"{title} lacks inputs"
+        assert node["inputs"].keys() <= required.keys() | optional.keys(), f"{title} has unknown inputs"
+
+
+def test_titles_are_unique(path):
+    """Demo, tests and users fill graphs in by title."""
+    titles = [node["_meta"]["title"] for node in json.loads(path.read_text(encoding="utf-8")).values()]
+    assert len(titles) == len(set(titles))
