@@ -26,27 +26,30 @@ CHUNK_FRAMES = {"cpu": 4, "cuda": 2}
 
 def regroup(chunks, size):
     """Cuts and joins a stream of [B, C, f, H, W] into chunks of `size` frames, the last maybe shorter."""
-    waiting = None
+    waiting = []  # lists are popped as they are handed on, so that nobody here holds a used chunk
     for chunk in chunks:
-        waiting = chunk if waiting is None else torch.cat((waiting, chunk), 2)
+        waiting.append(chunk)
         del chunk
-        while waiting is not None and waiting.shape[2] >= size:
-            ready = waiting[:, :, :size]
-            waiting = waiting[:, :, size:] if waiting.shape[2] > size else None
-            yield ready
-            del ready
-    if waiting is not None:
-        yield waiting
+        if sum(part.shape[2] for part in waiting) >= size:
+            joined = waiting[0] if len(waiting) == 1 else torch.cat(waiting, 2)
+            waiting = [*joined.split(size, 2)]
+            del joined
+            while waiting and waiting[0].shape[2] == size:
+                yield waiting.pop(0)
+    if waiting:
+        yield torch.cat(waiting, 2)
 
 
 def run_stage(layers, chunks, past):
     for x in chunks:
+        held = [x]
+        del x
         for layer in layers:
-            x = layer(x, past)
-            if not x.shape[2]:  # every frame waits for its partner in time
+            held.append(layer(held.pop(), past))
+            if not held[0].shape[2]:  # every frame waits for its partner in time
                 break
         else:
-            yield x
+            yield held.pop()
 
 
 def fast_layout(x):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 POINTS = (0.0, 1.0, -1.0, 2.0, -0.5)  # small errors; the point at infinity comes last
 STRIP_BYTES = 12 * 2**20  # rows transformed at a time: what stays in a CPU's last cache level
+MIN_VOXELS = 2048  # below, transforming the weights costs more than it saves
 
 
 def fits(conv, x):
@@ -23,6 +24,7 @@ def fits(conv, x):
         and x.dtype == conv.weight.dtype == torch.float32
         and not torch.is_grad_enabled()
         and conv.kernel_size[-2:] == (3, 3)
+        and x[0, 0].numel() >= MIN_VOXELS
         and not getattr(conv, "weight_function", None)  # the host's patches apply inside conv.forward
     )
 
@@ -50,14 +52,16 @@ def causal_conv3(conv, before, x, add_to=None):
         y = x.new_empty(b, f, h, w, conv.out_channels).permute(0, 4, 1, 2, 3)
     else:
         y = add_to.contiguous(memory_format=torch.channels_last_3d)
-    frames = x if before is None else torch.cat((before, x), 2)
-    missing = 2 - (frames.shape[2] - f)  # of the two earlier frames
+    earlier = [] if before is None else [*before.unbind(2)]
+    frames = [*earlier, *x.unbind(2)]  # [B, C, H, W] each; joined strip by strip only
+    missing = 2 - len(earlier)
     for start in range(0, f, 4):
         m = min(4, f - start)
-        window = frames[:, :, max(0, start - missing) : start - missing + 2 + m]
-        filters = Filters(conv, m, window.shape[2])
-        for d, out in zip(window, y[:, :, start : start + m]):
-            filters(d.permute(1, 2, 3, 0), out.permute(1, 2, 3, 0), add=add_to is not None)
+        window = frames[max(0, start - missing) : start - missing + 2 + m]
+        filters = Filters(conv, m, len(window))
+        for i in range(b):
+            d = [frame[i].permute(1, 2, 0) for frame in window]
+            filters(d, y[i, :, start : start + m].permute(1, 2, 3, 0), add=add_to is not None)
     return y
 
 
@@ -77,13 +81,14 @@ class Filters:
         self.biases = [conv.bias if i == biased else None for i in range(len(used))]
 
     def __call__(self, d, y, add):
-        """y [m, H, W, D] = or += the filtered frames d [known, H, W, C]."""
-        h, w, c = d.shape[1:]
+        """y [m, H, W, D] = or += the filtered frames d, `known` times [H, W, C]."""
+        h, w, c = d[0].shape
         rows = max(8, STRIP_BYTES // (len(self.taps) * w * c * 4))
         for top in range(0, h, rows):
             bottom = min(h, top + rows)
             a, z = max(0, top - 1), min(h, bottom + 1)  # a row more on each side, as far as there is one
-            planes = (self.bt @ d[:, a:z].reshape(len(d), -1)).view(-1, 1, z - a, w, c).permute(0, 1, 4, 2, 3)
+            strip = torch.stack([frame[a:z].flatten() for frame in d])  # [known, rows W C]
+            planes = (self.bt @ strip).view(-1, 1, z - a, w, c).permute(0, 1, 4, 2, 3)
             planes = [
                 F.conv2d(plane, tap, bias, padding=1)[0, :, top - a : bottom - a].permute(1, 2, 0).flatten()
                 for plane, tap, bias in zip(planes, self.taps, self.biases)

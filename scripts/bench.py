@@ -1,0 +1,251 @@
+"""Time and memory of our DiT and VAE beside ComfyUI's native ones and diffusers', on the same weights.
+
+    python scripts/bench.py [--only dit,vae-encode,vae-decode] [--device cpu|cuda] [--repeat N]
+                            [--json bench.json] [--quick]
+
+Time: all peers in one process, warmed up, taking turns; the median of the repeats.
+Memory: what a call needs beyond its weights and inputs. On CUDA `max_memory_allocated`; on the CPU one fresh
+process per peer, its peak resident size during the call less its resident size before.
+The ratio is ours over the better of the two peers. Time it on a machine that does nothing else.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pack
+
+pack.load_pack()
+pack.load_host()
+
+import torch  # noqa: E402
+
+PEERS = ("ours", "native", "diffusers")
+MIB = 2**20
+
+
+def randomise(model):
+    """Random weights that keep activations near 1."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1 and name.endswith("weight"):
+            noise /= parameter[0].numel() ** 0.5
+        else:
+            noise = 0.1 * noise + name.endswith(("gamma", "norm.weight", "norm_q.weight", "norm_k.weight"))
+        parameter.data.copy_(noise)
+    return model
+
+
+# Each case returns {peer: call}; only the named peers are kept in memory.
+
+
+def vae_case(direction, peers, device, dtype, quick):
+    from comfy.ldm.wan.vae import WanVAE as NativeVAE
+    from diffusers import AutoencoderKLWan
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+    from wan21.wan.vae import WanVAE
+
+    frames, side = (5, 64) if quick else (17, 256)
+    weights = randomise(WanVAE()).state_dict()
+
+    def build(peer):
+        if peer == "ours":
+            model, state = WanVAE(), weights
+        elif peer == "native":
+            levels = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+            model = NativeVAE(dim=96, z_dim=16, temperal_downsample=[False, True, True], **levels)
+            state = weights
+        else:
+            model, state = AutoencoderKLWan(), convert_wan_vae_to_diffusers(dict(weights))
+        model.load_state_dict(state)
+        return model.eval().requires_grad_(False).to(device, dtype)
+
+    models = {peer: build(peer) for peer in peers}
+    generator = torch.Generator().manual_seed(1)
+    if direction == "encode":
+        x = (torch.rand(1, 3, frames, side, side, generator=generator) * 2 - 1).to(device, dtype)
+        calls = {peer: lambda model=model: model.encode(x) for peer, model in models.items()}
+        if "diffusers" in models:
+            calls["diffusers"] = lambda: models["diffusers"].encode(x).latent_dist.mean
+    else:
+        shape = (1, 16, (frames - 1) // 4 + 1, side // 8, side // 8)
+        z = torch.randn(shape, generator=generator).to(device, dtype)
+        calls = {peer: lambda model=model: model.decode(z) for peer, model in models.items()}
+        if "diffusers" in models:
+            calls["diffusers"] = lambda: models["diffusers"].decode(z).sample
+    return calls, f"dim 96, {frames} frames of {side}x{side}"
+
+
+def dit_case(peers, device, dtype, quick):
+    import comfy.ops
+    from comfy.ldm.wan.model import WanModel as NativeModel
+    from diffusers import WanTransformer3DModel
+    from wan21.wan.checkpoint_keys import to_wan_dit_keys
+    from wan21.wan.config import WanConfig
+    from wan21.wan.dit import WanModel
+
+    width, heads, ffn, layers, side = (256, 2, 1024, 2, 16) if quick else (1536, 12, 8960, 4, 56)
+    config = WanConfig(in_dim=16, dim=width, ffn_dim=ffn, num_heads=heads, num_layers=layers)
+    theirs = WanTransformer3DModel(
+        num_attention_heads=heads, attention_head_dim=width // heads, ffn_dim=ffn, num_layers=layers
+    )
+    weights = randomise(theirs).state_dict()
+
+    def build(peer):
+        if peer == "diffusers":
+            model = theirs
+        elif peer == "ours":
+            model = WanModel(config, torch.nn)
+        else:
+            sizes = {"dim": width, "ffn_dim": ffn, "num_heads": heads, "num_layers": layers}
+            model = NativeModel(operations=comfy.ops.disable_weight_init, dtype=torch.float32, **sizes)
+        if peer != "diffusers":
+            model.load_state_dict(to_wan_dit_keys(weights))
+        return model.eval().requires_grad_(False).to(device, dtype)
+
+    models = {peer: build(peer) for peer in peers}
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 16, 5, side, side, generator=generator).to(device, dtype)
+    context = torch.randn(1, 512, 4096, generator=generator).to(device, dtype)
+    timestep = torch.tensor([500.0], device=device)
+    calls = {peer: lambda model=model: model(x, timestep, context) for peer, model in models.items()}
+    if "diffusers" in models:
+        calls["diffusers"] = lambda: models["diffusers"](x, timestep, context, return_dict=False)[0]
+    return calls, f"width {width}, {heads} heads, ffn {ffn}, {layers} layers, {5 * (side // 2) ** 2} tokens"
+
+
+def make_case(name, peers, device, quick):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if name == "dit":
+        return dit_case(peers, device, dtype, quick)
+    return vae_case(name.removeprefix("vae-"), peers, device, dtype, quick)
+
+
+def timed(call, device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def times_and_errors(calls, device, repeat):
+    """{peer: median seconds}, {peer: relative distance of our result from the peer's}."""
+    results = {peer: call().float() for peer, call in calls.items()}  # this is the warm-up as well
+    errors = {}
+    for peer in ("native", "diffusers"):
+        clamp = results[peer].abs().max() <= 1  # diffusers clamps decoded pixels
+        ours = results["ours"].clamp(-1, 1) if clamp else results["ours"]
+        errors[peer] = ((ours - results[peer]).norm() / results[peer].norm()).item()
+    del results
+    seconds = {peer: [] for peer in calls}
+    for _ in range(repeat):
+        for peer, call in calls.items():
+            seconds[peer].append(timed(call, device))
+    return {peer: statistics.median(values) for peer, values in seconds.items()}, errors
+
+
+def resident(key):
+    """`VmRSS` or `VmHWM` of this process in bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+def cpu_memory_of_this_process(case, peer, quick):
+    calls, _ = make_case(case, [peer], "cpu", quick)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed heap pages would hide part of the call's own need
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    calls[peer]()
+    peak = min(resident("VmHWM"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return max(0, peak - before)
+
+
+def memory(case, peers, calls, device, quick):
+    """{peer: bytes}, or None where it cannot be measured."""
+    if device == "cuda":
+        used = {}
+        for peer in peers:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            calls[peer]()
+            used[peer] = torch.cuda.max_memory_allocated() - before
+        return used
+    if not sys.platform.startswith("linux"):
+        return None
+    used = {}
+    for peer in peers:
+        command = [sys.executable, __file__, "--only", case, "--memory-of", peer, *["--quick"] * quick]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        used[peer] = int(output.split()[-1])
+    return used
+
+
+def measure(case, device, repeat, quick):
+    calls, size = make_case(case, PEERS, device, quick)
+    seconds, errors = times_and_errors(calls, device, repeat)
+    used = memory(case, PEERS, calls, device, quick) if device == "cuda" else None
+    del calls
+    gc.collect()
+    used = used or memory(case, PEERS, None, device, quick)
+    row = {"case": case, "size": size, "seconds": seconds, "relative_error": errors}
+    row["time_ratio"] = seconds["ours"] / min(seconds["native"], seconds["diffusers"])
+    if used:
+        row["memory_mib"] = {peer: used[peer] / MIB for peer in used}
+        row["memory_ratio"] = used["ours"] / max(1, min(used["native"], used["diffusers"]))
+        row["memory_ratio_native"] = used["ours"] / max(1, used["native"])
+    return row
+
+
+def table(rows):
+    lines = ["case         peer        seconds   memory MiB   ours/peer: time  memory  relative error"]
+    for row in rows:
+        for peer in PEERS:
+            seconds, used = row["seconds"], row.get("memory_mib")
+            mib = used[peer] if used else float("nan")
+            line = f"{row['case']:12} {peer:10} {seconds[peer]:8.3f}   {mib:10.0f}"
+            if peer != "ours":
+                line += f"   {seconds['ours'] / seconds[peer]:15.3f}"
+                line += f"  {(used['ours'] if used else mib) / max(mib, 1e-9):6.3f}"
+                line += f"  {row['relative_error'][peer]:14.1e}"
+            lines.append(line)
+        lines.append(f"             {row['size']}; time {row['time_ratio']:.3f} of the faster peer")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default="dit,vae-encode,vae-decode")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs, says nothing")
+    parser.add_argument("--memory-of", choices=PEERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    if args.memory_of:
+        print(cpu_memory_of_this_process(args.only, args.memory_of, args.quick))
+        return
+    rows = [measure(case, args.device, args.repeat, args.quick) for case in args.only.split(",")]
+    print(table(rows))
+    if args.json:
+        info = {"device": args.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        args.json.write_text(json.dumps({**info, "cases": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
