@@ -45,30 +45,47 @@ def transforms(m):
     return evaluate(m).T.float(), evaluate(3).float(), torch.linalg.inv(evaluate(n)).T.float()
 
 
-def causal_conv3(conv, before, x, add_to=None):
-    """`conv` over up to two earlier frames (None: zeros) and x [B, C, f, H, W]; adds to `add_to` if given."""
-    b, _, f, h, w = x.shape
+def causal_conv3(conv, before, x, norm=None, add_to=None):
+    """`conv` over up to two earlier frames and x, strip by strip of rows, so that nothing else is whole.
+
+    Args:
+        before: [B, C, 0..2, H, W], already normed; None is zeros.
+        x: [B, C, f, H, W].
+        norm: applied to x, with SiLU, on the way; x stays as it is.
+        add_to: the result is added to it, in place.
+
+    Returns:
+        (result, the last two frames that the convolution saw, for the next call)
+    """
+    b, c, f, h, w = x.shape
     if add_to is None:  # channels last in memory, as throughout on the CPU
         y = x.new_empty(b, f, h, w, conv.out_channels).permute(0, 4, 1, 2, 3)
     else:
         y = add_to.contiguous(memory_format=torch.channels_last_3d)
-    earlier = [] if before is None else [*before.unbind(2)]
-    frames = [*earlier, *x.unbind(2)]  # [B, C, H, W] each; joined strip by strip only
-    missing = 2 - len(earlier)
     for start in range(0, f, 4):
-        m = min(4, f - start)
-        window = frames[max(0, start - missing) : start - missing + 2 + m]
-        filters = Filters(conv, m, len(window))
+        fresh = x[:, :, start : start + 4].permute(0, 2, 3, 4, 1)  # [B, m, H, W, C]
+        m = fresh.shape[1]
+        earlier = fresh[:, :0] if before is None else before.permute(0, 2, 3, 4, 1)
+        kept = x.new_empty(b, min(2, earlier.shape[1] + m), h, w, c)
+        filters = Filters(conv, m, earlier.shape[1] + m, norm)
         for i in range(b):
-            d = [frame[i].permute(1, 2, 0) for frame in window]
-            filters(d, y[i, :, start : start + m].permute(1, 2, 3, 0), add=add_to is not None)
-    return y
+            out = y[i, :, start : start + m].permute(1, 2, 3, 0)
+            filters(earlier[i], fresh[i], out, kept[i], add=add_to is not None)
+        before = kept.permute(0, 4, 1, 2, 3)
+    return y, before
+
+
+def norm_silu_(norm, x):
+    """silu(norm(x)) in place, channels in the last axis."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return F.silu(x.mul_(norm.scale / length.clamp_min_(1e-12)).mul_(norm.gamma.flatten()), inplace=True)
 
 
 class Filters:
     """Weights of `conv` transformed for m outputs from the last `known` of m + 2 frames, the rest zero."""
 
-    def __init__(self, conv, m, known):
+    def __init__(self, conv, m, known, norm=None):
+        self.norm = norm
         at, g, bt = transforms(m)
         bt = bt[:, -known:]
         used = [i for i in range(m + 2) if bt[i].any()]
@@ -80,15 +97,19 @@ class Filters:
         biased = used.index(1) if m > 1 else len(used) - 1
         self.biases = [conv.bias if i == biased else None for i in range(len(used))]
 
-    def __call__(self, d, y, add):
-        """y [m, H, W, D] = or += the filtered frames d, `known` times [H, W, C]."""
-        h, w, c = d[0].shape
+    def __call__(self, earlier, fresh, y, kept, add):
+        """y [m, H, W, D] = or += the filtered frames, `earlier` then `fresh` [., H, W, C]; fills `kept`."""
+        _, h, w, c = fresh.shape
         rows = max(8, STRIP_BYTES // (len(self.taps) * w * c * 4))
         for top in range(0, h, rows):
             bottom = min(h, top + rows)
             a, z = max(0, top - 1), min(h, bottom + 1)  # a row more on each side, as far as there is one
-            strip = torch.stack([frame[a:z].flatten() for frame in d])  # [known, rows W C]
-            planes = (self.bt @ strip).view(-1, 1, z - a, w, c).permute(0, 1, 4, 2, 3)
+            strip = torch.cat((earlier[:, a:z], fresh[:, a:z]))  # [known, rows, W, C]
+            if self.norm is not None:
+                norm_silu_(self.norm, strip[len(earlier) :])
+            kept[:, top:bottom] = strip[-len(kept) :, top - a : bottom - a]
+            planes = (self.bt @ strip.flatten(1)).view(-1, 1, z - a, w, c).permute(0, 1, 4, 2, 3)
+            del strip
             planes = [
                 F.conv2d(plane, tap, bias, padding=1)[0, :, top - a : bottom - a].permute(1, 2, 0).flatten()
                 for plane, tap, bias in zip(planes, self.taps, self.biases)

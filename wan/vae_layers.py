@@ -35,17 +35,21 @@ class Past:
         return torch.cat((self.frames[layer], x), 2) if layer in self.frames else x
 
 
-def causal_conv(conv, x, past, add_to=None):
+def causal_conv(conv, x, past, norm=None, overwrite=False, add_to=None):
     """Convolution whose frame t sees frames t-k+1 ... t, with zeros before the first one.
 
-    With `add_to` the result is added to it, in place when no gradient is recorded.
+    With `norm` it is of silu(norm(x)), for which `overwrite` allows the use of x's memory; with `add_to`
+    the result is added to that. Both in place only when no gradient is recorded.
     """
     keep = conv.kernel_size[0] - 1
     before = past.frames.get(conv)
+    if keep and vae_cpu.fits(conv, x):
+        y, past.frames[conv] = vae_cpu.causal_conv3(conv, before, x, norm, add_to)
+        return y
+    if norm is not None:
+        x = norm_silu(norm, x, overwrite)
     if keep:
         past.keep(conv, x[:, :, -keep:] if x.shape[2] >= keep else past.join(conv, x)[:, :, -keep:])
-    if keep and vae_cpu.fits(conv, x):
-        return vae_cpu.causal_conv3(conv, before, x, add_to)
     missing = keep - (0 if before is None else before.shape[2])
     parts = [x.new_zeros(*x.shape[:2], missing, *x.shape[3:])] * (missing > 0) + [before] * (
         before is not None
@@ -93,8 +97,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x, past):
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
-        h = causal_conv(conv1, norm_silu(norm1, x), past)
-        return causal_conv(conv2, norm_silu(norm2, h, in_place=True), past, add_to=self.shortcut(x))
+        h = causal_conv(conv1, x, past, norm1)
+        return causal_conv(conv2, h, past, norm2, overwrite=True, add_to=self.shortcut(x))
 
 
 class AttentionBlock(nn.Module):
@@ -181,7 +185,7 @@ class Head(nn.Sequential):
         )
 
     def forward(self, x, past):
-        return causal_conv(self[2], norm_silu(self[0], x, in_place=True), past)
+        return causal_conv(self[2], x, past, self[0], overwrite=True)
 
 
 def middle_blocks(dim, ops, **kw):

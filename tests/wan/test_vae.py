@@ -10,6 +10,7 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from wan21.wan.vae import WanVAE
+from wan21.wan.vae_layers import RMSNorm, norm_silu
 
 DIM = 16
 MULTIPLIERS = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
@@ -105,14 +106,26 @@ def test_cpu_convolution_equals_the_direct_sum(h, w, m, known, monkeypatch):
     from wan21.wan import vae_cpu
 
     monkeypatch.setattr(vae_cpu, "STRIP_BYTES", 0)  # the smallest strips
+    torch.manual_seed(m)
     conv = randomise(torch.nn.Conv3d(16, 24, 3, padding=(0, 1, 1)))
+    norm = RMSNorm(16, 3)
+    norm.gamma.data += 0.2 * torch.randn_like(norm.gamma)
     frames, base = torch.randn(2, 16, known, h, w), torch.randn(2, 24, m, h, w)
-    before = frames[:, :, : known - m] if known > m else None
-    expected = conv.double()(torch.nn.functional.pad(frames, (0, 0, 0, 0, m + 2 - known, 0)).double())
+    normed = norm_silu(norm, frames)
+    expected = conv.double()(torch.nn.functional.pad(normed, (0, 0, 0, 0, m + 2 - known, 0)).double())
     conv.float()
-    assert relative_error(vae_cpu.causal_conv3(conv, before, frames[:, :, known - m :]), expected) <= 1e-6
-    added = vae_cpu.causal_conv3(conv, before, frames[:, :, known - m :], add_to=base.clone())
+    fresh = frames[:, :, known - m :].contiguous(memory_format=torch.channels_last_3d)
+    given = fresh.clone()
+    before = normed[:, :, : known - m] if known > m else None
+    y, kept = vae_cpu.causal_conv3(conv, before, fresh, norm)
+    assert relative_error(y, expected) <= 1e-6
+    assert relative_error(kept, normed[:, :, -2:]) <= 1e-6
+    assert torch.equal(fresh, given)
+    added, _ = vae_cpu.causal_conv3(conv, before, fresh, norm, add_to=base.clone())
     assert relative_error(added, expected + base) <= 1e-6
+    plain, kept = vae_cpu.causal_conv3(conv, before, normed[:, :, known - m :])
+    assert relative_error(plain, expected) <= 1e-6
+    assert torch.equal(kept, normed[:, :, -2:])
 
 
 def test_cpu_upsampling_equals_the_direct_sum():
