@@ -150,8 +150,14 @@ class WanAttentionBlock(nn.Module):
         x = add_gated(x, y, e[2])  # (B, L, D)
         y = self.cross_attn(self.norm3(x).to(dtype), text, image, attention)
         x = add_gated(x, y)  # (B, L, D)
-        y = self.ffn(modulate(x, e[3], e[4], self.eps, dtype))
+        y = self.feed_forward(modulate(x, e[3], e[4], self.eps, dtype))
         return add_gated(x, y, e[5])  # (B, L, D)
+
+    def feed_forward(self, x):
+        if torch.is_grad_enabled():
+            return self.ffn(x)  # (B, L, D)
+        hidden = self.ffn[0](x)  # (B, L, ffn_dim), the largest tensor of a step: GELU takes no second one
+        return self.ffn[2](torch.ops.aten.gelu_(hidden, approximate="tanh"))  # (B, L, D)
 
 
 class Head(nn.Module):
