@@ -36,7 +36,7 @@ FUN_CONTROL = Kind("fun_control", "a Wan2.1 Fun-Control model", _VARIANT)
 # One pattern per kind, searched in the list of keys, one key a line. Any prefix may come first.
 RULES: tuple[tuple[Kind, str], ...] = (
     (
-        Kind("lora", "a LoRA", "load the base model here and the LoRA with Wan21LoraLoader"),
+        Kind("lora", "a LoRA", "load the base model here and the LoRA with the host's LoraLoaderModelOnly"),
         r"\.(lora_(up|down|A|B)(\.\w+)?(\.weight)?|hada_w[12]_a|lokr_w[12](_a)?|oft_blocks|dora_scale|diff|diff_b)$",
     ),
     (Kind("vace", "a Wan2.1 VACE model", _VARIANT), r"(^|\.)vace_(patch_embedding|blocks)\."),

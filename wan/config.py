@@ -78,15 +78,6 @@ SIZES = {
     "flf2v-14B": WanConfig(in_dim=36, image_dim=1280, image_tokens=2 * CLIP_TOKENS, **_LARGE),
 }
 
-_OTHER_FAMILIES = {
-    "vace_blocks.0.after_proj.weight": "Wan2.1-VACE",
-    "ref_conv.weight": "Wan2.1-Fun-Control with a reference image",
-    "control_adapter.conv.weight": "Wan2.1-Fun-Camera",
-    "casual_audio_encoder.encoder.final_linear.weight": "Wan2.2-S2V",
-    "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
-    "face_adapter.fuser_blocks.0.k_norm.weight": "Wan2.2-Animate",
-}
-
 
 def detect_config(state_dict, metadata=None):
     """Read the sizes of a Wan2.1 DiT from its weights.
@@ -97,14 +88,8 @@ def detect_config(state_dict, metadata=None):
             `"transformer"`, as ComfyUI reads it.
 
     Raises:
-        ValueError: the weights are not a Wan2.1 DiT, or one of a family this pack does not run.
+        ValueError: the weights are not a Wan2.1 DiT of 16 or 36 input channels.
     """
-    for key, family in _OTHER_FAMILIES.items():
-        if key in state_dict:
-            raise ValueError(
-                f"these are {family} weights; Wan21ModelLoader runs text-to-video, image-to-video and "
-                "first-last-frame Wan2.1 models: load this file with the host's own Load Diffusion Model"
-            )
     if "patch_embedding.weight" not in state_dict or "blocks.0.ffn.0.weight" not in state_dict:
         raise ValueError(
             "these are not Wan2.1 diffusion weights (no patch_embedding.weight and blocks.0.ffn.0.weight); "

@@ -194,7 +194,7 @@ def test_other_families_are_named(extra, family):
     with torch.device("meta"):
         state = WanModel(T2V, torch.nn).state_dict()
     with pytest.raises(ValueError, match=family):
-        detect_config(state | {extra: torch.empty(1)})
+        to_wan_dit_keys(state | {extra: torch.empty(1)})
 
 
 def test_other_channel_counts_are_named():
