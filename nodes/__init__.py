@@ -1,5 +1,8 @@
 """The ComfyUI layer: one file per station of the road, and the list of node classes."""
 
+from pathlib import Path
+
+import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from .image_to_video import Wan21ImageToVideo
@@ -7,8 +10,15 @@ from .load import Wan21ModelLoader, Wan21TextEncoderLoader, Wan21VAELoader
 from .sampler import Wan21Sampler
 from .vae_decode import Wan21VAEDecode
 
+MODELS = Path(__file__).parents[1] / "models"  # the bundled small checkpoint
+
 
 class Wan21Extension(ComfyExtension):
+    async def on_load(self):
+        """Show the bundled checkpoint in the host's model lists, after the user's own folders."""
+        for folder in sorted(path for path in MODELS.iterdir() if path.is_dir()):
+            folder_paths.add_model_folder_path(folder.name, str(folder))
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             Wan21ModelLoader,

@@ -15,4 +15,6 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 def sdpa(q, k, v):
     """The reference: PyTorch's scaled dot-product attention, on the best kernel the device has."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, N, L, D)
+    if q.device.type == "cpu":  # each block of queries reads them all again: one head's rows side by side
+        k, v = k.contiguous(), v.contiguous()
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (B, Lq, N, D)

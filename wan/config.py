@@ -28,6 +28,8 @@ class WanConfig:
         freq_dim: width of the sinusoidal time embedding.
         out_dim: output channels.
         eps: epsilon of every norm.
+        empty_start: an image model that was also trained without any image (mask and image latent zero),
+            so that it serves as text-to-video too. No release is; the bundled one is.
     """
 
     in_dim: int
@@ -41,6 +43,7 @@ class WanConfig:
     freq_dim: int = 256
     out_dim: int = LATENT_CHANNELS
     eps: float = 1e-6
+    empty_start: bool = False
 
     def __post_init__(self):
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -85,7 +88,7 @@ def detect_config(state_dict, metadata=None):
     Args:
         state_dict: tensors under Wan2.1's own names (`wan.checkpoint.to_wan_dit_keys`).
         metadata: safetensors metadata; its `config` JSON may set `num_heads` and `freq_dim` under
-            `"transformer"`, as ComfyUI reads it.
+            `"transformer"`, as ComfyUI reads it; `empty_start` = "true" sets the field of that name.
 
     Raises:
         ValueError: the weights are not a Wan2.1 DiT of 16 or 36 input channels.
@@ -116,4 +119,5 @@ def detect_config(state_dict, metadata=None):
         image_tokens=shape.get("img_emb.emb_pos", (None, None))[1],
         freq_dim=shape["time_embedding.0.weight"][1],
         out_dim=out_dim,
+        empty_start=(metadata or {}).get("empty_start") == "true",
     )

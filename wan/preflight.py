@@ -138,7 +138,7 @@ def _check_text(node, config, cond):
 
 
 def _check_image_latent(node, config, latent_shape, cond):
-    if config.takes_image and cond.image_latent is None:
+    if config.takes_image and cond.image_latent is None and not config.empty_start:
         fail(
             node,
             f"the model is image-to-video (36 channels) and {cond.name} carries no image",

@@ -117,7 +117,8 @@ class Filters:
             bottom = min(h, top + rows)
             a, z = max(0, top - 1), min(h, bottom + 1)  # a row more on each side, as far as there is one
             strip = strips[:, : z - a]
-            strip[:old, : top - a], strip[:old, top - a :], strip[old:] = above, earlier[:, top:z], fresh[:, a:z]
+            strip[:old, : top - a], strip[:old, top - a :] = above, earlier[:, top:z]
+            strip[old:] = fresh[:, a:z]
             if self.norm is not None:
                 norm_silu_(self.norm, strip[old:])
             above = strip[:old, bottom - a - 1 : bottom - a].clone()
