@@ -27,8 +27,8 @@ class Wan21VAEDecode(io.ComfyNode):
                     "tile_size",
                     options=["auto", "0", "128", "256"],
                     default="auto",
-                    tooltip="Pixels of a tile; 0 decodes whole frames, auto does so while memory lasts. Time "
-                    "is never cut, so tiles do not flicker.",
+                    tooltip="Pixels of a tile; 0 decodes whole frames, auto does so while memory lasts. Tiles "
+                    "have no seam and do not flicker; they need less memory and more time.",
                 ),
             ],
             outputs=[io.Image.Output()],
@@ -45,5 +45,5 @@ class Wan21VAEDecode(io.ComfyNode):
             images = vae.decode(samples)
         else:
             tile = int(tile_size) // vae.spacial_compression_decode()
-            images = vae.decode_tiled(samples, tile_x=tile, tile_y=tile, overlap=tile // 4)
+            images = vae.decode_tiled(samples, tile_x=tile, tile_y=tile)
         return io.NodeOutput(torch.flatten(images, 0, 1))  # [B, F, H, W, 3] -> [B*F, H, W, 3]

@@ -3,6 +3,8 @@
 Each is called as layer(x, past) with x [B, C, f, H, W], and is causal in time: an output frame needs its
 own and earlier input frames only. The earlier ones come from `past`; a layer itself stores nothing.
 
+`reach` of a layer: how many pixels to each side of an output pixel it looks, counted in the output.
+
 Parameter names are the Wan2.1 release's (wan/modules/vae.py), so that its files load strictly.
 
     B batch    C channels    f frames of one chunk    H W height and width of the tensor at hand
@@ -90,6 +92,8 @@ def norm_silu(norm, x, in_place=False):
 
 
 class ResidualBlock(nn.Module):
+    reach = 2
+
     def __init__(self, in_dim, out_dim, ops, **kw):
         super().__init__()
         self.residual = nn.Sequential(
@@ -153,6 +157,8 @@ class Resample(nn.Module):
             return batch_to_frames(vae_cpu.upsample_conv(self.resample[1], frames), x.shape[0])
         return batch_to_frames(self.resample(frames), x.shape[0])
 
+    space.reach = 1
+
     def time_up(self, x, past):
         """[B, C, f, H, W] -> [B, C, 2f, H, W], one frame less in the chunk that holds frame 0."""
         if past.started(self):
@@ -160,6 +166,8 @@ class Resample(nn.Module):
         past.keep(self, x[:, :, :0])
         first, rest = x[:, :, :1], x[:, :, 1:]
         return torch.cat((first, self._double(rest, past)), 2) if rest.shape[2] else first
+
+    time_up.reach = 0
 
     def _double(self, x, past):
         pairs = causal_conv(self.time_conv, x, past).unflatten(1, (2, x.shape[1]))  # [B, 2, C, f, H, W]
@@ -186,6 +194,8 @@ def batch_to_frames(x, batch):
 
 class Head(nn.Sequential):
     """Norm, SiLU, convolution to the output channels."""
+
+    reach = 1
 
     def __init__(self, dim, out_dim, ops, **kw):
         super().__init__(
@@ -249,8 +259,8 @@ class Decoder(nn.Module):
         self.head = Head(dim, 3, ops, **kw)
 
     def stages(self):
-        """Lists of layers, a new list wherever the size of a frame changes."""
-        stages = [[partial(causal_conv, self.conv1), *self.middle]]
+        """Lists of layers: those that need whole frames; then a new list wherever a frame is doubled."""
+        stages = [[partial(causal_conv, self.conv1), *self.middle], []]
         for layer in self.upsamples:
             if not isinstance(layer, Resample):
                 stages[-1].append(layer)

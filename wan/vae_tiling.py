@@ -1,8 +1,10 @@
-"""Overlapping tiles of a frame and the weights that blend them; a plan of numbers, no model in sight.
+"""Tiles of a frame: windows that are decoded exactly, and overlapping tiles with weights to blend them.
 
 h, w: latent height and width; scale: blended values per latent pixel, 8 for RGB and 1 for latents.
 """
 
+from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -50,3 +52,69 @@ def _cut(size, tile, overlap, scale):
         total[span.start * scale : span.stop * scale] += weight
     weights = [w / total[s.start * scale : s.stop * scale] for s, w in zip(spans, weights)]
     return spans, [w.float() for w in weights]
+
+
+def cut_windows(h, w, tile_y, tile_x):
+    """(rows, columns) of windows that cover h x w latent pixels once, each at most tile_y x tile_x.
+
+    Raises:
+        ValueError: If a side of the tile is below 1.
+    """
+    if min(tile_y, tile_x) < 1:
+        raise ValueError(
+            f"VAE tiles of {tile_x} x {tile_y} latent pixels: both must be at least 1, for example 32."
+        )
+    spans = [
+        [slice(at, min(at + tile, side)) for at in range(0, side, tile)]
+        for side, tile in ((h, tile_y), (w, tile_x))
+    ]
+    return [*product(*spans)]
+
+
+def margins(stages):
+    """How many pixels around a window the input of each stage must have, counted in that input."""
+    needed, found = 0, []
+    for layers in reversed(stages):
+        needed += sum(layer.reach for layer in layers)
+        if doubles(layers):
+            needed = -(-needed // 2)
+        found.append(needed)
+    return found[::-1]
+
+
+def doubles(layers):
+    return getattr(layers[0], "__name__", "") == "space"
+
+
+def windowed(stages, window, size):
+    """Stages that compute one window of the result, exactly: between them the borders no longer needed go.
+
+    Args:
+        stages: Lists of layers with a `reach`, as of `Decoder.stages` without the first.
+        window: (rows, columns) as slices of `size`, the (height, width) of the first stage's whole input.
+
+    Returns:
+        (rows and columns of the input to give, the stages)
+    """
+    scale, have, start, result = 1, None, None, []
+    for layers, margin in zip([*stages, None], [*margins(stages), 0]):
+        want = [
+            slice(max(0, span.start * scale - margin), min(side * scale, span.stop * scale + margin))
+            for span, side in zip(window, size)
+        ]
+        if have is None:
+            start = want
+        else:
+            inside = [slice(w.start - h.start, w.stop - h.start) for w, h in zip(want, have)]
+            result[-1].append(partial(crop, *inside))
+        if layers is not None:
+            result.append([*layers])
+            factor = 2 if doubles(layers) else 1
+            scale *= factor
+            have = [slice(span.start * factor, span.stop * factor) for span in want]
+    return start, result
+
+
+def crop(rows, columns, x, past):
+    """A layer that keeps part of the picture."""
+    return x[..., rows, columns]

@@ -31,9 +31,8 @@ def test_tiled_calls_of_the_host_reach_our_tiling(vae, clip):
     whole = vae.encode(clip)
     assert relative(vae.encode_tiled(clip, tile_x=256, tile_y=256, overlap=64), whole) < 1e-6
     video = vae.decode(whole)
-    assert relative(vae.decode_tiled(whole, tile_x=32, tile_y=32, overlap=8), video) < 1e-6
-    tiled = vae.decode_tiled(whole, tile_x=8, tile_y=8, overlap=4)
-    assert tiled.shape == video.shape and not torch.equal(tiled, video)
+    assert relative(vae.decode_tiled(whole, tile_x=32, tile_y=32, overlap=8), video) < 1e-5
+    assert relative(vae.decode_tiled(whole, tile_x=4, tile_y=8, overlap=2), video) < 1e-5
 
 
 def test_native_image_to_video_works_with_our_vae(vae, native_vae, prompts, picture):
