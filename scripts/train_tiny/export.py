@@ -1,0 +1,113 @@
+"""Trained stages -> the four files of `models/`: float16, Wan2.1's own names, with metadata."""
+
+import json
+import subprocess
+
+import torch
+from pack import ROOT
+from safetensors.torch import save_file
+from train_tiny.progress import Stage
+from train_tiny.train_dit import averaged_model
+from train_tiny.train_lora import trained_lora
+from train_tiny.train_vae import load_vae
+
+FILES = {
+    "dit": "diffusion_models/wan21-tiny-i2v.safetensors",
+    "vae": "vae/wan21-tiny-vae.safetensors",
+    "text": "text_encoders/wan21-tiny-umt5.safetensors",
+    "lora": "loras/wan21-tiny-lora.safetensors",
+}
+LARGEST_BYTES = 40 * 2**20
+LARGEST_LORA_BYTES = 2 * 2**20
+
+DESCRIPTIONS = {
+    "dit": "Small Wan2.1 image-to-video diffusion transformer (36 input channels, 6 blocks of width 256) for "
+    "trying the graph on any machine: camera and simple object motions at 64 to 128 pixels, 5 to 33 frames. "
+    "Knows start image, first and last frame, and no image at all. The CLIP vision branch is there and "
+    "silent: its values are zero.",
+    "vae": "Small Wan2.1 video autoencoder (16 channels at the first level); its latents are standardised by "
+    "Wan2.1's mean and std. For use with wan21-tiny-i2v only.",
+    "text": "Small umT5 encoder (2 layers of width 128) with its own tokenizer of 512 pieces inside, trained "
+    "jointly with wan21-tiny-i2v. Understands descriptions of camera and object motion in English.",
+    "lora": "LoRA of rank 8 for wan21-tiny-i2v: the colours drain to grey over the clip.",
+}
+TITLES = {
+    "dit": "Wan2.1 tiny i2v",
+    "vae": "Wan2.1 tiny VAE",
+    "text": "Wan2.1 tiny umT5",
+    "lora": "Wan2.1 tiny LoRA: colours drain",
+}
+
+
+def export(work, models, vae_schedule):
+    """Write the four files below the folder `models` and return their paths by part.
+
+    Args:
+        work: folder of the finished stages.
+        vae_schedule: of `train_vae`, for the sizes.
+    """
+    model = averaged_model(Stage(work, "dit"))
+    tokenizer = torch.frombuffer(bytearray(model.text.tokenizer), dtype=torch.uint8)
+    tensors = {
+        "dit": model.dit.state_dict(),
+        "vae": load_vae(work, vae_schedule).state_dict(),
+        "text": model.text.t5.state_dict() | {"spiece_model": tokenizer},
+        "lora": trained_lora(Stage(work, "lora"), model),
+    }
+    seconds = {path.stem: seconds_of(work, path.stem) for path in sorted(work.glob("*.pt"))}
+    paths = {part: models / name for part, name in FILES.items()}
+    for part, path in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(stored(tensors[part]), path, metadata=metadata(part, seconds))
+    check_sizes(paths)
+    return paths
+
+
+def stored(tensors):
+    """float16, but for bytes."""
+    return {
+        name: (tensor if tensor.dtype == torch.uint8 else tensor.half()).contiguous().cpu()
+        for name, tensor in tensors.items()
+    }
+
+
+def metadata(part, seconds):
+    """What the file is, how it was made, and what loaders read."""
+    common = {
+        "title": TITLES[part],
+        "description": DESCRIPTIONS[part],
+        "license": "Apache-2.0",
+        "trained": "from random weights on procedural clips of our own, by `make train-tiny` "
+        "(scripts/train_tiny); no photograph and no other model was used",
+        "training_commit": commit(),
+        "training_seconds": json.dumps(seconds),
+    }
+    if part == "dit":
+        # ComfyUI reads every size from the weights except the width of the text features.
+        common["config"] = json.dumps({"transformer": {"text_dim": 128}})
+        common["empty_start"] = "true"
+    if part == "lora":
+        common["base_model"] = TITLES["dit"]
+    return common
+
+
+def seconds_of(work, name):
+    """How long a stage took, over all its runs."""
+    stage = Stage(work, name)
+    stage.load()
+    return round(stage.spent)
+
+
+def commit():
+    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
+
+
+def check_sizes(paths):
+    """The files are part of the repository: refuse to write more than was agreed."""
+    total, lora = sum(p.stat().st_size for p in paths.values()), paths["lora"].stat().st_size
+    if total > LARGEST_BYTES or lora > LARGEST_LORA_BYTES:
+        raise ValueError(
+            f"the files are {total / 2**20:.1f} MiB, the LoRA {lora / 2**20:.2f} MiB; at most "
+            f"{LARGEST_BYTES / 2**20:.0f} and {LARGEST_LORA_BYTES / 2**20:.0f}: make VAE or DiT smaller"
+        )

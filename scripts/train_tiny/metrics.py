@@ -1,0 +1,109 @@
+"""What a video does, measured: which camera motion, where a shape went, how like its picture it is.
+
+F frames    H W height, width; pixels are in [0, 1]
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from train_tiny import data
+
+LATER = 0.5  # of the frames: what a motion has done by then can be told from what another has
+MARGIN = 1.5 / 64  # of the picture at its edges, where a warp interpolates with what it does not know
+
+
+def psnr(a, b, weight=None):
+    """Decibels between two arrays of pixels; `weight` counts some of them only."""
+    error = (a - b).square()
+    mean = error.mean() if weight is None else (error * weight).sum() / weight.expand_as(error).sum()
+    return -10 * math.log10(max(float(mean), 1e-10))
+
+
+def warped(image, name, frames):
+    """A picture under a camera motion, as far as it is known.
+
+    Args:
+        image: [3, H, W].
+        name: one of `data.CAMERA`.
+
+    Returns:
+        (video [F, 3, H, W], known [F, 1, H, W] in 0, 1)
+    """
+    height, width = image.shape[1:]
+    view = data.camera_path([data.Motion("camera", name)], frames, torch.ones(1))[0]  # screen -> scene
+    view = torch.cat([view, torch.tensor([0.0, 0.0, 1.0]).expand(frames, 1, 3)], 1)  # [F, 3, 3]
+    to_first = torch.linalg.inv(view[0]) @ view  # from the screen at a frame to the screen at the first
+    rows, columns = data.units(height, width, "cpu")
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    points = torch.stack((x, y, torch.ones_like(x)), -1)
+    places = torch.einsum("fij,hwj->fhwi", to_first[:, :2], points)  # [F, H, W, 2]
+    half = data.SIDE / min(height, width) / 2  # a pixel's
+    grid = places / torch.stack((columns.max() + half, rows.max() + half))
+    video = F.grid_sample(image.expand(frames, -1, -1, -1), grid, padding_mode="border", align_corners=False)
+    known = (grid.abs() <= 1 - 2 * MARGIN).all(-1).float()[:, None]
+    return video, known
+
+
+def camera_scores(image, video):
+    """PSNR of the later frames of `video` [F, 3, H, W] with each motion's warp of `image` [3, H, W]."""
+    first = int(len(video) * LATER)
+    scores = {}
+    for name in data.CAMERA:
+        expected, known = warped(image, name, len(video))
+        later = range(first, len(video))
+        scores[name] = sum(psnr(expected[t], video[t], known[t]) for t in later) / len(later)
+    return scores
+
+
+def camera_motion(image, video):
+    """The camera motion that explains the video best."""
+    scores = camera_scores(image, video)
+    return max(scores, key=scores.get)
+
+
+def tells_motions_apart(image, frames=17, least=24.0):
+    """Whether the picture looks clearly different under any two motions: an even colour never does."""
+    videos = {name: warped(image, name, frames) for name in data.CAMERA}
+    for i, a in enumerate(data.CAMERA):
+        for b in data.CAMERA[:i]:
+            (video_a, known_a), (video_b, known_b) = videos[a], videos[b]
+            if psnr(video_a[-1], video_b[-1], known_a[-1] * known_b[-1]) > least:
+                return False
+    return True
+
+
+def centroid(video, colour, nearness=0.5):
+    """Where the colour is in each frame, in units from the middle (x, y), [F, 2].
+
+    What has the colour in every frame is background and does not count.
+
+    Args:
+        video: [F, 3, H, W] in [0, 1].
+        colour: a name of `data.COLOURS`.
+    """
+    target = torch.tensor(data.COLOURS[colour])[:, None, None] / 2 + 0.5
+    distance = (video - target).square().mean(1).sqrt()  # [F, H, W]
+    weight = (1 - distance / nearness * 2).clamp_min(0).square()
+    weight = weight - weight.amin(0)
+    rows, columns = data.units(*video.shape[2:], "cpu")
+    total = weight.sum((1, 2)).clamp_min(1e-6)
+    x = (weight * columns).sum((1, 2)) / total
+    y = (weight * rows[:, None]).sum((1, 2)) / total
+    return torch.stack((x, y), 1)
+
+
+def object_direction(video, colour):
+    """Which way a shape of this colour went, or None if it moved less than a quarter of its way."""
+    place = centroid(video, colour)
+    third = max(1, len(video) // 3)
+    way = place[-third:].mean(0) - place[:third].mean(0)
+    least = 0.25 * data.OBJECT_SPEED * (len(video) - third)
+    scores = {name: float(way @ torch.tensor(step, dtype=way.dtype)) for name, step in data.STEP.items()}
+    best = max(scores, key=scores.get)
+    return best if scores[best] >= least else None
+
+
+def saturation(frame):
+    """Mean distance of the largest and the smallest channel, of [3, H, W]."""
+    return float((frame.amax(0) - frame.amin(0)).mean())

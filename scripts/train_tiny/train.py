@@ -1,0 +1,88 @@
+"""Train the bundled checkpoint from nothing to the files in `models/`: `make train-tiny`.
+
+Stages that are done are skipped, and an interrupted one goes on where it was last saved, at most two
+minutes back. Delete a stage's files in the work folder to do it again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pack
+
+pack.load_pack()
+pack.load_host()
+
+from train_tiny import train_dit, train_lora, train_vae  # noqa: E402
+from train_tiny.export import export  # noqa: E402
+from train_tiny.progress import WORK, Stage  # noqa: E402
+
+MINUTES = {"cpu": 180, "cuda": 25, "smoke": 1}
+VAE_SCHEDULES = {
+    "cpu": train_vae.CPU,
+    "cuda": train_vae.CUDA,
+    "smoke": train_vae.Schedule(image_steps=3, video_steps=2, refine_steps=2, batch=1),
+}
+
+
+def stages(work, size, device):
+    """(name, function) of every stage, in order."""
+    vae_schedule, schedule = VAE_SCHEDULES[size], train_dit.SCHEDULES[size]
+
+    def vae(**which):
+        return train_vae.load_vae(work, vae_schedule, device, **which)
+
+    def encode():
+        train_dit.encode_stage(Stage(work, "encode"), vae(refined=False), schedule, device)
+
+    def lora():
+        train_lora.lora_stage(Stage(work, "lora"), Stage(work, "dit"), vae(refined=False), size, device)
+
+    return {
+        "vae": lambda: train_vae.train_vae(work, vae_schedule, device),
+        "encode": encode,
+        "dit": lambda: train_dit.dit_stage(Stage(work, "dit"), schedule, device),
+        "lora": lora,
+        "vae_refined": lambda: train_vae.refine_vae(work, vae_schedule, device),
+    }
+
+
+def main():
+    """Read the command line and run what is left to do."""
+    options = arguments()
+    size = options.size or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if size == "cuda" else "cpu"
+    print(
+        f"Training on {device} ({torch.get_num_threads()} threads), about {MINUTES[size]} minutes if "
+        f"nothing else runs. Work folder: {options.work}",
+        flush=True,
+    )
+    options.work.mkdir(parents=True, exist_ok=True)
+    for name, run in stages(options.work, size, device).items():
+        if options.only and name not in options.only:
+            continue
+        print(f"{name}: {'done' if Stage(options.work, name).done else 'running'}", flush=True)
+        run()
+    if options.only:
+        return
+    for part, path in export(options.work, options.models, VAE_SCHEDULES[size]).items():
+        print(f"{part:5} {path.stat().st_size / 2**20:6.2f} MiB  {path}")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the stages")
+    parser.add_argument("--models", type=Path, default=pack.ROOT / "models", help="folder of the result")
+    parser.add_argument(
+        "--size", choices=[*MINUTES], help="schedule; default: cuda if there is one, else cpu"
+    )
+    parser.add_argument("--only", nargs="+", help="run these stages and export nothing")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The diffusion transformer and its text encoder, trained together to turn noise into the cached clips.
+
+Rectified flow: x = (1 - sigma) clip + sigma noise, and the model learns noise - clip.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from train_tiny import captions, data, dit, latents
+from train_tiny.optim import Average, MuonAdamW, warm_up_then_decay
+from train_tiny.progress import Parts, train
+from train_tiny.text import TextEncoder, train_tokenizer
+
+# Matrices that AdamW trains: first and last layers, embeddings, and what has the axis of a table.
+BY_ADAM = (
+    "*patch_embedding.weight",
+    "*head.head.weight",
+    "*modulation",
+    "*shared.weight",
+    "*relative_attention_bias.weight",
+)
+SIGMA_MEAN, SIGMA_STD, UNIFORM = 0.4, 1.0, 0.15  # logit-normal, as SD3; a part of all is even
+DROP_CAPTION = 0.1
+HELD_OUT_CLIPS = 96
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much of everything; `tokens` is the size of a batch (80 are 17 frames of 64x64)."""
+
+    clips: int
+    steps: int
+    tokens: int
+    lr_muon: float = 3e-3
+    lr_adam: float = 1.5e-3
+    hold: float = 0.4
+    average: float = 0.998
+    measure_every: int = 200
+
+
+SCHEDULES = {
+    "smoke": Schedule(clips=40, steps=6, tokens=160, measure_every=3),  # whether it runs at all
+    "cpu": Schedule(clips=2600, steps=1700, tokens=24 * 80),
+    "cuda": Schedule(clips=60_000, steps=6000, tokens=256 * 80, average=0.999),
+}
+
+
+class TinyModel(torch.nn.Module):
+    """DiT and text encoder, so that one optimizer, average and state hold both."""
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.dit = dit.build()
+        self.text = TextEncoder(tokenizer)
+
+    def forward(self, x, sigma, condition, texts):
+        return dit.velocity(self.dit, x, sigma, condition, *self.text(texts))
+
+
+def tokenizer_of(work):
+    """The tokenizer's bytes; trained once per training, since the embeddings belong to its pieces."""
+    path = Path(work) / "spiece.model"
+    if not path.exists():
+        unfinished = path.with_suffix(".part")
+        unfinished.write_bytes(train_tokenizer())
+        unfinished.rename(path)
+    return path.read_bytes()
+
+
+def encode_stage(stage, vae, schedule, device="cpu"):
+    """Write the cached latents: `<work>/latents`, held-out ones in `<work>/latents_held_out`."""
+    if stage.done:
+        return
+    encoder = latents.Encoder(vae, device)
+    stage.load()
+
+    def on_shard(done, total):
+        if done % 10 == 0 or done == total:
+            stage.log(step=done, of=total)
+            stage.save({})
+
+    latents.write_shards(encoder, stage.work / "latents_held_out", held_out_plan())
+    latents.write_shards(encoder, stage.work / "latents", latents.shard_plan(schedule.clips), on_shard)
+    stage.save({}, done=True)
+
+
+def held_out_plan(clips=HELD_OUT_CLIPS):
+    return latents.shard_plan(clips, latents.HELD_OUT_BUCKETS, data.HELD_OUT)
+
+
+def dit_stage(stage, schedule, device="cpu"):
+    """Train DiT and text encoder on the cached latents; the state's `average` holds the result."""
+    if stage.done:
+        return
+    clips = latents.Latents(stage.work / "latents", latents.shard_plan(schedule.clips))
+    model = TinyModel(tokenizer_of(stage.work)).to(device)
+    optimizer = MuonAdamW(
+        model.named_parameters(),
+        schedule.lr_muon,
+        schedule.lr_adam,
+        adam=BY_ADAM,
+        weight_decay=0.02,
+        iterations=4,
+    )
+    average = Average(model, schedule.average)
+    held_out = HeldOut(stage.work / "latents_held_out", held_out_plan(), device)
+
+    def do_step(step):
+        rng = random.Random(f"dit {step}")
+        clip, condition, motions = clips.draw(rng, schedule.tokens)
+        texts = random_captions(motions, rng)
+        sigma = random_sigmas(rng, len(clip))
+        loss = flow_loss(model, clip.to(device), condition.to(device), texts, sigma, step)
+        loss.backward()
+        norm = optimizer.step(warm_up_then_decay(step, schedule.steps, 50, schedule.hold))
+        average.update()
+        return {"loss": loss.item(), "norm": norm}
+
+    def measure():
+        with average.applied():
+            return {"held_out": held_out.loss(model)}
+
+    parts = Parts(model=model, optimizer=optimizer, average=average)
+    train(stage, parts, schedule.steps, do_step, measure, log_every=20, measure_every=schedule.measure_every)
+
+
+def random_captions(motions, rng):
+    return [
+        captions.unconditional(rng) if rng.random() < DROP_CAPTION else captions.caption(motion, rng)
+        for motion in motions
+    ]
+
+
+def random_sigmas(rng, count):
+    normal = torch.tensor([rng.gauss(SIGMA_MEAN, SIGMA_STD) for _ in range(count)])
+    even = torch.tensor([rng.random() for _ in range(count)])
+    return torch.where(torch.tensor([rng.random() < UNIFORM for _ in range(count)]), even, normal.sigmoid())
+
+
+def flow_loss(model, clip, condition, texts, sigma, seed):
+    """Mean squared error of the velocity; `seed` is the noise's."""
+    noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(seed)).to(clip)
+    sigma = sigma.to(clip)
+    share = sigma[:, None, None, None, None]
+    x = (1 - share) * clip + share * noise
+    return (model(x, sigma, condition, texts) - (noise - clip)).square().mean()
+
+
+class HeldOut:
+    """Loss on clips that were never trained on: even noise levels, plain prompts, a start image."""
+
+    def __init__(self, folder, plan, device, batch=24):
+        clips, self.device = latents.Latents(folder, plan), device
+        self.batches = []
+        for bucket in clips.buckets:
+            count = max(1, batch * 80 // bucket.tokens)
+            rows = range(len(clips.motions[bucket]))
+            for start in range(0, len(rows), count):
+                part = [*rows[start : start + count]]
+                self.batches.append(clips.batch(bucket, part, ["start"] * len(part)))
+
+    @torch.no_grad()
+    def loss(self, model):
+        total, count = 0.0, 0
+        for i, (clip, condition, motions) in enumerate(self.batches):
+            sigma = (torch.arange(len(clip)) + 0.5) / len(clip)
+            texts = [captions.canonical(motion) for motion in motions]
+            loss = flow_loss(model, clip.to(self.device), condition.to(self.device), texts, sigma, i)
+            total, count = total + loss.item() * len(clip), count + len(clip)
+        return total / count
+
+
+def averaged_model(stage):
+    """The trained model with its averaged weights, for the LoRA and the export."""
+    model = TinyModel(tokenizer_of(stage.work)).requires_grad_(False)
+    for parameter, average in zip(model.parameters(), stage.load()["parts"]["average"]["weights"]):
+        parameter.copy_(average)
+    return model

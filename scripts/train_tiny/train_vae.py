@@ -1,0 +1,331 @@
+"""Train the bundled VAE: pictures, then clips, then its scaling folded in; later its decoder once more.
+
+    python scripts/train_tiny/train_vae.py            # an hour on two CPU cores; killed, it goes on
+    python scripts/train_tiny/train_vae.py --refine   # decoder only: latents made so far stay valid
+
+It is `wan.vae.WanVAE` itself that is trained. Stages, in the work folder: vae_image, vae_video, vae (folded,
+ready for use) and vae_refined (the same encoder, a better decoder).
+
+    B batch    F pixel frames    T latent frames    H W height, width
+"""
+
+import argparse
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pack
+
+pack.load_pack()
+
+from train_tiny import data  # noqa: E402
+from train_tiny.optim import MuonAdamW, warm_up_then_decay  # noqa: E402
+from train_tiny.progress import WORK, Parts, Stage, train  # noqa: E402
+from wan21.wan.vae import WanVAE  # noqa: E402
+from wan21.wan.vae_layers import Resample, ResidualBlock  # noqa: E402
+
+SEEDS = {"vae_image": 10**8, "vae_video": 2 * 10**8, "vae_refined": 3 * 10**8, "fold": 4 * 10**8}
+LATENT_NOISE = 0.15  # largest, of latents of unit variance: what the DiT gets wrong must not show
+LOG_VARIANCE = -8.0  # of every latent; training leaves it alone and nobody reads it
+# Wan2.1's own mean and standard deviation of each latent channel, which every user of its latents divides by.
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+AS_VECTORS = ("encoder.conv1.*", "decoder.head.2.*")  # AdamW's: pixels on one side
+# Batch, frames, height, width; how often. Small ones mostly, some large and long so that those hold as well.
+# On the CPU torch runs a 3D convolution ten times slower if B C F H is at most 20480.
+IMAGE_SIZES = {(8, 1, 64, 64): 14, (14, 1, 48, 48): 3, (4, 1, 96, 96): 2, (2, 1, 128, 128): 1}
+CLIP_SIZES = {
+    (3, 9, 48, 48): 24, (2, 9, 64, 64): 30, (2, 17, 48, 64): 6, (2, 17, 64, 64): 14, (5, 5, 64, 64): 4,
+    (2, 5, 96, 96): 4, (2, 9, 96, 64): 3, (2, 9, 64, 96): 2, (1, 33, 64, 64): 3,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast; `batch` multiplies the batch sizes above."""
+
+    image_steps: int
+    video_steps: int
+    refine_steps: int
+    batch: int
+    image_lr: float = 5e-3
+    video_lr: float = 1.5e-3
+    refine_lr: float = 1.5e-3
+    dim: int = 16
+
+
+CPU = Schedule(image_steps=1300, video_steps=450, refine_steps=120, batch=1)
+CUDA = Schedule(image_steps=6000, video_steps=8000, refine_steps=3000, batch=16)  # a guess, never run
+
+
+class LatentNorm(nn.Module):
+    """Latents of zero mean and unit variance by running statistics (batch renormalization).
+
+    Sergey Ioffe, arXiv:1702.03275. Plain batch statistics would hide a small batch's brightness from the
+    decoder; their gradient is kept, as it takes the encoder's incentive to outgrow the noise.
+    """
+
+    def __init__(self, channels=16, momentum=0.05):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, z):
+        if not self.training:
+            return (z - per_channel(self.mean)) / per_channel(self.var.sqrt())
+        var, mean = torch.var_mean(z, (0, 2, 3, 4), correction=0)
+        self.steps += 1
+        share = max(self.momentum, 1 / float(self.steps))  # the first batch sets them
+        self.mean.lerp_(mean.detach(), share)
+        self.var.lerp_(var.detach(), share)
+        std, running = (var + 1e-6).sqrt(), self.var.sqrt()
+        scale = (std.detach() / running).clamp(1 / 3, 3)
+        shift = ((mean.detach() - self.mean) / running).clamp(-3, 3)
+        return (z - per_channel(mean)) / per_channel(std) * per_channel(scale) + per_channel(shift)
+
+
+def per_channel(vector):
+    return vector[:, None, None, None]
+
+
+def encode(vae, video):
+    """Means [B, 16, T, H/8, W/8]; the whole clip is one chunk, so that a gradient can pass."""
+    return torch.cat([z for _, z in vae._encode_chunks(video, video.device, video.shape[2])], 2)
+
+
+def decode(vae, z):
+    return torch.cat([x for _, x in vae._decode_chunks(z, 4 * z.shape[2])], 2)
+
+
+@torch.no_grad()
+def initialize(vae, seed=0):
+    """Starts `vae` as an autoencoder of single pictures through its shortcuts.
+
+    The shortcut path is orthogonal and the residual branches add little: with the default weights the
+    picture gets lost among the branches, which costs 4 dB after 200 steps. Taps that look back in time
+    start at zero, and changes of the frame rate as averaging and repeating.
+    """
+    torch.manual_seed(seed)
+    for module in vae.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            nn.init.zeros_(module.bias)
+            weight = torch.zeros_like(module.weight)
+            newest = weight[:, :, -1] if weight.ndim == 5 else weight
+            newest.copy_(nn.init.orthogonal_(torch.empty_like(newest)))
+            module.weight.copy_(weight)
+    for module in vae.modules():
+        if isinstance(module, ResidualBlock):
+            module.residual[6].weight.mul_(0.15)
+        elif isinstance(module, Resample) and hasattr(module, "time_conv"):
+            weight = module.time_conv.weight.zero_()[..., 0, 0]  # [out, in, 3]
+            same = torch.eye(weight.shape[1]).repeat(len(weight) // weight.shape[1], 1)
+            window = (0.25, 0.5, 0.25) if module.time_conv.stride[0] == 2 else (0.0, 0.0, 1.0)
+            weight.copy_(same[:, :, None] * torch.tensor(window))
+    for attention in (vae.encoder.middle[1], vae.decoder.middle[1]):
+        attention.proj.weight.mul_(0.15)
+
+
+def draw_size(sizes, step):
+    return random.Random(step).choices([*sizes], [*sizes.values()])[0]
+
+
+def training_clip(seed, size, batch, device):
+    """A batch in [-1, 1]; in one of twenty, all but the first frame is grey, as in the DiT's conditioning."""
+    count, *shape = size
+    video = data.clips(seed, count * batch, *shape, device=device)[0]
+    if seed % 20 == 0:
+        video[:, :, 1:] = 0
+    return video
+
+
+def reconstruction_loss(output, target):
+    """L1 + MSE / 2 + L1 of the differences of neighbouring pixels / 2."""
+    error = output - target
+    edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
+    return error.abs().mean() + 0.5 * error.square().mean() + 0.5 * edges
+
+
+def with_noise(z):
+    """Up to LATENT_NOISE of noise, as much as the draw for each clip says."""
+    return z + torch.randn_like(z) * LATENT_NOISE * torch.rand(len(z), 1, 1, 1, 1, device=z.device)
+
+
+def autoencode(vae, norm, video):
+    z = norm(encode(vae, video))
+    return decode(vae, with_noise(z) if norm.training else z)
+
+
+def train_autoencoder(stage, vae, norm, sizes, steps, lr, batch, hold):
+    """One stage of vae and norm together, from where they are or where the stage was left."""
+    device = next(vae.parameters()).device
+    optimizer = MuonAdamW(vae.named_parameters(), lr, 0.4 * lr, adam=AS_VECTORS)
+
+    def step_at(step):
+        torch.manual_seed(SEEDS[stage.name] + step)
+        video = training_clip(SEEDS[stage.name] + step, draw_size(sizes, step), batch, device)
+        norm.train()
+        loss = reconstruction_loss(autoencode(vae, norm, video), video)
+        loss.backward()
+        scale = warm_up_then_decay(step, steps, warm_up=30, hold=hold, last=0.03)
+        return {"loss": loss.item(), "gradient": optimizer.step(scale), "lr": scale * lr}
+
+    parts = Parts(vae=vae, norm=norm, optimizer=optimizer)
+    train(stage, parts, steps, step_at, lambda: evaluate_vae(vae, norm), measure_every=100)
+
+
+def train_image(stage, vae, norm, schedule):
+    """Single pictures: cheap, since every look back in time is at nothing."""
+    sizes, steps = IMAGE_SIZES, schedule.image_steps
+    train_autoencoder(stage, vae, norm, sizes, steps, schedule.image_lr, schedule.batch, hold=0.5)
+
+
+def train_video(stage, vae, norm, schedule):
+    sizes, steps = CLIP_SIZES, schedule.video_steps
+    train_autoencoder(stage, vae, norm, sizes, steps, schedule.video_lr, schedule.batch, hold=0.2)
+
+
+@torch.no_grad()
+def fold(vae, norm, seed=SEEDS["fold"], batches=64):
+    """Builds the scaling into the weights, exactly: Wan2.1's mean and std now standardize the latents.
+
+    The decoder goes on seeing what it was trained on; the statistics are measured anew.
+    """
+    norm.eval()
+    device = norm.mean.device
+    raw = torch.cat([raw_latents(vae, seed + i, device) for i in range(batches)], 1)  # [16, n]
+    std, mean = torch.std_mean(raw, 1)
+    wan_mean, wan_std = (torch.tensor(v, device=device) for v in (LATENT_MEAN, LATENT_STD))
+    z_dim = vae.z_dim
+    means, log_variances = slice(z_dim), slice(z_dim, None)
+    # encoder: out = (raw - mean) / std * wan_std + wan_mean
+    gain = wan_std / std
+    weight, bias = vae.conv1.weight, vae.conv1.bias
+    weight[means] *= gain[:, None, None, None, None]
+    bias[means] = (bias[means] - mean) * gain + wan_mean
+    weight[log_variances], bias[log_variances] = 0, LOG_VARIANCE
+    # decoder: in = (raw - norm.mean) / norm.std, and raw = (out - wan_mean) / gain + mean
+    norm_std = norm.var.sqrt()
+    scale, shift = 1 / (gain * norm_std), (mean - wan_mean / gain - norm.mean) / norm_std
+    weight, bias = vae.conv2.weight, vae.conv2.bias
+    bias += weight[:, :, 0, 0, 0] @ shift
+    weight *= scale[None, :, None, None, None]
+
+
+def raw_latents(vae, seed, device):
+    """Latents [16, n] of four clips."""
+    return vae.encode(data.clips(seed, 4, device=device)[0]).transpose(0, 1).flatten(1)
+
+
+def standardized(z):
+    mean, std = (per_channel(torch.tensor(v, device=z.device)) for v in (LATENT_MEAN, LATENT_STD))
+    return (z - mean) / std
+
+
+def refine(stage, vae, schedule):
+    """The decoder alone, on a folded VAE; the encoder and so all latents stay as they are."""
+    device = next(vae.parameters()).device
+    learning = nn.ModuleDict({"conv2": vae.conv2, "decoder": vae.decoder})
+    optimizer = MuonAdamW(
+        learning.named_parameters(), schedule.refine_lr, 0.4 * schedule.refine_lr, AS_VECTORS
+    )
+    wan_std = per_channel(torch.tensor(LATENT_STD, device=device))
+
+    def step_at(step):
+        seed = SEEDS["vae_refined"] + step
+        torch.manual_seed(seed)
+        video = training_clip(seed, draw_size(CLIP_SIZES, step), schedule.batch, device)
+        with torch.no_grad():
+            z = vae.encode(video)
+        z = z + (with_noise(torch.zeros_like(z))) * wan_std
+        loss = reconstruction_loss(decode(vae, z), video)
+        loss.backward()
+        scale = warm_up_then_decay(step, schedule.refine_steps, warm_up=30, hold=0.2)
+        return {"loss": loss.item(), "gradient": optimizer.step(scale), "lr": scale * schedule.refine_lr}
+
+    parts = Parts(vae=vae, optimizer=optimizer)
+    train(stage, parts, schedule.refine_steps, step_at, lambda: evaluate_vae(vae), measure_every=100)
+
+
+@torch.no_grad()
+def evaluate_vae(vae, norm=None, count=16, size=(17, 64, 64), seed=data.HELD_OUT):
+    """PSNR in dB over held-out clips (the mean of each clip's): pictures alone, first frame, whole clip.
+
+    Args:
+        norm: of the training; None once it is folded in.
+    """
+    device = next(vae.parameters()).device
+    rows = []
+    for video in data.clips(seed, count, *size, device=device)[0].split(4):
+        z = vae.encode(video)
+        if norm is not None:
+            z = norm.eval()(z)
+        error = (vae.decode(z).clamp(-1, 1) - video).square()
+        rows.append(torch.stack((error[:, :, 0].mean((1, 2, 3)), error.mean((1, 2, 3, 4)))))
+    first, clip = (-10 * (torch.cat(rows, 1) / 4).log10()).mean(1).tolist()
+    return {"first_frame_psnr": first, "clip_psnr": clip}
+
+
+def new_vae(schedule, device):
+    vae = WanVAE(dim=schedule.dim, device=device)
+    initialize(vae)
+    return vae, LatentNorm(vae.z_dim).to(device)
+
+
+def train_vae(work=WORK, schedule=CPU, device="cpu"):
+    """All of it up to the folded VAE, which is returned; what is done already is loaded."""
+    folded = Stage(work, "vae")
+    vae, norm = new_vae(schedule, device)
+    if not folded.done:
+        train_image(Stage(work, "vae_image"), vae, norm, schedule)
+        train_video(Stage(work, "vae_video"), vae, norm, schedule)
+        fold(vae, norm)
+        folded.log(**evaluate_vae(vae))
+        folded.save({"vae": vae.state_dict()}, done=True)
+    return load_vae(work, schedule, device, refined=False)
+
+
+def refine_vae(work=WORK, schedule=CPU, device="cpu"):
+    """The refinement of a folded VAE, which is returned."""
+    vae = load_vae(work, schedule, device, refined=False)
+    refine(Stage(work, "vae_refined"), vae, schedule)
+    return load_vae(work, schedule, device)
+
+
+def load_vae(work=WORK, schedule=CPU, device="cpu", refined=True):
+    """The VAE ready for use: the refined one if that is wanted and finished."""
+    vae = WanVAE(dim=schedule.dim, device=device)
+    stage = Stage(work, "vae_refined")
+    if refined and stage.done:
+        vae.load_state_dict(stage.load(device)["parts"]["vae"])
+    else:
+        vae.load_state_dict(Stage(work, "vae").load(device)["vae"])
+    return vae.eval()
+
+
+def main():
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the stages")
+    parser.add_argument("--refine", action="store_true", help="the decoder of a finished VAE")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run = refine_vae if args.refine else train_vae
+    run(args.work, CUDA if device == "cuda" else CPU, device)
+
+
+if __name__ == "__main__":
+    main()
