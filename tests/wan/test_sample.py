@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from wan21.wan.guidance import cfg
 from wan21.wan.sample import SampleJob, sample
 
 
@@ -88,10 +87,3 @@ def test_every_step_is_reported_with_the_estimate(noise):
     )
     assert [i for i, _ in steps] == [0, 1, 2, 3]
     assert all(torch.allclose(x0, clean, atol=1e-5) for _, x0 in steps)
-
-
-def test_cfg_rule():
-    cond, uncond = torch.randn(2, 3), torch.randn(2, 3)
-    assert torch.allclose(cfg(cond, uncond, 1.0), cond)
-    assert torch.equal(cfg(cond, uncond, 0.0), uncond)
-    assert torch.allclose(cfg(cond, uncond, 2.0) - cond, cond - uncond, atol=1e-6)
