@@ -4,7 +4,11 @@ B batch, L tokens = F*H*W of the patch grid, N heads, D head width. Pairs are in
 2i and 2i+1 turn together.
 """
 
+import math
+
 import torch
+
+RIFLEX_K = 6  # of the time axis: the authors' answer for Wan2.1, thu-ml/DiT-Extrapolation issue 8
 
 
 def axis_frequencies(head_dim, theta=10000.0):
@@ -20,6 +24,30 @@ def axis_frequencies(head_dim, theta=10000.0):
     sixth = head_dim // 6
     axes = (head_dim - 4 * sixth, 2 * sixth, 2 * sixth)
     return tuple(theta ** -(torch.arange(0, d, 2, dtype=torch.float64) / d) for d in axes)
+
+
+def riflex(frequencies, latent_frames, k=RIFLEX_K):
+    """RIFLEx: lower the k-th frequency of the time axis, so that a long clip stays within its period.
+
+    The frequency becomes 0.9*2*pi / L, so that L latent frames are nine tenths of one turn (Zhao et al., arXiv
+    2502.15894, eq. 8). It is never raised: below `riflex_least_frames` latent frames nothing changes.
+
+    Args:
+        frequencies: of the three axes, from `axis_frequencies`; not modified.
+        latent_frames: L, the latent frames that are denoised.
+        k: counted from 1, the frequency whose turn is the first to be seen as repetition.
+    """
+    time, height, width = frequencies
+    if len(time) < k:
+        raise ValueError(f"RIFLEx edits frequency {k} of the time axis, and this model has {len(time)}")
+    time = time.clone()
+    time[k - 1] = time[k - 1].clamp(max=0.9 * 2 * math.pi / latent_frames)
+    return time, height, width
+
+
+def riflex_least_frames(frequencies, k=RIFLEX_K):
+    """Latent frames from which `riflex` lowers the frequency: 46 for the released sizes."""
+    return math.floor(0.9 * 2 * math.pi / frequencies[0][k - 1].item()) + 1
 
 
 def rope_table(frequencies, grid, device=None):
