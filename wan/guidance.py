@@ -19,7 +19,7 @@ def cfg_zero_star(cond, uncond, scale):
     """CFG-Zero*: `cfg` with the unconditional velocity scaled to fit the conditional one best.
 
     The scale is s* = <v_c, v_u> / (|v_u|^2 + 1e-8), one for each sample, in float32 (Fan et al., arXiv
-    2503.18886, eq. 9; `optimized_scale` in WeichenFan/CFG-Zero-star `models/wan/wan_pipeline.py`). The same
+    2503.18886; `optimized_scale` in WeichenFan/CFG-Zero-star `models/wan/wan_pipeline.py`). The same
     paper's zero-init, no velocity in the first steps, is a rule about steps and stands in `sample`.
 
     Args:

@@ -29,8 +29,8 @@ def axis_frequencies(head_dim, theta=10000.0):
 def riflex(frequencies, latent_frames, k=RIFLEX_K):
     """RIFLEx: lower the k-th frequency of the time axis, so that a long clip stays within its period.
 
-    The frequency becomes 0.9*2*pi / L, so that L latent frames are nine tenths of one turn (Zhao et al., arXiv
-    2502.15894, eq. 8). It is never raised: below `riflex_least_frames` latent frames nothing changes.
+    The frequency becomes 0.9*2*pi / L, so that L latent frames are nine tenths of one turn (Zhao et al.,
+    arXiv 2502.15894). It is never raised: below `riflex_least_frames` latent frames nothing changes.
 
     Args:
         frequencies: of the three axes, from `axis_frequencies`; not modified.

@@ -86,7 +86,7 @@ def time_turn(frequencies, frames):
 
 
 def test_a_long_clip_repeats_without_riflex_and_not_with_it():
-    """At 61 latent frames (241 frames) the natural pair passes its start again after 51; RIFLEx's does not."""
+    """At 61 latent frames (241 frames) the natural pair turns past its start at 51, RIFLEx's does not."""
     frames, plain = 61, axis_frequencies(128)
     first_return = next(
         t for t in range(1, frames) if time_turn(plain, frames)[t] < time_turn(plain, frames)[t - 1]
