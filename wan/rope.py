@@ -58,7 +58,7 @@ def rope_table(frequencies, grid, device=None):
         grid: (F, H, W) of the patch grid.
 
     Returns:
-        complex64 [F*H*W, 1, D/2]; angles are taken in float64, so that late frames lose nothing.
+        (cos, sin) float32 [F*H*W, 1, D/2, 2]; angles are taken in float64, so that late frames lose nothing.
     """
     angles = [torch.outer(torch.arange(n, dtype=torch.float64), f) for n, f in zip(grid, frequencies)]
     frames, height, width = grid
@@ -70,7 +70,7 @@ def rope_table(frequencies, grid, device=None):
         ],
         dim=-1,
     ).reshape(frames * height * width, 1, -1)
-    return torch.polar(torch.ones_like(table), table).to(torch.complex64).to(device)
+    return torch.stack([table.cos(), table.sin()], dim=-1).float().to(device)
 
 
 def apply_rope(x, table):
@@ -78,9 +78,13 @@ def apply_rope(x, table):
 
     Without gradients a float32 input is turned in place.
     """
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, L, N, D/2)
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, N, D/2, 2)
+    if torch.compiler.is_compiling():  # inductor generates no code for complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    turned, rotation = torch.view_as_complex(pairs), torch.view_as_complex(table)  # (B, L, N, D/2)
     if torch.is_grad_enabled():
-        turned = turned * table
+        turned = turned * rotation
     else:
-        turned.mul_(table)
+        turned.mul_(rotation)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)  # (B, L, N, D)

@@ -40,6 +40,17 @@ def test_half_precision_is_turned_in_float32():
     assert torch.equal(apply_rope(x, table), apply_rope(x.float(), table).bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_code_turns_without_complex_numbers(dtype):
+    x = torch.randn(2, 24, 3, 128, generator=torch.Generator().manual_seed(2)).to(dtype)
+    table = rope_table(axis_frequencies(128), (2, 3, 4))
+    compiled = torch.compile(apply_rope, backend="aot_eager", fullgraph=True)(x.clone(), table)
+    assert compiled.dtype == dtype
+    assert torch.allclose(
+        compiled, apply_rope(x.clone(), table), atol=1e-6 if dtype == torch.float32 else 0.02
+    )
+
+
 def test_with_gradients_the_input_stays():
     x = torch.randn(1, 4, 1, 24, requires_grad=True)
     kept = x.detach().clone()
@@ -81,7 +92,7 @@ def test_riflex_needs_the_frequency_it_edits():
 
 def time_turn(frequencies, frames):
     """Phase of the edited pair, as the table gives it, at each latent frame: [frames], in turns."""
-    table = rope_table(frequencies, (frames, 1, 1))[:, 0, 5]
+    table = torch.view_as_complex(rope_table(frequencies, (frames, 1, 1)))[:, 0, 5]
     return (table.angle().double() / (2 * math.pi)) % 1
 
 
