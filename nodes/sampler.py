@@ -2,20 +2,123 @@
 
 import secrets
 import time
+from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..wan import preflight
+from ..wan import attention, preflight, teacache
 from ..wan.conditioning import END_LATENT_ALONE
-from ..wan.config import CLIP_TOKENS
+from ..wan.config import CLIP_TOKENS, VAE_STRIDE
 from ..wan.report import sampling_report
-from ..wan.sample import SampleJob, sample
+from ..wan.sample import RIFLEX, SampleJob, sample
+from ..wan.skip_layer import parse_layers
 from ..wan.solvers import SOLVERS
 from . import host
 from .load import CATEGORY
 
 NODE = "Wan21Sampler"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
+
+
+def option_inputs():
+    """The inputs added after the first ones: each is optional, and its default leaves the numbers alone."""
+    percent = dict(min=0, max=100, optional=True)
+    return [
+        io.Float.Input(
+            "teacache_multiplier",
+            default=0.0,
+            min=0.0,
+            max=10.0,
+            step=0.05,
+            optional=True,
+            tooltip="Target speed-up: steps that change little reuse what an earlier one made. 0 is off; "
+            "1.5 to 2.5 is usual. The report shows which steps were computed.",
+        ),
+        io.Int.Input(
+            "teacache_start_percent",
+            default=0,
+            **percent,
+            tooltip="This share of the steps is always computed; higher keeps more of the motion.",
+        ),
+        io.Boolean.Input(
+            "cfg_star",
+            default=False,
+            optional=True,
+            tooltip="CFG-Zero*: scales the negative pass to fit the positive one before they are combined.",
+        ),
+        io.Int.Input(
+            "cfg_star_start_step",
+            default=0,
+            min=0,
+            max=1000,
+            optional=True,
+            tooltip="Plain guidance before this step, counted from 0.",
+            advanced=True,
+        ),
+        io.Int.Input(
+            "zero_init_steps",
+            default=0,
+            min=0,
+            max=1000,
+            optional=True,
+            tooltip="In the first steps of this number the latent is left as it is. 0 is off; the authors of "
+            "CFG-Zero* use 1 for image-to-video.",
+            advanced=True,
+        ),
+        io.Combo.Input(
+            "riflex",
+            options=list(RIFLEX),
+            default="off",
+            optional=True,
+            tooltip="RIFLEx, against repetition in long clips. It changes nothing below 181 frames. auto "
+            "acts past the trained length only.",
+        ),
+        io.Boolean.Input(
+            "joint_pass",
+            default=True,
+            optional=True,
+            tooltip="Both passes go through each block before the next one, so weights are fetched once. Off "
+            "takes less memory; the numbers are the same.",
+        ),
+        io.Combo.Input(
+            "attention",
+            options=list(attention.CHOICES),
+            default="auto",
+            optional=True,
+            tooltip="auto takes the fastest installed one that agrees with sdpa on this device.",
+            advanced=True,
+        ),
+        io.String.Input(
+            "skip_layers",
+            default="",
+            optional=True,
+            tooltip="Skip-layer guidance: blocks that the negative pass leaves out, such as 9 or 9,10. Empty "
+            "is off.",
+        ),
+        io.Int.Input(
+            "skip_layer_start_percent",
+            default=10,
+            **percent,
+            tooltip="The blocks are left out from here on.",
+            advanced=True,
+        ),
+        io.Int.Input(
+            "skip_layer_end_percent",
+            default=90,
+            **percent,
+            tooltip="The blocks are left out up to here.",
+            advanced=True,
+        ),
+        io.Combo.Input(
+            "teacache_profile",
+            options=list(teacache.PROFILES),
+            default="auto",
+            optional=True,
+            tooltip="Coefficients of TeaCache. auto takes those of the checkpoint itself, or chooses by "
+            "model, file name and size; measured are those of scripts/calibrate_teacache.py.",
+            advanced=True,
+        ),
+    ]
 
 
 class Wan21Sampler(io.ComfyNode):
@@ -66,6 +169,7 @@ class Wan21Sampler(io.ComfyNode):
                     step=0.01,
                     tooltip="Below 1 the given latent is the start: video to video.",
                 ),
+                *option_inputs(),
             ],
             outputs=[io.Latent.Output(display_name="latent"), io.String.Output(display_name="report")],
         )
@@ -83,21 +187,22 @@ class Wan21Sampler(io.ComfyNode):
         negative,
         latent,
         seed,
-        steps,
-        guidance_scale,
-        flow_shift,
-        solver,
-        denoise,
+        attention="auto",
+        skip_layers="",
+        teacache_profile="auto",
+        **settings,
     ) -> io.NodeOutput:
-        job = SampleJob(steps, guidance_scale, flow_shift, solver, denoise)
+        """`settings` are the fields of `SampleJob`; the three before them are resolved here."""
+        job = SampleJob(**settings)
         positive, negative, warnings = prepare(model, positive, negative, latent, job)
+        job = resolve_options(model, latent["samples"], job, attention, skip_layers, teacache_profile)
         if seed == -1:
             seed = secrets.randbelow(2**32)
-        on_step = host.StepProgress(model, steps)
+        on_step = host.StepProgress(model, job.steps)
         records = []
 
-        def run(predict, noise, start):
-            samples, record = sample(job, predict, noise, start, on_step)
+        def run(denoiser, noise, start):
+            samples, record = sample(job, denoiser, noise, start, on_step)
             records.append(record)
             return samples
 
@@ -121,9 +226,42 @@ class Wan21Sampler(io.ComfyNode):
             seed,
             memory[0],
             END_LATENT_ALONE in latent,
-            warnings,
+            warnings + records[0].notes,
         )
         return io.NodeOutput(latent | {"samples": samples}, report)
+
+
+def resolve_options(model, samples, job, attention_name, skip_layers, profile_name):
+    """What the options' names mean for this model; errors before anything runs.
+
+    Returns:
+        The job with its attention, skipped blocks and TeaCache coefficients.
+    """
+    config = host.config_of(model)
+    try:
+        layers = parse_layers(skip_layers)
+    except ValueError as error:
+        raise ValueError(f"{NODE}: {error}.") from error
+    job = replace(job, skip_layers=layers)
+    preflight.check_options(NODE, config, job)
+    if job.teacache_multiplier > 1:
+        pixels = samples.shape[-2] * samples.shape[-1] * VAE_STRIDE[1] * VAE_STRIDE[2]
+        try:
+            measured = host.measured_coefficients(model)
+            name = host.checkpoint_name(model)
+            profile = teacache.choose_profile(profile_name, config, name, pixels, measured)
+        except ValueError as error:
+            preflight.fail(
+                NODE,
+                str(error),
+                "Run scripts/calibrate_teacache.py on the checkpoint, choose a teacache_profile, or set "
+                "teacache_multiplier to 0",
+            )
+        job = replace(job, teacache_profile=profile)
+    try:
+        return replace(job, attention=host.choose_attention_for(model, attention_name))
+    except ValueError as error:
+        preflight.fail(NODE, str(error), "Choose one of these, or auto")
 
 
 def prepare(model, positive, negative, latent, job):

@@ -94,6 +94,24 @@ NOTES = {
         "less closely.",
         TEXT_ENCODER,
     ),
+    "fast": (
+        "# Image to video, fast\nHalf of the steps reuse what another step computed (TeaCache).",
+        "**Sampler**: `teacache_multiplier` is the speed-up asked for; 1.5 stays nearer to the full run, 2.5 "
+        "is for drafts. **Report** shows the computed steps and the speed-up measured. `cfg_star` "
+        "(CFG-Zero*) costs nothing; switch it off to compare.",
+        "**Start image**: your picture. **Positive prompt**: what moves in it, and how the camera does.",
+        f"**Image to video**: size and length. {SIDES_AND_FRAMES}",
+        TEXT_ENCODER,
+    ),
+    "long_video": (
+        "# Long video\nTwelve seconds in one piece: more than twice what the model was trained on.",
+        "**Sampler**: `riflex` slows the frequency by which a long clip starts over. It changes nothing "
+        "below 181 frames. Compare with `off`: motion or detail may suffer.",
+        f"**Image to video**: size and length. {SIDES_AND_FRAMES} Time grows faster than the length, "
+        "and memory with it.",
+        "**Start image**: your picture. **Positive prompt**: describe motion that can go on for so long.",
+        TEXT_ENCODER,
+    ),
     "first_last_frame": (
         "# First and last frame to video\nThe video that leads from one image to another.",
         "**Start image**, **End image**: your two pictures, of the same shape. "

@@ -1,20 +1,189 @@
-"""The attention contract and its reference.
+"""The attention contract, its reference, and the other backends that may be installed.
 
 An `AttentionFn` maps q [B, Lq, N, D], k and v [B, Lk, N, D] (N heads of width D) to [B, Lq, N, D]:
 softmax(q k^T / sqrt(D)) v, no mask. The model calls nothing else; hosts and options inject their own.
 """
 
+import importlib
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def sdpa(q, k, v):
-    """The reference: PyTorch's scaled dot-product attention, on the best kernel the device has."""
+    """The reference: PyTorch's scaled dot-product attention. `best_kernels` says on which of its kernels."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, N, L, D)
     if q.device.type == "cpu":  # each block of queries reads them all again: one head's rows side by side
         k, v = k.contiguous(), v.contiguous()
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (B, Lq, N, D)
+
+
+def best_kernels(device):
+    """Context in which `sdpa` tries the fastest kernels of a CUDA device first; elsewhere it does nothing.
+
+    cuDNN's outruns FlashAttention-2 from Hopper on, and not before. It is entered once around the model,
+    not in each call, so that a compiled block does not have to trace it.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    if torch.cuda.get_device_capability(device) >= (9, 0):
+        fast.reverse()
+    return sdpa_kernel([*fast, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A backend ready to be called. `quantised` ones may overflow where sdpa does not."""
+
+    name: str
+    function: AttentionFn
+    quantised: bool = False
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A package that brings an attention kernel, and what that kernel can do.
+
+    Attributes:
+        module: to import; its `function` takes [B, L, N, D], after `keywords`.
+        install: how to get it.
+        dtypes: of q, k and v.
+        max_head_dim: largest D; D is a multiple of 8.
+        capability: least CUDA compute capability.
+        tolerance: relative error that its arithmetic explains, against sdpa in the same dtype.
+    """
+
+    module: str
+    function: str
+    install: str
+    dtypes: tuple[torch.dtype, ...]
+    max_head_dim: int
+    capability: tuple[int, int]
+    tolerance: float
+    keywords: tuple[tuple[str, object], ...] = ()
+    quantised: bool = False
+
+
+_HALF = (torch.float16, torch.bfloat16)
+BACKENDS = {
+    "flash": Backend("flash_attn", "flash_attn_func", "pip install flash-attn", _HALF, 256, (8, 0), 0.02),
+    "sage": Backend(
+        "sageattention", "sageattn", "pip install sageattention (2.x: github.com/thu-ml/SageAttention)",
+        _HALF, 128, (8, 0), 0.1, (("tensor_layout", "NHD"),), quantised=True,
+    ),
+    "xformers": Backend(
+        "xformers.ops", "memory_efficient_attention", "pip install xformers",
+        (*_HALF, torch.float32), 256, (7, 5), 0.02,
+    ),
+}  # fmt: skip
+CHOICES = ("auto", "sdpa", *BACKENDS)
+SDPA = Attention("sdpa", sdpa)
+
+
+def choose_attention(name, device, dtype, head_dim):
+    """The backend for a model on a device.
+
+    Args:
+        name: one of `CHOICES`; `auto` takes the fastest that agrees with sdpa on this device.
+        device, dtype: that q, k and v will have.
+        head_dim: D.
+
+    Raises:
+        ValueError: an explicit choice is not installed, or cannot do this; says what is and how to get it.
+    """
+    if name == "sdpa":
+        return SDPA
+    device = torch.device(device)
+    if name == "auto":
+        return fastest(device, dtype, head_dim)
+    backend = BACKENDS[name]
+    obstacle = _obstacle(backend, device, dtype, head_dim)
+    if obstacle:
+        usable = ["sdpa", *(n for n, b in BACKENDS.items() if not _obstacle(b, device, dtype, head_dim))]
+        raise ValueError(f"attention is {name}, and {obstacle}; what can be used here: {', '.join(usable)}")
+    return _bound(name)
+
+
+@cache
+def fastest(device, dtype, head_dim):
+    """Probe once per device, dtype and head size: of those that agree with sdpa, the one of least time."""
+    if device.type != "cuda":
+        return SDPA
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4096, 8, head_dim, generator=g).to(device, dtype) for _ in range(3))
+    k = k + 2 * k[:, :1]  # channels of real keys are far from zero mean, which careless quantisation loses
+    expected = sdpa(q, k, v).float()
+    with best_kernels(device):
+        seconds = {"sdpa": _seconds(sdpa, q, k, v)}
+    for name, backend in BACKENDS.items():
+        if _obstacle(backend, device, dtype, head_dim) is None:
+            function = _bound(name).function
+            if _agrees(function, (q, k, v), expected, backend.tolerance):
+                seconds[name] = _seconds(function, q, k, v)
+    best = min(seconds, key=seconds.get)
+    return SDPA if best == "sdpa" else _bound(best)
+
+
+def _agrees(function, qkv, expected, tolerance):
+    try:
+        out = function(*qkv).float()
+    except Exception:  # whatever a kernel of another package raises, auto has another choice
+        return False
+    return bool((out - expected).norm() <= tolerance * expected.norm())  # False for NaN
+
+
+def _seconds(function, q, k, v, calls=5):
+    function(q, k, v)
+    torch.cuda.synchronize(q.device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        function(q, k, v)
+    torch.cuda.synchronize(q.device)
+    return (time.perf_counter() - start) / calls
+
+
+def _obstacle(backend, device, dtype, head_dim):
+    """Why a backend cannot do this, or None."""
+    module = _import(backend.module)
+    if isinstance(module, Exception):
+        what = "is not installed" if isinstance(module, ModuleNotFoundError) else f"does not load ({module})"
+        return f"{backend.module.split('.')[0]} {what}; get it with {backend.install}"
+    if device.type != "cuda":
+        return f"it needs a CUDA device and the model runs on {device.type}"
+    if dtype not in backend.dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes)
+        return f"it works in {names} and the model in {str(dtype).removeprefix('torch.')}"
+    if head_dim > backend.max_head_dim or head_dim % 8:
+        return (
+            f"its heads are multiples of 8 up to {backend.max_head_dim} and the model's are {head_dim} wide"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < backend.capability:
+        needed, have = (".".join(map(str, c)) for c in (backend.capability, capability))
+        return f"it needs compute capability {needed} and the device has {have}"
+    return None
+
+
+@cache
+def _import(module):
+    """The module, or the error where it is missing or does not load (built for another torch or CUDA)."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        return error
+
+
+def _bound(name):
+    backend = BACKENDS[name]
+    function = getattr(_import(backend.module), backend.function)
+    return Attention(name, partial(function, **dict(backend.keywords)), backend.quantised)

@@ -268,7 +268,7 @@ class WanModel(nn.Module):
         grid = tuple(n // p for n, p in zip(x.shape[2:], PATCH_SIZE))
         if frequencies is None:
             frequencies = axis_frequencies(self.config.head_dim)
-        rope = rope_table(frequencies, grid, x.device)  # (L, 1, D/N/2)
+        rope = rope_table(frequencies, grid, x.device)  # (L, 1, D/N/2, 2)
         count = len(pass_names)
         clips = (None,) * count if clip_fea is None else clip_fea.chunk(count)
         parts = zip(pass_names, x.chunk(count), timestep.chunk(count), context.chunk(count), clips)

@@ -172,6 +172,36 @@ def _check_clip(node, config, cond):
         )
 
 
+def check_options(node, config, job):
+    """Whether the sampler's options fit the model and each other. job: SampleJob."""
+    if 0 < job.teacache_multiplier < 1:
+        fail(
+            node,
+            f"teacache_multiplier is {job.teacache_multiplier:g}; a speed-up is at least 1, and 0 is off",
+            "Set 0, or 1.5 to 2.5",
+        )
+    if job.zero_init_steps >= job.steps:
+        fail(
+            node,
+            f"zero_init_steps is {job.zero_init_steps} of {job.steps} steps; the model would never run",
+            "Set 0 (off) or 1",
+        )
+    unknown = [str(layer) for layer in job.skip_layers if layer >= config.num_layers]
+    if unknown:
+        fail(
+            node,
+            f"skip_layers names block {', '.join(unknown)}; the model has {config.num_layers}, from 0",
+            f"Set numbers from 0 to {config.num_layers - 1}",
+        )
+    start, end = job.skip_layer_start_percent, job.skip_layer_end_percent
+    if job.skip_layers and start >= end:
+        fail(
+            node,
+            f"skip_layer_start_percent is {start} and skip_layer_end_percent {end}; no step lies between",
+            "Set a start below the end, such as 10 and 90",
+        )
+
+
 def _size(shape):
     frames, height, width = shape[-3:]
     return f"{width * 8}x{height * 8}, {pixel_frames(frames)} frames ({frames} latent)"

@@ -4,7 +4,11 @@ B batch, L tokens = F*H*W of the patch grid, N heads, D head width. Pairs are in
 2i and 2i+1 turn together.
 """
 
+import math
+
 import torch
+
+RIFLEX_K = 6  # of the time axis: the authors' answer for Wan2.1, thu-ml/DiT-Extrapolation issue 8
 
 
 def axis_frequencies(head_dim, theta=10000.0):
@@ -22,6 +26,30 @@ def axis_frequencies(head_dim, theta=10000.0):
     return tuple(theta ** -(torch.arange(0, d, 2, dtype=torch.float64) / d) for d in axes)
 
 
+def riflex(frequencies, latent_frames, k=RIFLEX_K):
+    """RIFLEx: lower the k-th frequency of the time axis, so that a long clip stays within its period.
+
+    The frequency becomes 0.9*2*pi / L, so that L latent frames are nine tenths of one turn (Zhao et al.,
+    arXiv 2502.15894). It is never raised: below `riflex_least_frames` latent frames nothing changes.
+
+    Args:
+        frequencies: of the three axes, from `axis_frequencies`; not modified.
+        latent_frames: L, the latent frames that are denoised.
+        k: counted from 1, the frequency whose turn is the first to be seen as repetition.
+    """
+    time, height, width = frequencies
+    if len(time) < k:
+        raise ValueError(f"RIFLEx edits frequency {k} of the time axis, and this model has {len(time)}")
+    time = time.clone()
+    time[k - 1] = time[k - 1].clamp(max=0.9 * 2 * math.pi / latent_frames)
+    return time, height, width
+
+
+def riflex_least_frames(frequencies, k=RIFLEX_K):
+    """Latent frames from which `riflex` lowers the frequency: 46 for the released sizes."""
+    return math.floor(0.9 * 2 * math.pi / frequencies[0][k - 1].item()) + 1
+
+
 def rope_table(frequencies, grid, device=None):
     """Rotations of every token of a patch grid.
 
@@ -30,7 +58,7 @@ def rope_table(frequencies, grid, device=None):
         grid: (F, H, W) of the patch grid.
 
     Returns:
-        complex64 [F*H*W, 1, D/2]; angles are taken in float64, so that late frames lose nothing.
+        (cos, sin) float32 [F*H*W, 1, D/2, 2]; angles are taken in float64, so that late frames lose nothing.
     """
     angles = [torch.outer(torch.arange(n, dtype=torch.float64), f) for n, f in zip(grid, frequencies)]
     frames, height, width = grid
@@ -42,7 +70,7 @@ def rope_table(frequencies, grid, device=None):
         ],
         dim=-1,
     ).reshape(frames * height * width, 1, -1)
-    return torch.polar(torch.ones_like(table), table).to(torch.complex64).to(device)
+    return torch.stack([table.cos(), table.sin()], dim=-1).float().to(device)
 
 
 def apply_rope(x, table):
@@ -50,9 +78,13 @@ def apply_rope(x, table):
 
     Without gradients a float32 input is turned in place.
     """
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, L, N, D/2)
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, N, D/2, 2)
+    if torch.compiler.is_compiling():  # inductor generates no code for complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    turned, rotation = torch.view_as_complex(pairs), torch.view_as_complex(table)  # (B, L, N, D/2)
     if torch.is_grad_enabled():
-        turned = turned * table
+        turned = turned * rotation
     else:
-        turned.mul_(table)
+        turned.mul_(rotation)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)  # (B, L, N, D)

@@ -3,12 +3,24 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from .guidance import cfg
+from .attention import SDPA, Attention
+from .conditioning import pixel_frames
+from .config import WanConfig
+from .dit import BlockRunner
+from .guidance import cfg, cfg_zero_star
+from .rope import axis_frequencies, riflex, riflex_least_frames
 from .sigmas import partial_sigmas, timesteps
+from .skip_layer import is_skipped_at, skip_layers
 from .solvers import SOLVERS
+from .teacache import Plan, Profile, TeaCache, plan_steps
+
+RIFLEX = ("auto", "on", "off")
+RIFLEX_AUTO_FRAMES = 97  # Wan2GP's choice: one second past the trained length
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,16 @@ class SampleJob:
             16 for first-last-frame).
         solver: unipc, dpm++ or euler.
         denoise: part of the schedule to run, in (0, 1]; below 1 the given latent is the start.
+        teacache_multiplier: steps over computed steps; 0 or 1 computes all.
+        teacache_start_percent: share of the steps that is computed in any case, whole percent.
+        teacache_profile: its coefficients; needed when the multiplier is above 1.
+        cfg_star: CFG-Zero* in place of plain guidance, from `cfg_star_start_step` on.
+        zero_init_steps: first steps in which the velocity is zero.
+        riflex: auto, on or off.
+        joint_pass: walk all passes through each block before the next block; else one after the other.
+        attention: backend, or None for the model's own.
+        skip_layers: blocks that the unconditional pass leaves out in the steps from
+            `skip_layer_start_percent` to `skip_layer_end_percent`, whole percents.
     """
 
     steps: int = 30
@@ -29,6 +51,18 @@ class SampleJob:
     flow_shift: float = 5.0
     solver: str = "unipc"
     denoise: float = 1.0
+    teacache_multiplier: float = 0.0
+    teacache_start_percent: int = 0
+    teacache_profile: Profile | None = None
+    cfg_star: bool = False
+    cfg_star_start_step: int = 0
+    zero_init_steps: int = 0
+    riflex: str = "off"
+    joint_pass: bool = True
+    attention: Attention | None = None
+    skip_layers: tuple[int, ...] = ()
+    skip_layer_start_percent: int = 10
+    skip_layer_end_percent: int = 90
 
     @property
     def pass_names(self):
@@ -42,22 +76,61 @@ class SampleJob:
 
 @dataclass
 class SampleRecord:
-    """What was done, for the report."""
+    """What was done, for the report.
+
+    Attributes:
+        passes: names of the passes of each step; none where the velocity was zero.
+        seconds: of each step.
+        plan: TeaCache's, over the steps after the zero-init ones, or None.
+        notes: sentences on what was adjusted or had no effect.
+    """
 
     sigmas: list[float]
     timesteps: list[float]
     passes: list[tuple[str, ...]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    plan: Plan | None = None
+    notes: list[str] = field(default_factory=list)
 
 
-Predict = Callable[[Tensor, float, tuple[str, ...]], dict[str, Tensor]]
+Around = Callable[[BlockRunner], BlockRunner]
 
 
-def sample(job: SampleJob, predict: Predict, noise, latent, on_step=None):
+@dataclass(frozen=True)
+class Call:
+    """How one step calls the model.
+
+    Attributes:
+        pass_names: the passes to run.
+        around: runners around the model's block runner, innermost first.
+        frequencies: of RoPE, or None for the model's own.
+        attention: backend, or None for the model's own.
+        joint: whether the passes walk the blocks together.
+    """
+
+    pass_names: tuple[str, ...]
+    around: tuple[Around, ...] = ()
+    frequencies: tuple[Tensor, ...] | None = None
+    attention: Attention | None = None
+    joint: bool = True
+
+
+class Denoiser(Protocol):
+    """A loaded model with its prompts, as the sampling loop sees it."""
+
+    config: WanConfig
+
+    def predict(self, x: Tensor, timestep: float, call: Call) -> dict[str, Tensor]:
+        """Velocity of each pass at x [B, 16, T, h, w], float32."""
+
+    def embed_time(self, timesteps: list[float]) -> Tensor:
+        """Time embeddings [len(timesteps), D]."""
+
+
+def sample(job: SampleJob, model: Denoiser, noise, latent, on_step=None):
     """Run one job.
 
     Args:
-        predict: `predict(x, timestep, pass_names)` -> velocity of each pass, float32.
         noise: standard normal [B, 16, T, h, w], float32.
         latent: normalised latent of the same shape to start from; read only when `job.denoise` < 1,
             since the release starts a full run from noise alone.
@@ -68,14 +141,7 @@ def sample(job: SampleJob, predict: Predict, noise, latent, on_step=None):
     """
     sigmas = job.sigmas
     record = SampleRecord(sigmas, timesteps(sigmas, job.solver))
-    timestep_at = dict(zip(sigmas, record.timesteps))
-
-    def velocity(x, sigma):
-        names = job.pass_names
-        v = predict(x, timestep_at[sigma], names)
-        record.passes.append(names)
-        return cfg(v["cond"], v["uncond"], job.guidance_scale) if "uncond" in v else v["cond"]
-
+    velocity = _Velocity(job, model, record, noise.shape[2])
     clock = time.perf_counter()
 
     def after_step(i, x0, x):
@@ -87,3 +153,85 @@ def sample(job: SampleJob, predict: Predict, noise, latent, on_step=None):
 
     x = noise if job.denoise > 0.9999 else sigmas[0] * noise + (1 - sigmas[0]) * latent
     return SOLVERS[job.solver](velocity, x, sigmas, after_step), record
+
+
+class _Velocity:
+    """The velocity of every step of one run. All state of the options lives here and goes with the run."""
+
+    def __init__(self, job, model, record, latent_frames):
+        self.job = job
+        self.model = model
+        self.record = record
+        self.step_at = {sigma: i for i, sigma in enumerate(record.sigmas)}
+        self.attention = job.attention
+        self.unchecked = job.attention is not None and job.attention.quantised
+        self.frequencies = _frequencies(job.riflex, model.config, latent_frames, record)
+        self.cache = None
+        if job.teacache_multiplier > 1:
+            told = record.timesteps[job.zero_init_steps :]
+            record.plan = plan_steps(
+                model.embed_time(told),
+                job.teacache_profile,
+                job.teacache_multiplier,
+                job.teacache_start_percent,
+            )
+            self.cache = TeaCache(record.plan)
+        if "uncond" not in job.pass_names:
+            _note_idle_guidance(job, record)
+
+    def __call__(self, x, sigma):
+        i = self.step_at[sigma]
+        if i < self.job.zero_init_steps:
+            self.record.passes.append(())
+            return torch.zeros_like(x)
+        v = self.predict(x, i)
+        self.record.passes.append(self.job.pass_names)
+        if "uncond" not in v:
+            return v["cond"]
+        starred = self.job.cfg_star and i >= self.job.cfg_star_start_step
+        return (cfg_zero_star if starred else cfg)(v["cond"], v["uncond"], self.job.guidance_scale)
+
+    def predict(self, x, i):
+        timestep = self.record.timesteps[i]
+        v = self.model.predict(x, timestep, self.call(i))
+        if self.unchecked and not all(torch.isfinite(part).all() for part in v.values()):
+            self.record.notes.append(
+                f"attention {self.attention.name} gave NaN in the first step; it was done again, and the "
+                "rest too, with sdpa"
+            )
+            self.attention = SDPA
+            v = self.model.predict(x, timestep, self.call(i))
+        self.unchecked = False
+        return v
+
+    def call(self, i):
+        """What step `i` asks of the model. TeaCache goes around the others: it stores what they made."""
+        job, around = self.job, ()
+        start, end = job.skip_layer_start_percent, job.skip_layer_end_percent
+        if job.skip_layers and is_skipped_at(i, job.steps, start, end):
+            around += (skip_layers(job.skip_layers),)
+        if self.cache is not None:
+            around += (self.cache.around(i - job.zero_init_steps),)
+        return Call(job.pass_names, around, self.frequencies, self.attention, job.joint_pass)
+
+
+def _frequencies(mode, config, latent_frames, record):
+    """RoPE frequencies under RIFLEx, or None for the model's own."""
+    frames = pixel_frames(latent_frames)
+    if mode == "off" or (mode == "auto" and frames < RIFLEX_AUTO_FRAMES):
+        return None
+    plain = axis_frequencies(config.head_dim)
+    least = riflex_least_frames(plain)
+    if latent_frames < least:
+        record.notes.append(
+            f"riflex has no effect on {latent_frames} latent frames: it lowers a frequency from {least} on "
+            f"({pixel_frames(least)} frames), and never raises one"
+        )
+        return None
+    return riflex(plain, latent_frames)
+
+
+def _note_idle_guidance(job, record):
+    for name, used in (("cfg_star", job.cfg_star), ("skip_layers", job.skip_layers)):
+        if used:
+            record.notes.append(f"{name} has no effect at guidance_scale 1, which runs no unconditional pass")

@@ -5,7 +5,16 @@ sampler the host's life cycle: device memory, model patches, progress, preview a
 """
 
 from .conditioning import describe_conditioning, trim_clip_vision
-from .model import DTYPES, config_of, ignored_patches, is_ours, load_model
+from .model import (
+    DTYPES,
+    checkpoint_name,
+    choose_attention_for,
+    config_of,
+    ignored_patches,
+    is_ours,
+    load_model,
+    measured_coefficients,
+)
 from .progress import StepProgress, memory_watch
 from .sampling import run_sampling
 from .text_encoder import load_text_encoder
@@ -14,6 +23,8 @@ from .vae import latent_device, load_vae, vae_shape
 __all__ = [
     "DTYPES",
     "StepProgress",
+    "checkpoint_name",
+    "choose_attention_for",
     "config_of",
     "describe_conditioning",
     "ignored_patches",
@@ -22,6 +33,7 @@ __all__ = [
     "load_model",
     "load_text_encoder",
     "load_vae",
+    "measured_coefficients",
     "memory_watch",
     "run_sampling",
     "trim_clip_vision",

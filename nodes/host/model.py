@@ -1,5 +1,7 @@
 """Our DiT inside a standard MODEL."""
 
+import json
+from functools import partial
 from pathlib import Path
 
 import comfy.ldm.common_dit
@@ -14,26 +16,40 @@ from comfy.ldm.modules import attention as host_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from ...wan import checkpoint
-from ...wan.attention import sdpa
+from ...wan.attention import best_kernels, choose_attention, sdpa
 from ...wan.config import detect_config
 from ...wan.dit import WanModel
+from ...wan.sample import Call
+from ...wan.teacache import check_coefficients
 from .progress import check_cancelled
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CALL = "wan21_call"  # in transformer_options: the `Call` of our sampler's step
+COEFFICIENTS_KEY = "teacache_coefficients"  # in a checkpoint's metadata
+COEFFICIENTS_SUFFIX = ".teacache.json"  # of the file beside a checkpoint, after its whole name
+
+# torch.compile compiles what is computed (the embeddings, one block for all, the head). The walk between them
+# is the host's and the options' Python, which reads transformer_options: TorchCompileModel drops every guard
+# on those, so traced code would never see a change in them.
+_untraced = partial(torch.compiler.disable, recursive=False)
 
 
+def has_own_attention(transformer_options):
+    """Whether another pack or the host's start options name an attention other than PyTorch's."""
+    plain = (host_attention.attention_sub_quad, host_attention.attention_pytorch)
+    overridden = "optimized_attention_override" in transformer_options
+    return overridden or host_attention.optimized_attention not in plain
+
+
+@_untraced
 def attention_of(transformer_options):
     """The attention the user chose for the host, as an `AttentionFn`.
 
-    An override by another pack and the host's start options are honoured; where the host would take its
-    sub-quadratic default, plain SDPA is as exact and several times faster.
+    Where the host would take its sub-quadratic default, plain SDPA is as exact and several times faster.
     """
-    chosen = host_attention.optimized_attention
-    if "optimized_attention_override" not in transformer_options and chosen in (
-        host_attention.attention_sub_quad,
-        host_attention.attention_pytorch,
-    ):
+    if not has_own_attention(transformer_options):
         return sdpa
+    chosen = host_attention.optimized_attention
 
     def attention(q, k, v):
         heads = q.shape[2]
@@ -43,11 +59,25 @@ def attention_of(transformer_options):
     return attention
 
 
+def choose_attention_for(model, name):
+    """The sampler's attention for a MODEL: a `wan.attention.Attention`, or None for the host's own choice.
+
+    Raises:
+        ValueError: an explicit choice cannot be had.
+    """
+    if name == "auto" and has_own_attention(model.model_options["transformer_options"]):
+        return None
+    dtype = model.model.get_dtype_inference()
+    return choose_attention(name, model.load_device, dtype, config_of(model).head_dim)
+
+
+@_untraced
 def runner_of(transformer_options):
     """The joint walk over the blocks that stops on cancel and honours the host's block replacements."""
     replace = transformer_options.get("patches_replace", {}).get("dit", {})
 
     def run(num_blocks, passes, call):
+        call = _untraced(call)
         transformer_options["total_blocks"] = num_blocks
         transformer_options["block_type"] = "double"
         for i in range(num_blocks):
@@ -78,14 +108,16 @@ class HostWanModel(WanModel):
         super().__init__(config, operations, device, dtype)
         self.dtype = dtype
 
+    @_untraced
     def forward(
         self, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options=None, **kwargs
     ):
         options = {} if transformer_options is None else transformer_options
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
         executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
-        return executor.execute(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+        return _untraced(executor.execute)(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
 
+    @_untraced
     def _forward(self, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
         foreign = kwargs | {"time_dim_concat": time_dim_concat}
         for name in ("time_dim_concat", "reference_latent", "context_latents"):
@@ -97,22 +129,40 @@ class HostWanModel(WanModel):
         height, width = x.shape[-2:]
         x = comfy.ldm.common_dit.pad_to_patch_size(x, (1, 2, 2))
         chunks = transformer_options.get("cond_or_uncond") or [0]
-        v = super().forward(
-            x,
-            timestep,
-            context,
-            clip_fea,
-            pass_names=[("cond", "uncond")[c] for c in chunks],
-            attention=attention_of(transformer_options),
-            runner=runner_of(transformer_options),
-        )
+        names = tuple(("cond", "uncond")[c] for c in chunks)
+        call = transformer_options.get(CALL) or Call(names)
+        attention = attention_of(transformer_options) if call.attention is None else call.attention.function
+        with best_kernels(x.device):
+            v = _untraced(super().forward)(
+                x,
+                timestep,
+                context,
+                clip_fea,
+                pass_names=names,
+                frequencies=call.frequencies,
+                attention=attention,
+                runner=_composed(call, transformer_options),
+            )
         return v[..., :height, :width]
+
+
+@_untraced
+def _composed(call, transformer_options):
+    """The host's runner with those of the options around it."""
+    runner = _untraced(runner_of(transformer_options))
+    for around in call.around:
+        runner = _untraced(around(runner))
+
+    def run(num_blocks, passes, block):
+        runner(num_blocks, passes, _untraced(block))
+
+    return _untraced(run)
 
 
 class Wan21(comfy.model_base.WAN21):
     """The host's Wan2.1 base model around our DiT, with the velocity that our sampler asks for."""
 
-    def __init__(self, model_config, config, device=None):
+    def __init__(self, model_config, config, path, metadata, device=None):
         def build(operations, device, dtype=None, **_):
             return HostWanModel(config, operations, device, dtype)
 
@@ -120,6 +170,8 @@ class Wan21(comfy.model_base.WAN21):
             model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=build
         )
         self.image_to_video = config.takes_image
+        self.checkpoint_path = path
+        self.checkpoint_metadata = metadata
 
     def velocity(self, x, timestep, transformer_options, **conds):
         """`apply_model` without its change to denoised space; wrappers such as torch.compile apply."""
@@ -147,6 +199,31 @@ def config_of(model):
     return model.model.diffusion_model.config
 
 
+def checkpoint_name(model):
+    """File name of the checkpoint a MODEL was loaded from."""
+    return model.model.checkpoint_path.name
+
+
+def measured_coefficients(model):
+    """TeaCache coefficients that belong to the checkpoint: beside it or in its metadata; None without any.
+
+    Raises:
+        ValueError: they are there and damaged.
+    """
+    beside = model.model.checkpoint_path.with_name(checkpoint_name(model) + COEFFICIENTS_SUFFIX)
+    stored = model.model.checkpoint_metadata.get(COEFFICIENTS_KEY)
+    if beside.is_file():
+        stored, name = beside.read_text(encoding="utf-8"), beside.name
+    elif stored is not None:
+        name = f"{COEFFICIENTS_KEY} in the metadata of {checkpoint_name(model)}"
+    else:
+        return None
+    try:
+        return check_coefficients(json.loads(stored))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def load_model(path, weight_dtype="default", disable_dynamic=False):
     """Read a Wan2.1 checkpoint of any published layout into a standard MODEL."""
     state_dict, metadata = checkpoint.read_checkpoint(path)
@@ -159,7 +236,7 @@ def load_model(path, weight_dtype="default", disable_dynamic=False):
     model_config = comfy.model_detection.model_config_from_unet(state_dict, "", metadata=metadata)
     load_device = comfy.model_management.get_torch_device()
     _choose_dtype(model_config, state_dict, load_device, DTYPES.get(weight_dtype))
-    model = Wan21(model_config, config)
+    model = Wan21(model_config, config, Path(path), metadata or {})
     patcher_class = (
         comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     )

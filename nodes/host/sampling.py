@@ -1,15 +1,15 @@
 """Our sampling loop inside the host's: models loaded and patched, noise and latent on the device."""
 
-from functools import partial
-
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
 
+from .model import CALL
+
 
 class _Sampler(comfy.samplers.Sampler):
-    """Hands the host's loaded model to `run(predict, noise, latent)` in place of a k-diffusion function."""
+    """Hands the host's loaded model to `run(denoiser, noise, latent)` in place of a k-diffusion function."""
 
     def __init__(self, run):
         self.run = run
@@ -18,29 +18,43 @@ class _Sampler(comfy.samplers.Sampler):
         self, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask=None, disable_pbar=False
     ):
         options = extra_args["model_options"]["transformer_options"]
-        return self.run(partial(_predict, guider, options), noise, latent_image)
+        return self.run(_Denoiser(guider, options, noise.device), noise, latent_image)
 
 
-def _predict(guider, transformer_options, x, timestep, pass_names):
-    """Velocity of each pass: all in one walk over the blocks where their contexts have equal shapes."""
-    key = {"cond": "positive", "uncond": "negative"}
-    inputs = {}
-    for name in pass_names:
-        conds = guider.conds[key[name]][0]["model_conds"]
-        inputs[name] = {k: c.process_cond(batch_size=x.shape[0], area=None).cond for k, c in conds.items()}
-    same = all(_shapes(part) == _shapes(inputs[pass_names[0]]) for part in inputs.values())
-    velocities = {}
-    for group in [pass_names] if same else [(name,) for name in pass_names]:
-        count = len(group)
-        merged = {k: torch.cat([inputs[name][k] for name in group]) for k in inputs[group[0]]}
-        t = torch.full((count * x.shape[0],), timestep, device=x.device)
-        options = transformer_options | {
-            "cond_or_uncond": [("cond", "uncond").index(name) for name in group],
-            "sigmas": t[:1] / 1000,
-        }
-        v = guider.inner_model.velocity(torch.cat([x] * count), t, options, **merged)
-        velocities |= zip(group, v.chunk(count))
-    return velocities
+class _Denoiser:
+    """`wan.sample.Denoiser` over the host's loaded model and its prepared conditioning."""
+
+    def __init__(self, guider, transformer_options, device):
+        self.conds = guider.conds
+        self.model = guider.inner_model
+        self.config = self.model.diffusion_model.config
+        self.transformer_options = transformer_options
+        self.device = device
+
+    def embed_time(self, timesteps):
+        return self.model.diffusion_model.embed_time(torch.tensor(timesteps, device=self.device))
+
+    def predict(self, x, timestep, call):
+        """Velocity of each pass: jointly where that is asked for and their contexts have equal shapes."""
+        inputs = {name: self._inputs(name, x.shape[0]) for name in call.pass_names}
+        same = all(_shapes(part) == _shapes(inputs[call.pass_names[0]]) for part in inputs.values())
+        velocities = {}
+        for group in [call.pass_names] if same and call.joint else [(name,) for name in call.pass_names]:
+            count = len(group)
+            merged = {k: torch.cat([inputs[name][k] for name in group]) for k in inputs[group[0]]}
+            t = torch.full((count * x.shape[0],), timestep, device=x.device)
+            options = self.transformer_options | {
+                "cond_or_uncond": [("cond", "uncond").index(name) for name in group],
+                "sigmas": t[:1] / 1000,
+                CALL: call,
+            }
+            v = self.model.velocity(torch.cat([x] * count), t, options, **merged)
+            velocities |= zip(group, v.chunk(count))
+        return velocities
+
+    def _inputs(self, name, batch_size):
+        conds = self.conds[{"cond": "positive", "uncond": "negative"}[name]][0]["model_conds"]
+        return {k: c.process_cond(batch_size=batch_size, area=None).cond for k, c in conds.items()}
 
 
 def _shapes(part):
@@ -52,7 +66,7 @@ def run_sampling(model, positive, negative, latent_image, batch_index, seed, sig
 
     Args:
         negative: None when there is no unconditional pass.
-        run: `run(predict, noise, latent)` with normalised latents -> normalised latent.
+        run: `run(denoiser, noise, latent)` -> latent: a `wan.sample.Denoiser`; latents are normalised.
 
     Returns:
         The latent in the VAE's own space, where the host keeps latents.

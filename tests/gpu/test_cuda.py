@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from wan21.wan.attention import BACKENDS, best_kernels, choose_attention, sdpa
 from wan21.wan.config import WanConfig
 from wan21.wan.dit import WanModel
 from wan21.wan.vae import WanVAE
@@ -63,3 +64,45 @@ def test_vae_on_cuda_equals_the_cpu():
     expected = vae.decode(z)
     ours = vae.cuda().decode(z.cuda()).cpu()
     assert ((ours - expected).norm() / expected.norm()).item() < 1e-3  # TF32 convolutions
+
+
+def exact_attention(q, k, v):
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+    return (weights @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["sdpa", *BACKENDS])
+@pytest.mark.parametrize("keys", [1560, 512, 257])
+def test_every_attention_backend_is_near_exact_in_16_bit(name, dtype, keys):
+    try:
+        chosen = choose_attention(name, torch.device("cuda", 0), dtype, 128)
+    except ValueError as error:
+        pytest.skip(str(error))
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 4, 128, generator=g).to("cuda", dtype) for n in (1560, keys, keys))
+    with best_kernels(q.device):
+        out = chosen.function(q, k, v)
+    expected = exact_attention(q, k, v)
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < (0.1 if chosen.quantised else 0.02)
+
+
+def test_auto_takes_a_backend_that_agrees():
+    chosen = choose_attention("auto", torch.device("cuda", 0), torch.bfloat16, 128)
+    q, k, v = (torch.randn(1, 900, 2, 128).to("cuda", torch.bfloat16) for _ in range(3))
+    expected = sdpa(q, k, v).float()
+    assert (chosen.function(q, k, v).float() - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("keys", [900, 257])
+def test_sdpa_runs_a_fused_kernel(keys):
+    """Nothing of the size of the attention matrix is taken."""
+    q, k, v = (torch.randn(1, n, 8, 128).to("cuda", torch.bfloat16) for n in (16384, keys * 16, keys * 16))
+    with best_kernels(q.device):
+        sdpa(q, k, v)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        sdpa(q, k, v)
+    assert torch.cuda.max_memory_allocated() - before < 8 * q.numel() * q.element_size()

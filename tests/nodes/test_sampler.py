@@ -228,4 +228,10 @@ def test_a_latent_that_overflowed_is_named(t2v_job, sample, monkeypatch):
 
 
 def _nan_run(model, positive, negative, latent, batch_index, seed, sigmas, run):
-    return run(lambda x, t, names: {n: x * float("nan") for n in names}, latent + 1, latent)
+    class Overflow:
+        config = host.config_of(model)
+
+        def predict(self, x, timestep, call):
+            return {name: x * float("nan") for name in call.pass_names}
+
+    return run(Overflow(), latent + 1, latent)

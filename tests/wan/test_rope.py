@@ -1,8 +1,10 @@
-"""RoPE against the release's complex128 arithmetic."""
+"""RoPE against the release's complex128 arithmetic, and RIFLEx against its formula."""
+
+import math
 
 import pytest
 import torch
-from wan21.wan.rope import apply_rope, axis_frequencies, rope_table
+from wan21.wan.rope import apply_rope, axis_frequencies, riflex, riflex_least_frames, rope_table
 
 
 def released(x, grid):
@@ -38,6 +40,17 @@ def test_half_precision_is_turned_in_float32():
     assert torch.equal(apply_rope(x, table), apply_rope(x.float(), table).bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_code_turns_without_complex_numbers(dtype):
+    x = torch.randn(2, 24, 3, 128, generator=torch.Generator().manual_seed(2)).to(dtype)
+    table = rope_table(axis_frequencies(128), (2, 3, 4))
+    compiled = torch.compile(apply_rope, backend="aot_eager", fullgraph=True)(x.clone(), table)
+    assert compiled.dtype == dtype
+    assert torch.allclose(
+        compiled, apply_rope(x.clone(), table), atol=1e-6 if dtype == torch.float32 else 0.02
+    )
+
+
 def test_with_gradients_the_input_stays():
     x = torch.randn(1, 4, 1, 24, requires_grad=True)
     kept = x.detach().clone()
@@ -47,3 +60,48 @@ def test_with_gradients_the_input_stays():
 
 def test_axes_share_the_head():
     assert [len(f) for f in axis_frequencies(128)] == [22, 21, 21]
+
+
+@pytest.mark.parametrize(
+    "latent_frames, lowered", [(1, False), (25, False), (45, False), (46, True), (61, True)]
+)
+def test_riflex_changes_one_frequency_and_never_raises_it(latent_frames, lowered):
+    plain = axis_frequencies(128)
+    edited = riflex(plain, latent_frames)
+    changed = [
+        (axis, i) for axis in range(3) for i in range(len(plain[axis])) if edited[axis][i] != plain[axis][i]
+    ]
+    assert changed == ([(0, 5)] if lowered else [])
+    if lowered:
+        assert edited[0][5].item() == pytest.approx(0.9 * 2 * math.pi / latent_frames, rel=1e-15)
+        assert edited[0][5] < plain[0][5]
+    assert riflex_least_frames(plain) == 46
+
+
+def test_riflex_leaves_its_input_alone():
+    plain = axis_frequencies(128)
+    kept = [f.clone() for f in plain]
+    riflex(plain, 200)
+    assert all(torch.equal(a, b) for a, b in zip(plain, kept))
+
+
+def test_riflex_needs_the_frequency_it_edits():
+    with pytest.raises(ValueError, match="frequency 6 of the time axis, and this model has 4"):
+        riflex(axis_frequencies(24), 100)
+
+
+def time_turn(frequencies, frames):
+    """Phase of the edited pair, as the table gives it, at each latent frame: [frames], in turns."""
+    table = torch.view_as_complex(rope_table(frequencies, (frames, 1, 1)))[:, 0, 5]
+    return (table.angle().double() / (2 * math.pi)) % 1
+
+
+def test_a_long_clip_repeats_without_riflex_and_not_with_it():
+    """At 61 latent frames (241 frames) the natural pair turns past its start at 51, RIFLEx's does not."""
+    frames, plain = 61, axis_frequencies(128)
+    first_return = next(
+        t for t in range(1, frames) if time_turn(plain, frames)[t] < time_turn(plain, frames)[t - 1]
+    )
+    assert first_return == 51
+    turns = time_turn(riflex(plain, frames), frames)
+    assert (turns.diff() > 0).all() and turns[-1] < 0.9

@@ -1,9 +1,16 @@
 """The sampling loop with a toy velocity: what is asked of the model, and when."""
 
+import gc
+import weakref
+
 import pytest
 import torch
-from wan21.wan.guidance import cfg
+from wan21.wan.attention import SDPA, Attention
+from wan21.wan.config import WanConfig
+from wan21.wan.dit import Pass
+from wan21.wan.guidance import cfg, cfg_zero_star
 from wan21.wan.sample import SampleJob, sample
+from wan21.wan.teacache import Profile, TeaCache, plan_steps
 
 
 @pytest.fixture
@@ -11,12 +18,21 @@ def noise():
     return torch.randn(1, 16, 2, 2, 2, generator=torch.Generator().manual_seed(0))
 
 
-def record_calls(calls, velocity):
-    def predict(x, timestep, names):
-        calls.append((timestep, names))
-        return {name: velocity[name].expand_as(x) for name in names}
+class Toy:
+    """A denoiser of given velocities that writes down how it is called."""
 
-    return predict
+    config = WanConfig(in_dim=16, dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=8)
+
+    def __init__(self, velocity):
+        self.velocity = velocity
+        self.calls = []
+
+    def predict(self, x, timestep, call):
+        self.calls.append((x, timestep, call))
+        return {name: self.velocity[name].expand_as(x) for name in call.pass_names}
+
+    def embed_time(self, timesteps):
+        return torch.tensor(timesteps)[:, None]
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
@@ -25,36 +41,34 @@ def test_constant_velocity_is_solved_exactly(noise, solver):
     job = SampleJob(steps=6, guidance_scale=1.0, solver=solver)
     sigma = job.sigmas[0]
     velocity = {"cond": (noise - clean) / sigma}
-    out, _ = sample(job, record_calls([], velocity), noise, torch.zeros_like(noise))
+    out, _ = sample(job, Toy(velocity), noise, torch.zeros_like(noise))
     assert torch.allclose(out, clean, atol=1e-5)
 
 
 def test_guidance_combines_velocities(noise):
     velocity = {"cond": torch.tensor(2.0), "uncond": torch.tensor(0.5)}
-    out, record = sample(
-        SampleJob(steps=2, guidance_scale=3.0, solver="euler"), record_calls([], velocity), noise, None
-    )
+    out, record = sample(SampleJob(steps=2, guidance_scale=3.0, solver="euler"), Toy(velocity), noise, None)
     assert torch.allclose(out, noise - 5.0, atol=1e-5)  # 0.5 + 3 * 1.5
     assert record.passes == [("cond", "uncond")] * 2
 
 
 def test_guidance_one_is_the_conditional_velocity(noise):
-    calls = []
-    sample(SampleJob(steps=2, guidance_scale=1.0), record_calls(calls, {"cond": noise}), noise, None)
-    assert [names for _, names in calls] == [("cond",)] * 2
+    toy = Toy({"cond": noise})
+    sample(SampleJob(steps=2, guidance_scale=1.0), toy, noise, None)
+    assert [call.pass_names for _, _, call in toy.calls] == [("cond",)] * 2
 
 
 def test_the_release_truncates_timesteps(noise):
-    calls = []
+    toy = Toy({"cond": noise})
     job = SampleJob(steps=30, guidance_scale=1.0, flow_shift=5.0, solver="unipc")
-    sample(job, record_calls(calls, {"cond": noise}), noise, None)
-    times = [t for t, _ in calls]
+    sample(job, toy, noise, None)
+    times = [t for _, t, _ in toy.calls]
     assert times[:5] == [999, 992, 985, 978, 969] and times[-3:] == [356, 262, 146]
 
 
 def test_a_full_run_starts_from_noise_alone(noise):
     outs = [
-        sample(SampleJob(2, 1.0), record_calls([], {"cond": noise}), noise, latent)[0]
+        sample(SampleJob(2, 1.0), Toy({"cond": noise}), noise, latent)[0]
         for latent in (torch.zeros_like(noise), torch.full_like(noise, 9.0))
     ]
     assert torch.equal(*outs)
@@ -63,13 +77,9 @@ def test_a_full_run_starts_from_noise_alone(noise):
 def test_a_partial_run_starts_from_the_latent(noise):
     job = SampleJob(steps=3, guidance_scale=1.0, solver="euler", denoise=0.5)
     latent = torch.full_like(noise, 4.0)
-    seen = []
-
-    def predict(x, timestep, names):
-        seen.append(x)
-        return {"cond": noise - latent}
-
-    out, record = sample(job, predict, noise, latent)
+    toy = Toy({"cond": noise - latent})
+    out, record = sample(job, toy, noise, latent)
+    seen = [x for x, _, _ in toy.calls]
     sigma = record.sigmas[0]
     assert 0.5 < sigma < 0.9 and len(seen) == 3
     assert torch.allclose(seen[0], sigma * noise + (1 - sigma) * latent)
@@ -81,7 +91,7 @@ def test_every_step_is_reported_with_the_estimate(noise):
     clean = torch.zeros_like(noise)
     sample(
         SampleJob(steps=4, guidance_scale=1.0, solver="euler"),
-        record_calls([], {"cond": noise - clean}),
+        Toy({"cond": noise - clean}),
         noise,
         None,
         lambda i, x0: steps.append((i, x0)),
@@ -90,8 +100,137 @@ def test_every_step_is_reported_with_the_estimate(noise):
     assert all(torch.allclose(x0, clean, atol=1e-5) for _, x0 in steps)
 
 
-def test_cfg_rule():
-    cond, uncond = torch.randn(2, 3), torch.randn(2, 3)
-    assert torch.allclose(cfg(cond, uncond, 1.0), cond)
-    assert torch.equal(cfg(cond, uncond, 0.0), uncond)
-    assert torch.allclose(cfg(cond, uncond, 2.0) - cond, cond - uncond, atol=1e-6)
+def options(**fields):
+    defaults = dict(steps=6, guidance_scale=3.0, solver="euler")
+    return SampleJob(**(defaults | fields))
+
+
+@pytest.fixture
+def two():
+    """Velocities of two passes, neither along the other."""
+    g = torch.Generator().manual_seed(5)
+    return {name: torch.randn(1, 16, 2, 2, 2, generator=g) for name in ("cond", "uncond")}
+
+
+def test_cfg_star_begins_at_its_step(noise, two):
+    cond, uncond = two["cond"], two["uncond"]
+    job = options(cfg_star=True, cfg_star_start_step=4)
+    out, record = sample(job, Toy(two), noise, None)
+    steps = torch.tensor(record.sigmas).diff()
+    plain, starred = cfg(cond, uncond, 3.0), cfg_zero_star(cond, uncond, 3.0)
+    assert torch.allclose(out, noise + steps[:4].sum() * plain + steps[4:].sum() * starred, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_zero_init_leaves_the_latent_and_asks_nothing_of_the_model(noise, two, scale):
+    toy = Toy(two)
+    out, record = sample(options(guidance_scale=scale, zero_init_steps=2), toy, noise, None)
+    assert len(toy.calls) == 4 and torch.equal(toy.calls[0][0], noise)
+    assert [len(names) for names in record.passes] == [0, 0, *[1 + (scale != 1)] * 4]
+    v = two["cond"] if scale == 1 else cfg(two["cond"], two["uncond"], scale)
+    assert torch.allclose(out, noise - record.sigmas[2] * v, atol=1e-5)
+
+
+def test_options_of_the_unconditional_pass_are_named_when_there_is_none(noise, two):
+    job = options(guidance_scale=1.0, cfg_star=True, skip_layers=(1,))
+    out, record = sample(job, Toy(two), noise, None)
+    assert [note.split(" has")[0] for note in record.notes] == ["cfg_star", "skip_layers"]
+    assert torch.equal(out, sample(options(guidance_scale=1.0), Toy(two), noise, None)[0])
+
+
+def test_skip_layers_go_around_the_runner_in_their_steps(noise, two):
+    toy = Toy(two)
+    sample(options(steps=10, skip_layers=(1,), skip_layer_start_percent=20), toy, noise, None)
+    assert [len(call.around) for _, _, call in toy.calls] == [0, 0, 1, 1, 1, 1, 1, 1, 1, 0]
+
+
+RIFLEX_CASES = [
+    ("off", 61, False, None), ("auto", 61, True, None), ("on", 61, True, None),
+    ("auto", 22, False, None), ("auto", 24, False, None),
+    ("auto", 25, False, "no effect on 25 latent frames"),
+    ("on", 2, False, "no effect on 2 latent frames: it lowers a frequency from 46 on (181 frames)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode, frames, edited, note", RIFLEX_CASES)
+def test_riflex_edits_frequencies_or_says_why_not(mode, frames, edited, note):
+    noise = torch.zeros(1, 16, frames, 2, 2)
+    toy = Toy({"cond": noise})
+    _, record = sample(options(guidance_scale=1.0, steps=1, riflex=mode), toy, noise, None)
+    assert (toy.calls[0][2].frequencies is not None) == edited
+    assert [n for n in record.notes if note and note in n] == record.notes
+
+
+def test_teacache_plans_over_the_steps_that_run(noise, two):
+    """A partial run plans its own steps, and zero-init steps are none of the model's."""
+    profile = Profile("identity", (1.0, 0.0))
+    job = options(steps=8, denoise=0.5, zero_init_steps=1, teacache_multiplier=2.0, teacache_profile=profile)
+    toy = Toy(two)
+    _, record = sample(job, toy, noise, torch.zeros_like(noise))
+    told = torch.tensor(record.timesteps[1:])[:, None]
+    assert record.plan == plan_steps(told, profile, 2.0)
+    assert len(record.plan.compute) == 7 and len(toy.calls) == 7
+
+
+def test_an_explicit_attention_reaches_the_model(noise, two):
+    toy = Toy(two)
+    sample(options(attention=SDPA, joint_pass=False), toy, noise, None)
+    assert all(call.attention is SDPA and not call.joint for _, _, call in toy.calls)
+
+
+class Overflows(Toy):
+    """Gives NaN with a quantised backend in the steps named."""
+
+    bad_steps = (0,)
+
+    def predict(self, x, timestep, call):
+        out = super().predict(x, timestep, call)
+        done = len({t for _, t, _ in self.calls}) - 1
+        if call.attention.quantised and done in self.bad_steps:
+            out["uncond"] = out["uncond"] * float("nan")
+        return out
+
+
+def test_nan_of_a_quantised_backend_redoes_the_first_step_with_sdpa(noise, two):
+    quantised = Attention("sage", SDPA.function, quantised=True)
+    toy = Overflows(two)
+    out, record = sample(options(attention=quantised), toy, noise, None)
+    assert [call.attention.name for _, _, call in toy.calls] == ["sage", *["sdpa"] * 6]
+    assert len(record.notes) == 1 and "sage gave NaN in the first step" in record.notes[0]
+    assert torch.equal(out, sample(options(), Toy(two), noise, None)[0])
+
+
+def test_a_quantised_backend_that_works_is_kept(noise, two):
+    quantised = Attention("sage", SDPA.function, quantised=True)
+    toy = Overflows(two)
+    toy.bad_steps = ()
+    _, record = sample(options(attention=quantised, zero_init_steps=1), toy, noise, None)
+    assert {call.attention.name for _, _, call in toy.calls} == {"sage"} and record.notes == []
+
+
+def test_everything_at_once_on_an_error_leaves_no_tensor_behind(noise, two):
+    """The state of the options goes with the run, also when a step fails."""
+    kept = []
+
+    class Fails(Toy):
+        def predict(self, x, timestep, call):
+            if len(self.calls) == 3:
+                raise RuntimeError("stop")
+            p = Pass("cond", torch.randn(1, 4, 8), None, None, torch.zeros(1), None)
+            runner = lambda n, passes, block: None  # noqa: E731
+            for around in call.around:
+                runner = around(runner)
+            runner(2, [p], None)
+            return super().predict(x, timestep, call)
+
+        def embed_time(self, timesteps):
+            e = torch.ones(len(timesteps), 1)
+            kept.append(weakref.ref(e))
+            return e
+
+    job = options(teacache_multiplier=2.0, teacache_profile=Profile("flat", (0.0, 1.0)), skip_layers=(0,))
+    with pytest.raises(RuntimeError, match="stop"):
+        sample(job, Fails(two), noise, None)
+    gc.collect()
+    assert kept[0]() is None
+    assert not [o for o in gc.get_objects() if type(o) is TeaCache]

@@ -1,0 +1,172 @@
+"""The same job with each sampler option: time, PSNR and SSIM against the plain run, and a picture of both.
+
+    python scripts/compare_options.py MODELS [--out build/options] [--only teacache-2,riflex ...]
+        [--image FILE] [--prompt TEXT] [--width 832 --height 480 --num-frames 81 --steps 30 ...]
+
+MODELS is laid out like ComfyUI's `models`: the first file in `diffusion_models`, `text_encoders` and `vae` is
+taken, or `--model NAME`. PSNR and SSIM say how far a video is from the plain one, not which is better: an
+option that changes the composition scores low with both being good. Rows are sampled one after the other;
+the first sampling, which also loads the model, is done twice and timed the second time.
+"""
+
+import argparse
+import math
+import re
+import time
+from pathlib import Path
+
+from local_job import PROMPT, Files, LocalJob, add_job_arguments
+from pack import ROOT, load_pack
+
+load_pack()
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+from wan21.nodes.sampler import Wan21Sampler  # noqa: E402
+from wan21.nodes.vae_decode import Wan21VAEDecode  # noqa: E402
+
+CASES = {
+    "plain": {},
+    "teacache-1.5": {"teacache_multiplier": 1.5},
+    "teacache-2": {"teacache_multiplier": 2.0},
+    "teacache-2.5": {"teacache_multiplier": 2.5},
+    "cfg-zero-star": {"cfg_star": True},
+    "zero-init-1": {"zero_init_steps": 1},
+    "teacache-2+cfg-zero-star": {"teacache_multiplier": 2.0, "cfg_star": True},
+    "skip-layers": {"skip_layers": "middle"},
+    "riflex": {"riflex": "on"},
+    "separate-passes": {"joint_pass": False},
+}
+COLUMNS = 5  # frames of a video in the picture
+LABEL_HEIGHT = 18
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of videos [F, H, W, 3] in [0, 1]."""
+    error = (a - b).square().mean().item()
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def ssim(a, b):
+    """Structural similarity of videos [F, H, W, 3] in [0, 1]: Wang et al. 2004, 11x11 Gaussian of 1.5."""
+    at = torch.arange(11) - 5.0
+    window = torch.exp(-at.square() / (2 * 1.5**2))
+    window = torch.outer(window, window)
+    window = (window / window.sum()).expand(3, 1, 11, 11)
+    a, b = (v.permute(0, 3, 1, 2).float() for v in (a, b))  # (F, 3, H, W)
+    mean = lambda x: F.conv2d(x, window, groups=3)  # noqa: E731
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = mean(a * a) - ma * ma, mean(b * b) - mb * mb, mean(a * b) - ma * mb
+    c1, c2 = 0.01**2, 0.03**2
+    return ((2 * ma * mb + c1) * (2 * cov + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))).mean().item()
+
+
+def run_case(local, conditioning, options, args):
+    """-> (video [F, H, W, 3], seconds of sampling, report)."""
+    if options.get("skip_layers") == "middle":  # Wan2GP's 9 of 30 or 40, at the same depth of this model
+        options = options | {"skip_layers": str(9 * local.config.num_layers // 30)}
+    start = time.perf_counter()
+    latent, report = Wan21Sampler.execute(
+        local.model,
+        *conditioning,
+        seed=args.seed,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        flow_shift=args.flow_shift,
+        solver=args.solver,
+        denoise=1.0,
+        teacache_profile=args.teacache_profile,
+        **options,
+    ).result
+    seconds = time.perf_counter() - start
+    return Wan21VAEDecode.execute(local.vae, latent, "auto").result[0], seconds, report
+
+
+def compare(files, args):
+    """Rows of (name, seconds, speed-up, PSNR, SSIM, computed steps), and the videos by name."""
+    names = ["plain", *(n for n in args.only.split(",") if n != "plain")] if args.only else [*CASES]
+    local = LocalJob(files, args)
+    conditioning = local.conditioning(args.prompt[0] if args.prompt else PROMPT)
+    run_case(local, conditioning, {}, args)
+    rows, videos = [], {}
+    for name in names:
+        video, seconds, report = run_case(local, conditioning, CASES[name], args)
+        videos[name] = video
+        computed = re.search(r"teacache: (\d+) of", report)
+        rows.append(
+            (
+                name,
+                seconds,
+                (rows[0][1] if rows else seconds) / seconds,
+                psnr(video, videos["plain"]),
+                ssim(video, videos["plain"]),
+                int(computed[1]) if computed else args.steps - CASES[name].get("zero_init_steps", 0),
+            )
+        )
+    return rows, videos
+
+
+def table(rows):
+    lines = ["| options | computed steps | s | speed-up | PSNR | SSIM |", "|---|---|---|---|---|---|"]
+    for name, seconds, speed_up, p, s, computed in rows:
+        lines.append(f"| {name} | {computed} | {seconds:.1f} | {speed_up:.2f} | {p:.1f} dB | {s:.3f} |")
+    return "\n".join(lines)
+
+
+def side_by_side(videos):
+    """One row of frames for each video, its name above."""
+    first = next(iter(videos.values()))
+    frames, height, width, _ = first.shape
+    count = min(COLUMNS, frames)
+    at = [round(i * (frames - 1) / max(1, count - 1)) for i in range(count)]
+    sheet = Image.new("RGB", (count * width, len(videos) * (height + LABEL_HEIGHT)), "white")
+    for row, (name, video) in enumerate(videos.items()):
+        top = row * (height + LABEL_HEIGHT)
+        ImageDraw.Draw(sheet).text((4, top + 3), name, fill="black")
+        for column, i in enumerate(at):
+            pixels = (video[i].clamp(0, 1) * 255).round().byte().cpu().numpy()
+            sheet.paste(Image.fromarray(pixels), (column * width, top + LABEL_HEIGHT))
+    return sheet
+
+
+def files_in(models, model_name=None):
+    """The files of a folder laid out like ComfyUI's `models`."""
+
+    def first(folder):
+        found = sorted(
+            path for path in (Path(models) / folder).glob("*") if path.suffix in (".safetensors", ".pth")
+        )
+        if not found:
+            raise SystemExit(f"There is no checkpoint in {Path(models) / folder}.")
+        return found[0]
+
+    model = Path(models) / "diffusion_models" / model_name if model_name else first("diffusion_models")
+    return Files(model, first("text_encoders"), first("vae"))
+
+
+def parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("models", type=Path)
+    parser.add_argument("--model", help="file name in diffusion_models")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "options")
+    parser.add_argument("--only", help=f"with commas, of {', '.join(CASES)}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--teacache-profile", default="auto")
+    add_job_arguments(parser, steps=30)
+    return parser
+
+
+def main():
+    args = parser().parse_args()
+    with torch.inference_mode():
+        rows, videos = compare(files_in(args.models, args.model), args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = table(rows)
+    (args.out / "options.md").write_text(text + "\n", encoding="utf-8")
+    side_by_side(videos).save(args.out / "options.jpg", quality=90)
+    print(f"{text}\n\n{args.out / 'options.jpg'}")
+
+
+if __name__ == "__main__":
+    main()

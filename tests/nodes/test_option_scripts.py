@@ -1,0 +1,88 @@
+"""The scripts that measure the options, on small random checkpoints: they run, and they compute right."""
+
+import json
+
+import bench_joint
+import calibrate_teacache
+import compare_options
+import numpy as np
+import pytest
+import torch
+from wan21.nodes import host
+
+SMALL = ["--width", "32", "--height", "32", "--num-frames", "5"]
+
+
+def test_calibration_writes_what_the_sampler_then_uses(files, tmp_path, sample, prompts):
+    model = tmp_path / "tiny.safetensors"
+    model.write_bytes(files["t2v"].read_bytes())
+    arguments = [str(model), "--text-encoder", str(files["umt5"]), "--steps", "10", *SMALL]
+    args = calibrate_teacache.parser().parse_args(arguments)
+    found = calibrate_teacache.calibrate(
+        calibrate_teacache.Files(args.model, args.text_encoder, args.vae), args
+    )
+    coefficients, explained, points = found
+    assert points == 2 * 9 and len(coefficients) == 5 and explained > 0.2
+    model.with_name("tiny.safetensors.teacache.json").write_text(json.dumps(coefficients))
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+    loaded = host.load_model(model)
+    _, report = sample(loaded, *prompts, latent, steps=10, flow_shift=5.0, teacache_multiplier=2.0)
+    assert "teacache: 5 of 10 steps computed, profile measured" in report
+
+
+def test_points_are_the_changes_of_residuals(files, prompts):
+    """One pass of two steps, written out with the model itself."""
+    arguments = ["x", "--text-encoder", str(files["umt5"]), "--steps", "2", "--guidance-scale", "1", *SMALL]
+    args = calibrate_teacache.parser().parse_args(arguments)
+    local = calibrate_teacache.LocalJob(calibrate_teacache.Files(files["t2v"], files["umt5"]), args)
+    job = calibrate_teacache.SampleJob(2, 1.0, 5.0, "euler")
+    seen = []
+    blocks = local.model.model.diffusion_model.blocks
+    first = blocks[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    last = blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out.clone()))
+    x, y = calibrate_teacache.record(job, local, "a cat", 0)
+    first.remove()
+    last.remove()
+    r0, r1 = seen[1] - seen[0], seen[3] - seen[2]
+    assert y == pytest.approx([((r1 - r0).abs().mean() / r0.abs().mean()).item()], rel=1e-4)
+    e0, e1 = local.model.model.diffusion_model.embed_time(torch.tensor([1000 * s for s in job.sigmas[:2]]))
+    assert x == pytest.approx([((e1 - e0).abs().mean() / e0.abs().mean()).item()], rel=1e-4)
+
+
+def test_the_fit_is_a_polynomial_of_degree_four():
+    x = np.linspace(0.01, 0.3, 20)
+    true = [3.0, -2.0, 1.0, 0.5, 0.1]
+    coefficients, explained = calibrate_teacache.fit(x, np.polyval(true, x))
+    assert coefficients == pytest.approx(true, rel=1e-6) and explained == pytest.approx(1)
+    with pytest.raises(SystemExit, match="at least 6 steps"):
+        calibrate_teacache.fit(x[:4], x[:4])
+
+
+def test_options_are_compared_with_the_plain_run(files, tmp_path):
+    only = "teacache-2,skip-layers,separate-passes"
+    models = files["vae"].parent.parent
+    arguments = [str(models), "--model", files["t2v"].name, "--steps", "4", "--only", only, *SMALL]
+    args = compare_options.parser().parse_args([*arguments, "--teacache-profile", "t2v_1.3b"])
+    rows, videos = compare_options.compare(compare_options.files_in(args.models, args.model), args)
+    by_name = {row[0]: row for row in rows}
+    assert list(by_name) == ["plain", "teacache-2", "skip-layers", "separate-passes"]
+    assert by_name["plain"][3:] == (float("inf"), pytest.approx(1), 4)
+    assert by_name["separate-passes"][3] == float("inf")
+    assert by_name["teacache-2"][5] < 4 and by_name["teacache-2"][3] < 100
+    assert compare_options.side_by_side(videos).size == (5 * 32, 4 * (32 + compare_options.LABEL_HEIGHT))
+    assert compare_options.table(rows).count("\n") == 5
+
+
+def test_psnr_and_ssim():
+    a = torch.rand(2, 24, 24, 3, generator=torch.Generator().manual_seed(0))
+    assert compare_options.psnr(a, a + 0.1) == pytest.approx(20, abs=1e-3)
+    assert compare_options.ssim(a, a) == pytest.approx(1)
+    assert compare_options.ssim(a, a.flip(0)) < 0.2
+    assert 0.5 < compare_options.ssim(a, 0.9 * a) < 1
+
+
+def test_the_three_ways_of_both_passes():
+    rows = bench_joint.measure("cpu", streamed=False, repeat=1, quick=True)
+    assert [name for name, _, _ in rows] == ["joint", "separate", "stacked"]
+    rows = bench_joint.measure("cpu", streamed=True, repeat=1, quick=True)
+    assert all(seconds > 0 for _, seconds, _ in rows)

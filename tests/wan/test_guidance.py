@@ -1,0 +1,93 @@
+"""Guidance rules against their formulas, written out in float64."""
+
+import numpy as np
+import pytest
+import torch
+from wan21.wan.guidance import cfg, cfg_zero_star
+
+
+@pytest.fixture
+def velocities():
+    g = torch.Generator().manual_seed(0)
+    cond = torch.randn(3, 16, 2, 4, 6, generator=g)
+    return cond, 0.6 * cond + 0.5 * torch.randn(cond.shape, generator=g)
+
+
+def authors_formula(cond, uncond, scale):
+    """Sample by sample in float64, after the paper's text."""
+    samples = []
+    for c, u in zip(cond.double().numpy(), uncond.double().numpy()):
+        s = np.vdot(c, u) / (np.vdot(u, u) + 1e-8)
+        samples.append(s * u * (1 - scale) + scale * c)
+    return torch.from_numpy(np.stack(samples))
+
+
+def test_cfg_rule(velocities):
+    cond, uncond = velocities
+    assert torch.allclose(cfg(cond, uncond, 1.0), cond)
+    assert torch.equal(cfg(cond, uncond, 0.0), uncond)
+    assert torch.allclose(cfg(cond, uncond, 2.0) - cond, cond - uncond, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0])
+def test_cfg_zero_star_is_the_authors_formula(velocities, scale):
+    ours = cfg_zero_star(*velocities, scale)
+    assert ours.dtype == torch.float32
+    assert torch.allclose(ours.double(), authors_formula(*velocities, scale), atol=1e-5)
+
+
+def test_each_sample_has_its_own_scale(velocities):
+    both = cfg_zero_star(*velocities, 4.0)
+    for i in range(3):
+        alone = cfg_zero_star(velocities[0][i : i + 1], velocities[1][i : i + 1], 4.0)
+        assert torch.allclose(both[i : i + 1], alone, atol=1e-6)
+
+
+def test_a_longer_unconditional_velocity_changes_nothing(velocities):
+    """The rule's point: only the direction of the unconditional velocity counts."""
+    cond, uncond = velocities
+    expected = cfg_zero_star(cond, uncond, 5.0)
+    assert torch.allclose(cfg_zero_star(cond, 3 * uncond, 5.0), expected, atol=1e-5)
+    assert not torch.allclose(cfg(cond, 3 * uncond, 5.0), cfg(cond, uncond, 5.0), atol=1e-1)
+
+
+def test_half_precision_is_reduced_in_float32(velocities):
+    cond, uncond = (v.half() for v in velocities)
+    exact = authors_formula(cond, uncond, 5.0)
+    assert torch.allclose(cfg_zero_star(cond, uncond, 5.0).double(), exact, atol=1e-5)
+
+
+def test_no_unconditional_velocity_at_all():
+    cond = torch.ones(1, 16, 1, 2, 2)
+    assert torch.equal(cfg_zero_star(cond, torch.zeros_like(cond), 5.0), 5 * cond)
+
+
+def test_the_native_node_drops_a_term(velocities):
+    """The host's CFGZeroStar works on denoised latents and lacks (1 - w)(1 - s*) x."""
+    from comfy_extras.nodes_cfg import CFGZeroStar
+
+    class Model:
+        def clone(self):
+            return self
+
+        def set_model_sampler_post_cfg_function(self, function):
+            self.function = function
+
+    cond, uncond = velocities
+    sigma, w = 0.7, 5.0
+    x = torch.randn(cond.shape, generator=torch.Generator().manual_seed(1))
+    clean = {name: x - sigma * v for name, v in (("cond", cond), ("uncond", uncond))}
+    model = Model()
+    CFGZeroStar.execute(model)
+    theirs = model.function(
+        {
+            "cond_scale": w, "input": x, "cond_denoised": clean["cond"], "uncond_denoised": clean["uncond"],
+            "denoised": cfg(clean["cond"], clean["uncond"], w),
+        }
+    )  # fmt: skip
+    exact = x - sigma * authors_formula(cond, uncond, w)
+    assert torch.allclose((x - sigma * cfg_zero_star(cond, uncond, w)).double(), exact, atol=1e-5)
+    s = torch.stack([(c * u).sum() / u.square().sum() for c, u in zip(cond, uncond)]).view(-1, 1, 1, 1, 1)
+    missing = (1 - w) * (1 - s) * x
+    assert missing.abs().max() > 0.1
+    assert torch.allclose(theirs + missing, exact.float(), atol=1e-4)

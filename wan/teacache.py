@@ -1,0 +1,197 @@
+"""TeaCache: steps that would change little reuse what the blocks added in an earlier one.
+
+Liu et al., arXiv 2411.19108. How much a step changes is told from the time embedding alone, so which steps
+are computed is known before the first one. Here one rule is kept of the published variants: distances of the
+time embedding (not of its projection), polynomial in absolute value, first and last step computed, and one
+plan for all passes, as Wan2GP does it since May 2025.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+PROFILES = ("auto", "i2v_480p", "i2v_720p", "t2v_14b", "t2v_1.3b", "measured")
+
+# Relative change of the time embedding -> of the blocks' residual; highest power first.
+# ali-vilab/TeaCache `TeaCache4Wan2.1/teacache_generate.py`, the sets for use without ret_steps.
+COEFFICIENTS = {
+    "i2v_480p": (-302.331670, 223.948934, -52.5463970, 5.87348440, -0.201973289),
+    "i2v_720p": (-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
+    "t2v_14b": (-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
+    "t2v_1.3b": (2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774),
+}
+WIDTH_SMALL, WIDTH_LARGE = 1536, 5120  # of the 1.3B and the 14B models
+AREA_480P = 848 * 480  # pixels; the largest that Wan2GP runs with the 480p model
+
+DEGREE = 4
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Coefficients of one polynomial, highest power first, and the name they go by."""
+
+    name: str
+    coefficients: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which steps run the blocks.
+
+    Attributes:
+        compute: one a step; False reuses the residual of the last computed step.
+        threshold: of the accumulated change, from which a step is computed.
+        wanted: number of computed steps that was asked for.
+    """
+
+    compute: tuple[bool, ...]
+    threshold: float
+    wanted: int
+
+    @property
+    def computed(self):
+        return sum(self.compute)
+
+
+def choose_profile(name, config, file_name, pixels, measured=None):
+    """The coefficients for a model.
+
+    Args:
+        name: one of `PROFILES`.
+        config: WanConfig.
+        file_name: of the checkpoint; says 480p or 720p where it was published.
+        pixels: width*height of the video; decides where the name does not.
+        measured: coefficients that belong to this very checkpoint, or None.
+
+    Raises:
+        ValueError: there are none for it.
+    """
+    if name == "measured" or (name == "auto" and measured is not None):
+        if measured is None:
+            raise ValueError(f"teacache_profile is measured and {file_name} has no coefficients of its own")
+        return Profile("measured", tuple(measured))
+    if name == "auto":
+        name = _published_profile(config, file_name.lower(), pixels)
+    return Profile(name, COEFFICIENTS[name])
+
+
+def _published_profile(config, file_name, pixels):
+    if config.dim == WIDTH_SMALL:
+        return "t2v_1.3b"
+    if config.dim != WIDTH_LARGE:
+        raise ValueError(
+            f"there are no TeaCache coefficients for a model of width {config.dim} "
+            f"(published: {WIDTH_SMALL} and {WIDTH_LARGE})"
+        )
+    if not config.takes_image:
+        return "t2v_14b"
+    if "720p" in file_name or "480p" in file_name:
+        return "i2v_720p" if "720p" in file_name else "i2v_480p"
+    return "i2v_720p" if pixels > AREA_480P else "i2v_480p"
+
+
+def check_coefficients(values):
+    """Coefficients as read from a file -> tuple of floats.
+
+    Raises:
+        ValueError: they are not a list of finite numbers.
+    """
+    numbers = isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+    if not values or not numbers:
+        raise ValueError(f"TeaCache coefficients are {values!r}; they must be a list of numbers")
+    return tuple(float(v) for v in values)
+
+
+def relative_changes(x):
+    """Mean absolute change from each row to the next over the mean of the earlier: [N, ...] -> N-1 floats."""
+    x = x.double().flatten(1)
+    return ((x[1:] - x[:-1]).abs().mean(dim=1) / x[:-1].abs().mean(dim=1)).tolist()
+
+
+def plan_steps(embeddings, profile, multiplier, start_percent=0):
+    """Solve for the plan that comes nearest to a speed-up.
+
+    Args:
+        embeddings: time embedding of every step that runs the model [N, D].
+        profile: Profile.
+        multiplier: steps over computed steps, at least 1.
+        start_percent: share of the steps that is computed in any case, in whole percent; the first and
+            the last step always are.
+
+    Returns:
+        Plan with int(N / multiplier) computed steps, or the nearest number that any threshold gives.
+    """
+    steps = len(embeddings)
+    distances = relative_changes(embeddings)
+    changes = [0.0] + [abs(_polynomial(profile.coefficients, d)) for d in distances]
+    start_step = start_percent * steps // 100
+    wanted = max(1, int(steps / multiplier))
+
+    def plan(threshold):
+        return Plan(tuple(_walk(changes, threshold, start_step)), threshold, wanted)
+
+    def edge(count):
+        """(a plan of more than `count` computed steps, the one of no more whose threshold is least)."""
+        low, high = plan(0.0), plan(sum(changes) + 1)
+        while low.threshold < (middle := (low.threshold + high.threshold) / 2) < high.threshold:
+            halved = plan(middle)
+            low, high = (halved, high) if halved.computed > count else (low, halved)
+        return low, high
+
+    # The count only falls as the threshold grows, so halving finds where it passes the wanted one. Of all
+    # thresholds of one count the least is best: every reused step is then nearest to what it reuses.
+    more, fewer = edge(wanted)
+    if more.computed > wanted and more.computed - wanted <= wanted - fewer.computed:
+        return edge(more.computed)[1]
+    return fewer if more.computed > wanted else more
+
+
+def _polynomial(coefficients, x):
+    value = 0.0
+    for c in coefficients:
+        value = value * x + c
+    return value
+
+
+def _walk(changes, threshold, start_step):
+    """Yield for each step whether it is computed."""
+    accumulated = 0.0
+    for i, change in enumerate(changes):
+        accumulated += change
+        compute = i <= start_step or i == len(changes) - 1 or accumulated >= threshold
+        if compute:
+            accumulated = 0.0
+        yield compute
+
+
+class TeaCache:
+    """The residuals of one run, by pass name; it is dropped with the run."""
+
+    def __init__(self, plan):
+        self.plan = plan
+        self.residuals = {}
+
+    def around(self, step):
+        """A runner around the runner for this step: computes and remembers, or reuses."""
+        reused_next = step + 1 < len(self.plan.compute) and not self.plan.compute[step + 1]
+        if not self.plan.compute[step]:
+            return lambda runner: self._reuse
+        return self._remember if reused_next else lambda runner: runner
+
+    def _reuse(self, num_blocks, passes, call):
+        for p in passes:
+            p.x = p.x + self.residuals[p.name]  # a 16-bit residual is added in the stream's float32
+
+    def _remember(self, runner):
+        def run(num_blocks, passes, call):
+            self.residuals.update((p.name, None) for p in passes)  # freed before the new ones are taken
+            before = {p.name: p.x.clone() for p in passes}
+            runner(num_blocks, passes, call)
+            for p in passes:
+                # In 16 bit where the model computes in 16 bit: bfloat16, because the stream outgrows float16.
+                dtype = torch.float32 if p.text.dtype == torch.float32 else torch.bfloat16
+                residual = torch.sub(p.x, before[p.name], out=before[p.name])
+                self.residuals[p.name] = residual.to(dtype)
+
+        return run
