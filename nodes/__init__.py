@@ -16,7 +16,7 @@ MODELS = Path(__file__).parents[1] / "models"  # the bundled small checkpoint
 class Wan21Extension(ComfyExtension):
     async def on_load(self):
         """Show the bundled checkpoint in the host's model lists, after the user's own folders."""
-        for folder in sorted(path for path in MODELS.iterdir() if path.is_dir()):
+        for folder in sorted(path for path in MODELS.glob("*") if path.is_dir()):
             folder_paths.add_model_folder_path(folder.name, str(folder))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers_nodes import relative
 from safetensors.torch import save_file
-from train_tiny import captions, data, dit, latents
+from train_tiny import captions, data, dit, latents, metrics
 from train_tiny.export import metadata, stored
 from train_tiny.text import HOST_TOKENS, train_tokenizer
 from train_tiny.train_dit import TinyModel
@@ -167,3 +167,16 @@ def test_captions_name_the_motion():
     for direction, other in opposite.items():
         said = [captions.expand(*captions.camera_rules(f"pan {direction}"), rng) for _ in range(300)]
         assert not any(other in text.split() for text in said if "from" not in text)
+
+
+def test_metrics_recognise_true_clips():
+    video, motions = data.clips(data.HELD_OUT + 50, 9, 17, 48, 64, motions=[*data.CAMERA])
+    for shown, motion in zip(video.movedim(1, 2) / 2 + 0.5, motions):
+        assert metrics.camera_motion(shown[0], shown) == motion.name
+        assert metrics.camera_motion(shown[0], shown[:1].expand(17, -1, -1, -1)) == "still"
+    moves = [data.Motion("object", "move", "red", "square", way) for way in data.DIRECTIONS]
+    video, _ = data.clips(data.HELD_OUT + 60, 4, 17, 48, 64, motions=moves)
+    for shown, motion in zip(video.movedim(1, 2) / 2 + 0.5, moves):
+        assert metrics.object_direction(shown, "red") == motion.direction
+        assert metrics.object_direction(shown.flip(0), "red") not in (None, motion.direction)
+        assert metrics.object_direction(shown[:1].expand(17, -1, -1, -1), "red") is None
