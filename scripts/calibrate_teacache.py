@@ -1,18 +1,19 @@
 """Fit TeaCache's polynomial to a checkpoint, by running it without TeaCache.
 
     python scripts/calibrate_teacache.py MODEL --text-encoder FILE [--vae FILE] [--image FILE]
-        [--prompt TEXT ...] [--seeds 1] [--width 832 --height 480 --num-frames 81 --steps 50 ...] [--print]
+        [--prompt TEXT ...] [--seeds 1] [--width 832 --height 480 --num-frames 81 --steps 50 ...] [--print | --embed]
 
 After each step two changes are noted: of the time embedding, and of what the blocks add to the tokens. Both
 are the mean absolute difference from the step before over the mean absolute value there. A polynomial of
 degree 4 leads from the first to the second, as the authors fit it (ali-vilab/TeaCache, issue 2: the points of
 all steps of 70 prompts; one run gives a usable rule, several a steadier one). It is written to
-`MODEL.teacache.json`, where Wan21Sampler finds it; a safetensors file may carry the same list in its metadata
-as `teacache_coefficients`. Sample with the steps, shift and size you will use.
+`MODEL.teacache.json`, where Wan21Sampler finds it, or with --embed into the metadata of the safetensors file
+itself, as `teacache_coefficients`. Sample with the steps, shift and size you will use.
 """
 
 import argparse
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +24,10 @@ load_pack()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from wan21.nodes import host  # noqa: E402
-from wan21.nodes.host.model import COEFFICIENTS_SUFFIX  # noqa: E402
+from wan21.nodes.host.model import COEFFICIENTS_KEY, COEFFICIENTS_SUFFIX  # noqa: E402
 from wan21.wan.sample import SampleJob, sample  # noqa: E402
 from wan21.wan.teacache import DEGREE, relative_changes  # noqa: E402
 
@@ -104,13 +107,24 @@ def calibrate(files, args):
     return coefficients, explained, len(x)
 
 
+def embed(path, coefficients):
+    """Write them into the metadata of a safetensors file, which is replaced whole or not at all."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    unfinished = path.with_suffix(".part")
+    save_file(load_file(path), unfinished, {**metadata, COEFFICIENTS_KEY: json.dumps(coefficients)})
+    os.replace(unfinished, path)
+
+
 def parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", type=Path, help="a Wan2.1 checkpoint of any published layout")
     parser.add_argument("--text-encoder", required=True)
     parser.add_argument("--vae")
     parser.add_argument("--seeds", type=int, default=1, help="runs for each prompt")
-    parser.add_argument("--print", action="store_true", help="print the list, write no file")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--print", action="store_true", help="print the list, write no file")
+    target.add_argument("--embed", action="store_true", help="write it into MODEL, a single safetensors file")
     add_job_arguments(parser, steps=50)
     return parser
 
@@ -120,7 +134,10 @@ def main():
     with torch.inference_mode():
         coefficients, explained, count = calibrate(Files(args.model, args.text_encoder, args.vae), args)
     print(f"{count} points, {100 * explained:.0f} % of the variance explained: {coefficients}")
-    if not args.print:
+    if args.embed:
+        embed(args.model, coefficients)
+        print(f"written into {args.model}")
+    elif not args.print:
         path = args.model.with_name(args.model.name + COEFFICIENTS_SUFFIX)
         path.write_text(json.dumps(coefficients) + "\n", encoding="utf-8")
         print(f"written to {path}")

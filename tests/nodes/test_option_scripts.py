@@ -28,6 +28,9 @@ def test_calibration_writes_what_the_sampler_then_uses(files, tmp_path, sample, 
     loaded = host.load_model(model)
     _, report = sample(loaded, *prompts, latent, steps=10, flow_shift=5.0, teacache_multiplier=2.0)
     assert "teacache: 5 of 10 steps computed, profile measured" in report
+    model.with_name("tiny.safetensors.teacache.json").unlink()
+    calibrate_teacache.embed(model, coefficients)
+    assert host.measured_coefficients(host.load_model(model)) == tuple(coefficients)
 
 
 def test_points_are_the_changes_of_residuals(files, prompts):
