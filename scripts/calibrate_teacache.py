@@ -1,7 +1,7 @@
 """Fit TeaCache's polynomial to a checkpoint, by running it without TeaCache.
 
     python scripts/calibrate_teacache.py MODEL --text-encoder FILE [--vae FILE] [--image FILE]
-        [--prompt TEXT ...] [--seeds 1] [--width 832 --height 480 --num-frames 81 --steps 50 ...] [--print | --embed]
+        [--prompt TEXT ...] [--seeds 1] [--width 832 --height 480 --steps 50 ...] [--print | --embed]
 
 After each step two changes are noted: of the time embedding, and of what the blocks add to the tokens. Both
 are the mean absolute difference from the step before over the mean absolute value there. A polynomial of
