@@ -27,8 +27,8 @@ class Wan21VAEDecode(io.ComfyNode):
                     "tile_size",
                     options=["auto", "0", "128", "256"],
                     default="auto",
-                    tooltip="Pixels of a tile; 0 decodes whole frames, auto does so while memory lasts. Tiles "
-                    "have no seam and do not flicker; they need less memory and more time.",
+                    tooltip="Pixels of a tile; 0 decodes whole frames, auto does so while memory lasts. "
+                    "Tiles have no seam and do not flicker; they need less memory and more time.",
                 ),
             ],
             outputs=[io.Image.Output()],

@@ -139,7 +139,8 @@ def fed_to_the_model(model, clip, vae, video, kind):
     seen = []
     embedding = model.model.diffusion_model.patch_embedding
     handle = embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    Wan21Sampler.execute(model, positive, negative, latent, 0, 1, 1.0, 3.0, "euler", 1.0)
+    job = {"seed": 0, "steps": 1, "guidance_scale": 1.0, "flow_shift": 3.0, "solver": "euler", "denoise": 1.0}
+    Wan21Sampler.execute(model, positive, negative, latent, **job)
     handle.remove()
     return seen[0][:, 16:]
 
