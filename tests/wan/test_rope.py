@@ -105,3 +105,6 @@ def test_a_long_clip_repeats_without_riflex_and_not_with_it():
     assert first_return == 51
     turns = time_turn(riflex(plain, frames), frames)
     assert (turns.diff() > 0).all() and turns[-1] < 0.9
+    # The whole embedding is no more alike there, as the help page says.
+    alike = [f[0].mul(51).cos().mean().item() for f in (plain, riflex(plain, frames))]
+    assert alike == pytest.approx([0.411, 0.366], abs=1e-3)
