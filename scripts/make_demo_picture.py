@@ -1,4 +1,4 @@
-"""Write `docs/demo.jpg`: held-out pictures and what the bundled checkpoint makes of them, prompt by prompt."""
+"""Write `docs/demo.jpg`: held-out pictures and what the bundled checkpoint makes of them."""
 
 import tempfile
 from pathlib import Path
