@@ -343,3 +343,51 @@ def _ranges(numbers):
         else:
             runs.append([n, n])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+# --- strength over the steps --------------------------------------------------------------------------
+
+
+def parse_schedule(text: str) -> list[float]:
+    """A comma list of multipliers, "1, 0.5, 0"; none for an empty text.
+
+    Raises:
+        ValueError: an entry is no finite number.
+    """
+    entries = [entry.strip() for entry in text.split(",")] if text.strip() else []
+    values = []
+    for entry in entries:
+        try:
+            values.append(float(entry))
+        except ValueError:
+            values.append(math.nan)
+        if not math.isfinite(values[-1]):
+            raise ValueError(
+                f"strength_schedule holds {entry!r}; it must be a list of numbers. Write it like 1, 0.5, 0"
+            )
+    return values
+
+
+def scheduled(values: list[float], step: int, steps: int) -> float:
+    """The multiplier of a step, 0 to steps - 1: the list is spread over the steps (Wan2GP's meaning)."""
+    return values[step * len(values) // steps]
+
+
+def step_at(sigma: float, sigmas: list[float]) -> int:
+    """The step in which a model is told `sigma`.
+
+    Args:
+        sigma: in [0, 1]; of the schedule, or truncated to a whole timestep (UniPC, DPM++).
+        sigmas: the run's, one more than its steps.
+
+    Returns:
+        0 to len(sigmas) - 2. Between two sigmas (a solver that evaluates there) it is the step under way.
+    """
+    begins = sigmas[:-1]
+    for i, begin in enumerate(begins):
+        if abs(begin - sigma) < 1e-5:
+            return i
+    for i, begin in enumerate(begins):
+        if abs(math.trunc(1000 * begin) / 1000 - sigma) < 1e-5:
+            return i
+    return max((i for i, begin in enumerate(begins) if begin > sigma), default=0)

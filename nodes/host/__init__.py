@@ -5,6 +5,7 @@ sampler the host's life cycle: device memory, model patches, progress, preview a
 """
 
 from .conditioning import describe_conditioning, trim_clip_vision
+from .lora import add_lora, read_lora
 from .model import DTYPES, config_of, ignored_patches, is_ours, load_model
 from .progress import StepProgress, memory_watch
 from .sampling import run_sampling
@@ -14,6 +15,7 @@ from .vae import latent_device, load_vae, vae_shape
 __all__ = [
     "DTYPES",
     "StepProgress",
+    "add_lora",
     "config_of",
     "describe_conditioning",
     "ignored_patches",
@@ -23,6 +25,7 @@ __all__ = [
     "load_text_encoder",
     "load_vae",
     "memory_watch",
+    "read_lora",
     "run_sampling",
     "trim_clip_vision",
     "vae_shape",

@@ -61,7 +61,7 @@ def defaults(node):
 
 
 def format_default(default):
-    return f"{default:g}" if isinstance(default, float) else str(default)
+    return f"{default:g}" if isinstance(default, float) else str(default) or "empty"
 
 
 def test_pages_are_served(client, our_nodes):
