@@ -1,10 +1,15 @@
 """LoRAs: a file in any dialect changes a MODEL, and a report says what of it was used."""
 
+from pathlib import Path
+
 import folder_paths
 from comfy_api.latest import io
 
+from ..wan.checkpoint import check_head, detect_kind, read_checkpoint
+from ..wan.checkpoint_kind import LORA, not_a
 from ..wan.lora import check_lora, lora_report, parse_schedule
 from . import host
+from .fetch import fetch
 from .load import CATEGORY
 
 NODE = "Wan21LoraLoader"
@@ -43,6 +48,13 @@ class Wan21LoraLoader(io.ComfyNode):
                     "third, half in the second and off in the last. Empty is 1 throughout.",
                     advanced=True,
                 ),
+                io.String.Input(
+                    "lora_url",
+                    default="",
+                    tooltip="https link to a .safetensors LoRA (Hugging Face, Civitai), in place of "
+                    "lora_name. It is fetched once into models/loras.",
+                    advanced=True,
+                ),
                 io.Boolean.Input(
                     "strict",
                     default=False,
@@ -54,21 +66,42 @@ class Wan21LoraLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, lora_name, strength, strength_schedule, strict) -> io.NodeOutput:
+    def execute(cls, model, lora_name, strength, strength_schedule, lora_url, strict) -> io.NodeOutput:
         try:
             schedule = parse_schedule(strength_schedule)
+            path = _path(lora_name, lora_url)
         except ValueError as error:
             raise ValueError(f"{NODE}: {error}") from error
-        if lora_name == NONE:
+        if path is None:
             return io.NodeOutput(model, "no LoRA chosen")
-        path = folder_paths.get_full_path_or_raise("loras", lora_name)
         try:
             lora = host.read_lora(path, model)
             check_lora(lora, strict)
         except ValueError as error:
-            raise ValueError(f"{NODE}: {lora_name}: {error}") from error
-        lines = [f"LoRA: {lora_name}, strength {_strength(strength, schedule)}", *lora_report(lora)]
+            raise ValueError(f"{NODE}: {path.name}: {error}") from error
+        lines = [f"LoRA: {path.name}, strength {_strength(strength, schedule)}", *lora_report(lora)]
         return io.NodeOutput(host.add_lora(model, lora, strength, schedule), "\n".join(lines))
+
+
+def _path(lora_name, lora_url):
+    """The LoRA's file, fetched if it is given as a link; None without any."""
+    if not lora_url.strip():
+        if lora_name == NONE:
+            return None
+        return Path(folder_paths.get_full_path_or_raise("loras", lora_name))
+    if lora_name != NONE:
+        raise ValueError(
+            f"lora_name is {lora_name} and lora_url is set; a loader applies one LoRA. Set lora_name to "
+            f"{NONE}, or add a second Wan21LoraLoader"
+        )
+    folder = folder_paths.get_folder_paths("loras")[0]
+    return fetch(lora_url, folder, ".safetensors", _check_is_lora, check_head, host.Progress())
+
+
+def _check_is_lora(path):
+    state_dict = read_checkpoint(path).state_dict
+    if detect_kind(state_dict) is not LORA:
+        raise not_a(LORA, state_dict)
 
 
 def _strength(strength, schedule):

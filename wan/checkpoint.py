@@ -27,6 +27,7 @@ from .umt5_keys import to_umt5_keys, umt5_config
 __all__ = [
     "Checkpoint",
     "Kind",
+    "check_head",
     "check_keys",
     "detect_kind",
     "is_quantization_key",
@@ -87,6 +88,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if path.suffix.lower() in PICKLE_SUFFIXES and not _is_safetensors(head):
         return _read_pickle(path, head)
     return _read_safetensors(path)
+
+
+def check_head(head: bytes) -> None:
+    """Refuse a download by its first bytes when it is something else than a safetensors file."""
+    if not _is_safetensors(head) or int.from_bytes(head[:8], "little") > MAX_HEADER_BYTES:
+        raise ValueError(f"The file {_describe(head, len(head))}")
 
 
 def check_keys(expected: dict[str, tuple[int, ...]], state_dict: dict[str, Tensor], name: str) -> None:

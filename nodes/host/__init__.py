@@ -7,13 +7,14 @@ sampler the host's life cycle: device memory, model patches, progress, preview a
 from .conditioning import describe_conditioning, trim_clip_vision
 from .lora import add_lora, read_lora
 from .model import DTYPES, config_of, ignored_patches, is_ours, load_model
-from .progress import StepProgress, memory_watch
+from .progress import Progress, StepProgress, memory_watch
 from .sampling import run_sampling
 from .text_encoder import load_text_encoder
 from .vae import latent_device, load_vae, vae_shape
 
 __all__ = [
     "DTYPES",
+    "Progress",
     "StepProgress",
     "add_lora",
     "config_of",

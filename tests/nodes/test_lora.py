@@ -65,8 +65,8 @@ def names(loras):
     return ("first.safetensors", "second.safetensors")
 
 
-def load(model, name, strength=1.0, schedule="", strict=False):
-    return Wan21LoraLoader.execute(model, name, strength, schedule, strict).result
+def load(model, name, strength=1.0, schedule="", url="", strict=False):
+    return Wan21LoraLoader.execute(model, name, strength, schedule, url, strict).result
 
 
 def merged_model(files, loras, changes, tmp_path, kind="t2v"):
@@ -266,3 +266,58 @@ def test_a_model_of_another_family_is_named(models, names):
         ValueError, match=r"the MODEL is a Linear, not a Wan2\.1 model. Load one with Wan21ModelLoader"
     ):
         load(other, names[0])
+
+
+@pytest.fixture
+def link(tmp_path_factory, monkeypatch):
+    """Serves a folder on this machine; the owner allows that. Returns (folder, address)."""
+    import functools
+    import http.server
+    import threading
+
+    folder = tmp_path_factory.mktemp("served")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("WAN21_ALLOW_PRIVATE_URLS", "1")
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_link_is_fetched_once_into_the_lora_folder(t2v_job, sample, loras, names, link):
+    folder, address = link
+    model, *rest = t2v_job
+    (loras / names[0]).rename(folder / "linked.safetensors")
+    patched, report = load(model, "none", 0.5, url=f"{address}/linked.safetensors?token=secret")
+    (fetched,) = loras.glob("linked-*.safetensors")
+    assert report.startswith(f"LoRA: {fetched.name}, strength 0.5\n") and "secret" not in report
+    (folder / "linked.safetensors").unlink()
+    again, _ = load(model, "none", 0.5, url=f"{address}/linked.safetensors?token=secret")
+    by_name, _ = load(model, fetched.name, 0.5)
+    results = [sample(m, *rest)[0]["samples"] for m in (patched, again, by_name)]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_links_to_something_else_leave_no_file(models, loras, files, link):
+    folder, address = link
+    (folder / "page.safetensors").write_text("<!DOCTYPE html><html>Sign in</html>")
+    (folder / "cut.safetensors").write_bytes(files["t2v"].read_bytes()[:-1000])
+    (folder / "base.safetensors").write_bytes(files["t2v"].read_bytes())
+    for name, message in (
+        ("page", "web page"),
+        ("cut", "truncated"),
+        ("base", "It is a Wan2.1 diffusion model"),
+    ):
+        with pytest.raises(ValueError, match=f"^Wan21LoraLoader: .*{message}"):
+            load(models["t2v"], "none", url=f"{address}/{name}.safetensors")
+    assert list(loras.iterdir()) == []
+
+
+def test_a_name_and_a_link_together_are_refused(models, names):
+    with pytest.raises(
+        ValueError, match=r"lora_url is set; a loader applies one LoRA\. Set lora_name to none"
+    ):
+        load(models["t2v"], names[0], url="https://example.com/x.safetensors")
