@@ -43,9 +43,10 @@ class Wan21ModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weight_dtype",
-                    options=["default", *host.DTYPES],
+                    options=["default", *host.WEIGHT_DTYPES],
                     default="default",
-                    tooltip="default keeps what suits the file and the device.",
+                    tooltip="default keeps what suits the file and the device. fp8 halves the memory of the "
+                    "blocks; _fast also multiplies in fp8, on NVIDIA GPUs from RTX 40 on.",
                 ),
             ],
             outputs=[io.Model.Output()],

@@ -6,7 +6,7 @@ sampler the host's life cycle: device memory, model patches, progress, preview a
 
 from .conditioning import describe_conditioning, trim_clip_vision
 from .lora import add_lora, read_lora
-from .model import DTYPES, config_of, ignored_patches, is_ours, load_model
+from .model import DTYPES, WEIGHT_DTYPES, config_of, ignored_patches, is_ours, load_model
 from .progress import Progress, StepProgress, memory_watch
 from .sampling import run_sampling
 from .text_encoder import load_text_encoder
@@ -14,6 +14,7 @@ from .vae import latent_device, load_vae, vae_shape
 
 __all__ = [
     "DTYPES",
+    "WEIGHT_DTYPES",
     "Progress",
     "StepProgress",
     "add_lora",

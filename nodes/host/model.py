@@ -20,6 +20,12 @@ from ...wan.dit import WanModel
 from .progress import check_cancelled
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FP8_FAST = "fp8_e4m3fn_fast"
+WEIGHT_DTYPES = DTYPES | {
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    FP8_FAST: torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 def attention_of(transformer_options):
@@ -72,11 +78,20 @@ def _replaced(patch, i, p, call, transformer_options):
 
 
 class HostWanModel(WanModel):
-    """Our DiT behind the call that the host's samplers make."""
+    """Our DiT behind the call that the host's samplers make.
 
-    def __init__(self, config, operations, device=None, dtype=None):
-        super().__init__(config, operations, device, dtype)
+    With an fp8 `dtype` only the matrices of the blocks are stored so; norms, biases, modulation and the
+    layers outside the blocks, small and sensitive, keep `compute_dtype`.
+    """
+
+    def __init__(self, config, operations, device=None, dtype=None, compute_dtype=None):
+        is_fp8 = dtype in WEIGHT_DTYPES.values() and dtype.itemsize == 1
+        super().__init__(config, operations, device, compute_dtype if is_fp8 else dtype)
         self.dtype = dtype
+        if is_fp8:
+            for layer in self.blocks.modules():
+                if isinstance(layer, torch.nn.Linear):
+                    _store_as(layer, dtype)
 
     def forward(
         self, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options=None, **kwargs
@@ -109,12 +124,18 @@ class HostWanModel(WanModel):
         return v[..., :height, :width]
 
 
+def _store_as(layer, dtype):
+    layer.weight_comfy_model_dtype = dtype  # where the host makes the weight only when it is loaded
+    if layer.weight is not None:
+        layer.weight = torch.nn.Parameter(torch.empty_like(layer.weight, dtype=dtype), requires_grad=False)
+
+
 class Wan21(comfy.model_base.WAN21):
     """The host's Wan2.1 base model around our DiT, with the velocity that our sampler asks for."""
 
     def __init__(self, model_config, config, device=None):
         def build(operations, device, dtype=None, **_):
-            return HostWanModel(config, operations, device, dtype)
+            return HostWanModel(config, operations, device, dtype, model_config.manual_cast_dtype)
 
         super(comfy.model_base.WAN21, self).__init__(
             model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=build
@@ -158,7 +179,7 @@ def load_model(path, weight_dtype="default", disable_dynamic=False):
     checkpoint.check_keys(expected, state_dict, Path(path).name)
     model_config = comfy.model_detection.model_config_from_unet(state_dict, "", metadata=metadata)
     load_device = comfy.model_management.get_torch_device()
-    _choose_dtype(model_config, state_dict, load_device, DTYPES.get(weight_dtype))
+    _choose_dtype(model_config, state_dict, load_device, weight_dtype)
     model = Wan21(model_config, config)
     patcher_class = (
         comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
@@ -173,10 +194,16 @@ def load_model(path, weight_dtype="default", disable_dynamic=False):
     return patcher
 
 
-def _choose_dtype(model_config, state_dict, load_device, dtype):
+def _choose_dtype(model_config, state_dict, load_device, weight_dtype):
     """Storage and compute dtype by the host's rules; layers that cast at each call."""
     management = comfy.model_management
+    dtype = WEIGHT_DTYPES.get(weight_dtype)
     quantised = model_config.quant_config is not None
+    if quantised and dtype is not None:
+        raise ValueError(
+            f"weight_dtype is {weight_dtype}, and the weights of this file are quantised; they stay as "
+            "they are stored. Set weight_dtype to default"
+        )
     supported = list(model_config.supported_inference_dtypes)
     if dtype is None:
         dtype = management.unet_dtype(
@@ -186,8 +213,22 @@ def _choose_dtype(model_config, state_dict, load_device, dtype):
         )
     cast = management.unet_manual_cast(None if quantised else dtype, load_device, supported)
     model_config.set_inference_dtype(dtype, cast, device=load_device)
-    if not quantised:  # the time embedding is float32 whatever the weights are, so layers must cast
+    if weight_dtype == FP8_FAST:
+        model_config.custom_operations = _fp8_matmul(load_device)
+    elif not quantised:  # the time embedding is float32 whatever the weights are, so layers must cast
         model_config.custom_operations = comfy.ops.manual_cast
+
+
+def _fp8_matmul(device):
+    """The host's operations that multiply in fp8, where the device can."""
+    if not comfy.model_management.supports_fp8_compute(device):
+        name = comfy.model_management.get_torch_device_name(device)
+        raise ValueError(
+            f"weight_dtype is {FP8_FAST}, and {name} cannot multiply in fp8 (that takes an NVIDIA GPU of compute "
+            "capability 8.9 or newer: RTX 40, L4, H100). Set fp8_e4m3fn, which stores in fp8 and computes "
+            "in higher precision"
+        )
+    return comfy.ops.fp8_ops
 
 
 def ignored_patches(model):
