@@ -290,7 +290,9 @@ def _describe(head: bytes, size: int) -> str:
             "Open the link in a browser, accept what it asks, and download the file itself."
         )
     if head.startswith(b"GGUF"):
-        return "is a GGUF file, which this pack does not read. Pick a safetensors file (fp8, bf16 or fp16)."
+        return (
+            "is a GGUF file; only Wan21ModelLoader reads those, under .gguf names. Pick a safetensors file."
+        )
     if head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")):
         return (
             "is a PyTorch pickle (.pt, .pth, .ckpt or .bin), not safetensors. Pickles can run code, so "

@@ -45,6 +45,9 @@ def read_lora(path, model):
     """
     state = model.model.state_dict()
     shapes = {k.removeprefix(PREFIX): tuple(v.shape) for k, v in state.items() if k.startswith(PREFIX)}
+    for name, layer in model.model.named_modules():
+        if getattr(layer, "packed", None):
+            shapes[name.removeprefix(PREFIX) + ".weight"] = layer.packed[1]
     if "blocks.0.self_attn.q.weight" not in shapes:
         raise ValueError(
             f"the MODEL is a {type(model.model).__name__}, not a Wan2.1 model. Load one with Wan21ModelLoader"
@@ -56,23 +59,30 @@ def read_lora(path, model):
 def add_lora(model, lora, strength, schedule=()):
     """A clone of a MODEL with a LoRA on it; `schedule` multiplies the strength over the steps of a run.
 
-    One strength throughout is the host's to merge; only parameters that belong to no layer (modulation),
-    which its patch system passes over, are changed for the run, as under a schedule.
+    One strength throughout is the host's to merge. What it cannot merge is changed for the run, as under a
+    schedule: parameters that belong to no layer (modulation), which its patch system passes over, and
+    packed GGUF weights.
     """
     model = model.clone()
     strengths = [strength * value for value in schedule or (1,)]
     patches = lora.patches
     if len(set(strengths)) == 1:
         for key, patch in patches:
-            if strengths[0] and not _is_bare(model.model, key):
+            if strengths[0] and _is_merged(model.model, key):
                 model.add_patches({PREFIX + key: HostPatch(set(), tuple(patch))}, strengths[0])
-        patches = [(key, patch) for key, patch in patches if _is_bare(model.model, key)]
+        patches = [(key, patch) for key, patch in patches if not _is_merged(model.model, key)]
     if patches and any(strengths):
         wrappers = model.model_options["transformer_options"].setdefault("wrappers", {})
         wrappers = wrappers.setdefault(WrappersMP.SAMPLER_SAMPLE, {})
         earlier = wrappers[KEY][0].loras if KEY in wrappers else ()
         wrappers[KEY] = [_ForTheRun((*earlier, (patches, strengths)))]
     return model
+
+
+def _is_merged(model, key):
+    layer = comfy.utils.get_attr(model, (PREFIX + key).rpartition(".")[0])
+    is_packed = key.endswith(".weight") and getattr(layer, "packed", None) is not None
+    return not (is_packed or _is_bare(model, key))
 
 
 def _is_bare(model, key):

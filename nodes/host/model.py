@@ -1,5 +1,6 @@
 """Our DiT inside a standard MODEL."""
 
+from functools import partial
 from pathlib import Path
 
 import comfy.ldm.common_dit
@@ -17,6 +18,7 @@ from ...wan import checkpoint
 from ...wan.attention import sdpa
 from ...wan.config import detect_config
 from ...wan.dit import WanModel
+from .gguf import load_gguf
 from .progress import check_cancelled
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -169,7 +171,9 @@ def config_of(model):
 
 
 def load_model(path, weight_dtype="default", disable_dynamic=False):
-    """Read a Wan2.1 checkpoint of any published layout into a standard MODEL."""
+    """Read a Wan2.1 checkpoint of any published layout, or a GGUF file, into a standard MODEL."""
+    if str(path).lower().endswith(".gguf"):
+        return _load_gguf(path, weight_dtype)
     state_dict, metadata = checkpoint.read_checkpoint(path)
     state_dict = checkpoint.to_wan_dit_keys(state_dict)
     config = detect_config(state_dict, metadata)
@@ -190,6 +194,17 @@ def load_model(path, weight_dtype="default", disable_dynamic=False):
         model.to(offload_device)
     model.load_model_weights(state_dict, "", assign=patcher.is_dynamic())
     # The host builds further patchers of this model (hooks, several GPUs) from this recipe.
+    patcher.cached_patcher_init = (load_model, (path, weight_dtype))
+    return patcher
+
+
+def _load_gguf(path, weight_dtype):
+    if weight_dtype != "default":
+        raise ValueError(
+            f"weight_dtype is {weight_dtype}, and GGUF weights stay packed as they are. Set weight_dtype "
+            "to default"
+        )
+    patcher = load_gguf(path, Wan21, partial(_choose_dtype, weight_dtype=weight_dtype))
     patcher.cached_patcher_init = (load_model, (path, weight_dtype))
     return patcher
 
@@ -224,9 +239,9 @@ def _fp8_matmul(device):
     if not comfy.model_management.supports_fp8_compute(device):
         name = comfy.model_management.get_torch_device_name(device)
         raise ValueError(
-            f"weight_dtype is {FP8_FAST}, and {name} cannot multiply in fp8 (that takes an NVIDIA GPU of compute "
-            "capability 8.9 or newer: RTX 40, L4, H100). Set fp8_e4m3fn, which stores in fp8 and computes "
-            "in higher precision"
+            f"weight_dtype is {FP8_FAST}, and {name} cannot multiply in fp8 (that takes an NVIDIA GPU of "
+            "compute capability 8.9 or newer: RTX 40, L4, H100). Set fp8_e4m3fn, which stores in fp8 and "
+            "computes in higher precision"
         )
     return comfy.ops.fp8_ops
 
