@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .image_to_video import Wan21ImageToVideo
 from .load import Wan21ModelLoader, Wan21TextEncoderLoader, Wan21VAELoader
+from .lora import Wan21LoraLoader
 from .sampler import Wan21Sampler
 from .vae_decode import Wan21VAEDecode
 
@@ -24,6 +25,7 @@ class Wan21Extension(ComfyExtension):
             Wan21ModelLoader,
             Wan21TextEncoderLoader,
             Wan21VAELoader,
+            Wan21LoraLoader,
             Wan21ImageToVideo,
             Wan21Sampler,
             Wan21VAEDecode,

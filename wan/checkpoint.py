@@ -27,6 +27,7 @@ from .umt5_keys import to_umt5_keys, umt5_config
 __all__ = [
     "Checkpoint",
     "Kind",
+    "check_head",
     "check_keys",
     "detect_kind",
     "is_quantization_key",
@@ -87,6 +88,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if path.suffix.lower() in PICKLE_SUFFIXES and not _is_safetensors(head):
         return _read_pickle(path, head)
     return _read_safetensors(path)
+
+
+def check_head(head: bytes) -> None:
+    """Refuse a download by its first bytes when it is something else than a safetensors file."""
+    if not _is_safetensors(head) or int.from_bytes(head[:8], "little") > MAX_HEADER_BYTES:
+        raise ValueError(f"The file {_describe(head, len(head))}")
 
 
 def check_keys(expected: dict[str, tuple[int, ...]], state_dict: dict[str, Tensor], name: str) -> None:
@@ -283,7 +290,9 @@ def _describe(head: bytes, size: int) -> str:
             "Open the link in a browser, accept what it asks, and download the file itself."
         )
     if head.startswith(b"GGUF"):
-        return "is a GGUF file, which this pack does not read. Pick a safetensors file (fp8, bf16 or fp16)."
+        return (
+            "is a GGUF file; only Wan21ModelLoader reads those, under .gguf names. Pick a safetensors file."
+        )
     if head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")):
         return (
             "is a PyTorch pickle (.pt, .pth, .ckpt or .bin), not safetensors. Pickles can run code, so "

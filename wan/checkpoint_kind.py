@@ -28,6 +28,7 @@ WAN21_DIT = Kind("wan21_dit", "a Wan2.1 diffusion model", "pick it in Wan21Model
 WAN21_VAE = Kind("wan21_vae", "the Wan2.1 VAE", "pick it in Wan21VAELoader")
 UMT5 = Kind("umt5", "a umT5 text encoder", "pick it in Wan21TextEncoderLoader")
 T5 = Kind("t5", "a plain T5 text encoder (relative positions in the first block only)", _TEXT)
+LORA = Kind("lora", "a LoRA", "load the base model here and the LoRA with Wan21LoraLoader")
 WAN22_DIT = Kind("wan22_dit", "a Wan2.2 5B diffusion model (48 latent channels)", _VARIANT)
 WAN22_VAE = Kind("wan22_vae", "the Wan2.2 VAE (48 latent channels)", _VAE)
 OTHER_VAE = Kind("vae", "a VAE of another model", _VAE)
@@ -36,8 +37,9 @@ FUN_CONTROL = Kind("fun_control", "a Wan2.1 Fun-Control model", _VARIANT)
 # One pattern per kind, searched in the list of keys, one key a line. Any prefix may come first.
 RULES: tuple[tuple[Kind, str], ...] = (
     (
-        Kind("lora", "a LoRA", "load the base model here and the LoRA with the host's LoraLoaderModelOnly"),
-        r"\.(lora_(up|down|A|B)(\.\w+)?(\.weight)?|hada_w[12]_a|lokr_w[12](_a)?|oft_blocks|dora_scale|diff|diff_b)$",
+        LORA,
+        r"(\.(lora_(up|down|A|B)(\.\w+)?(\.weight)?|hada_w[12]_a|lokr_w[12](_a)?|oft_blocks|dora_scale"
+        r"|diff|diff_b|diff_m|w_norm)|[._]lora(_linear_layer)?\.up\.weight)$",
     ),
     (Kind("vace", "a Wan2.1 VACE model", _VARIANT), r"(^|\.)vace_(patch_embedding|blocks)\."),
     (Kind("s2v", "a Wan2.2 speech-to-video model", _VARIANT), r"(^|\.)casual_audio_encoder\."),

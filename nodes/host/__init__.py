@@ -5,8 +5,10 @@ sampler the host's life cycle: device memory, model patches, progress, preview a
 """
 
 from .conditioning import describe_conditioning, trim_clip_vision
+from .lora import add_lora, read_lora
 from .model import (
     DTYPES,
+    WEIGHT_DTYPES,
     checkpoint_name,
     choose_attention_for,
     config_of,
@@ -15,14 +17,17 @@ from .model import (
     load_model,
     measured_coefficients,
 )
-from .progress import StepProgress, memory_watch
+from .progress import Progress, StepProgress, memory_watch
 from .sampling import run_sampling
 from .text_encoder import load_text_encoder
 from .vae import latent_device, load_vae, vae_shape
 
 __all__ = [
     "DTYPES",
+    "WEIGHT_DTYPES",
+    "Progress",
     "StepProgress",
+    "add_lora",
     "checkpoint_name",
     "choose_attention_for",
     "config_of",
@@ -35,6 +40,7 @@ __all__ = [
     "load_vae",
     "measured_coefficients",
     "memory_watch",
+    "read_lora",
     "run_sampling",
     "trim_clip_vision",
     "vae_shape",

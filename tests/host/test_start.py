@@ -15,6 +15,7 @@ NODE_IDS = {
     "Wan21ModelLoader",
     "Wan21TextEncoderLoader",
     "Wan21VAELoader",
+    "Wan21LoraLoader",
     "Wan21ImageToVideo",
     "Wan21Sampler",
     "Wan21VAEDecode",

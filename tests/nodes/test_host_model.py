@@ -1,5 +1,6 @@
 """Our MODEL in the host's own sampler and patch system, against the native model on the same file."""
 
+import comfy.model_management
 import comfy.sample
 import comfy.sd
 import pytest
@@ -106,6 +107,48 @@ def test_weight_dtype(files, models, prompts, weight_dtype, tolerance):
     error = relative(ksample(model, *prompts, latent), ksample(models["t2v"], *prompts, latent))
     assert error <= tolerance
     assert error > 0 or weight_dtype == "fp32"
+
+
+@pytest.mark.parametrize("weight_dtype, tolerance", [("fp8_e4m3fn", 0.1), ("fp8_e5m2", 0.2)])
+def test_fp8_stores_the_matrices_of_the_blocks(files, models, prompts, weight_dtype, tolerance):
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+    model = host.load_model(files["t2v"], weight_dtype)
+    dit = model.model.diffusion_model
+    fp8 = {k for k, v in dit.state_dict().items() if v.dtype.itemsize == 1}
+    matrices = {k for k, v in dit.state_dict().items() if k.startswith("blocks.") and v.ndim == 2}
+    assert fp8 == matrices and len(matrices) == 2 * 10
+    exact = ksample(models["t2v"], *prompts, latent)
+    assert 0 < relative(ksample(model, *prompts, latent), exact) < tolerance
+
+
+def test_fp8_multiplication_is_refused_where_the_device_cannot(files):
+    if comfy.model_management.supports_fp8_compute(comfy.model_management.get_torch_device()):
+        pytest.skip("this device multiplies in fp8")
+    with pytest.raises(ValueError, match=r"cannot multiply in fp8 .* Set fp8_e4m3fn, which stores in fp8"):
+        host.load_model(files["t2v"], "fp8_e4m3fn_fast")
+
+
+def test_lora_on_fp8_weights(files, models, prompts):
+    """A LoRA changes an fp8 model as it changes the exact one, merged by the host or over the steps."""
+    from wan21.wan.lora import match_lora
+
+    g = torch.Generator().manual_seed(1)
+    name = "blocks.1.ffn.0"
+    file = {
+        f"{name}.lora_A.weight": torch.randn(4, 256, generator=g) / 16,
+        f"{name}.lora_B.weight": torch.randn(512, 4, generator=g),
+    }
+    lora = match_lora(file, {f"{name}.weight": (512, 256)})
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+    fp8 = host.load_model(files["t2v"], "fp8_e4m3fn")
+    plain = ksample(models["t2v"], *prompts, latent)
+    for schedule in ((), (1.0, 0.9)):
+        ours, exact = (
+            ksample(host.add_lora(m, lora, 1.0, schedule), *prompts, latent) for m in (fp8, models["t2v"])
+        )
+        assert relative(ours, exact) < 0.1 < relative(exact, plain)
+    off = host.add_lora(fp8, lora, 0.0)
+    assert torch.equal(ksample(off, *prompts, latent), ksample(fp8, *prompts, latent))
 
 
 def test_the_recipe_the_host_keeps_builds_the_same_model(models, prompts):

@@ -133,6 +133,14 @@ def test_stored_fp8(files, folders, models, prompts, sample, scaled):
     assert relative(*both) < (1e-5 if scaled else 0.05)
 
 
+def test_quantised_weights_stay_as_they_are_stored(files, folders):
+    save_file(as_fp8(load_file(files["t2v"]), True), folders["diffusion_models"] / "q.safetensors", METADATA)
+    with pytest.raises(
+        ValueError, match=r"weights of this file are quantised; .* Set weight_dtype to default"
+    ):
+        Wan21ModelLoader.execute("q.safetensors", "bf16")
+
+
 def test_text_encoder_stored_as_scaled_fp8(files, folders, prompts):
     """The layout of umt5_xxl_fp8_e4m3fn_scaled.safetensors, which most people have."""
     path = folders["text_encoders"] / "fp8.safetensors"

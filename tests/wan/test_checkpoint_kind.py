@@ -139,7 +139,7 @@ def test_the_words_for_common_mistakes(wrong_files):
     assert "AutoencoderKL of SD, SDXL or Flux" in message(ck.to_wan_vae_keys, "kl_vae")
     assert "TAEHV" in message(ck.to_wan_vae_keys, "tae")
     assert "VACE" in message(ck.to_wan_dit_keys, "vace")
-    assert "LoraLoaderModelOnly" in message(ck.to_wan_dit_keys, "lora")
+    assert "Wan21LoraLoader" in message(ck.to_wan_dit_keys, "lora")
     assert "first block only" in message(ck.to_umt5_keys, "t5")
     assert "CLIP text encoder" in message(ck.to_umt5_keys, "clip")
     assert "LLaMA" in message(ck.to_umt5_keys, "llm")

@@ -1,0 +1,110 @@
+"""LoRAs: a file in any dialect changes a MODEL, and a report says what of it was used."""
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..wan.checkpoint import check_head, detect_kind, read_checkpoint
+from ..wan.checkpoint_kind import LORA, not_a
+from ..wan.lora import check_lora, lora_report, parse_schedule
+from . import host
+from .fetch import fetch
+from .load import CATEGORY
+
+NODE = "Wan21LoraLoader"
+NONE = "none"
+
+
+class Wan21LoraLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id=NODE,
+            display_name="Wan2.1 LoRA Loader",
+            category=CATEGORY,
+            description="Apply a LoRA of any dialect to a Wan2.1 model, and report what of it was used.",
+            search_aliases=["lora", "wan lora", "lycoris", "dora", "load lora"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Wan21ModelLoader, or from another LoRA loader."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=[NONE, *folder_paths.get_filename_list("loras")],
+                    default=NONE,
+                    tooltip="A file in models/loras. none passes the model through.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="How much of the LoRA is added. 0 leaves the model as it is.",
+                ),
+                io.String.Input(
+                    "strength_schedule",
+                    default="",
+                    tooltip="Multipliers of strength, spread over the steps: 1, 0.5, 0 is full in the first "
+                    "third, half in the second and off in the last. Empty is 1 throughout.",
+                    advanced=True,
+                ),
+                io.String.Input(
+                    "lora_url",
+                    default="",
+                    tooltip="https link to a .safetensors LoRA (Hugging Face, Civitai), in place of "
+                    "lora_name. It is fetched once into models/loras.",
+                    advanced=True,
+                ),
+                io.Boolean.Input(
+                    "strict",
+                    default=False,
+                    tooltip="on refuses a LoRA of which any key does not fit the model.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[io.Model.Output(), io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    def execute(cls, model, lora_name, strength, strength_schedule, lora_url, strict) -> io.NodeOutput:
+        try:
+            schedule = parse_schedule(strength_schedule)
+            path = _path(lora_name, lora_url)
+        except ValueError as error:
+            raise ValueError(f"{NODE}: {error}") from error
+        if path is None:
+            return io.NodeOutput(model, "no LoRA chosen")
+        try:
+            lora = host.read_lora(path, model)
+            check_lora(lora, strict)
+        except ValueError as error:
+            raise ValueError(f"{NODE}: {path.name}: {error}") from error
+        lines = [f"LoRA: {path.name}, strength {_strength(strength, schedule)}", *lora_report(lora)]
+        return io.NodeOutput(host.add_lora(model, lora, strength, schedule), "\n".join(lines))
+
+
+def _path(lora_name, lora_url):
+    """The LoRA's file, fetched if it is given as a link; None without any."""
+    if not lora_url.strip():
+        if lora_name == NONE:
+            return None
+        return Path(folder_paths.get_full_path_or_raise("loras", lora_name))
+    if lora_name != NONE:
+        raise ValueError(
+            f"lora_name is {lora_name} and lora_url is set; a loader applies one LoRA. Set lora_name to "
+            f"{NONE}, or add a second Wan21LoraLoader"
+        )
+    folder = folder_paths.get_folder_paths("loras")[0]
+    return fetch(lora_url, folder, ".safetensors", _check_is_lora, check_head, host.Progress())
+
+
+def _check_is_lora(path):
+    state_dict = read_checkpoint(path).state_dict
+    if detect_kind(state_dict) is not LORA:
+        raise not_a(LORA, state_dict)
+
+
+def _strength(strength, schedule):
+    if not schedule:
+        return f"{strength:g}" + (" (off)" if strength == 0 else "")
+    return f"{strength:g} x ({', '.join(f'{value:g}' for value in schedule)}) over the steps"

@@ -1,0 +1,101 @@
+"""A GGUF checkpoint gives the numbers of its unpacked weights, and LoRAs work on top."""
+
+import folder_paths
+import numpy as np
+import pytest
+import torch
+from helpers_nodes import relative
+from safetensors.torch import load_file, save_file
+from wan21.nodes import host
+from wan21.nodes.load import Wan21ModelLoader, model_names
+from wan21.wan.lora import apply_patch
+
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
+
+
+@pytest.fixture(scope="module")
+def pair(files, tmp_path_factory):
+    """(GGUF file, its weights unpacked by the package): Q8_0 and Q5_1 in the blocks, the rest plain."""
+    folder = tmp_path_factory.mktemp("gguf")
+    writer = gguf.GGUFWriter(str(folder / "wan.gguf"), "wan")
+    unpacked = {}
+    for i, (key, weight) in enumerate(load_file(files["t2v"]).items()):
+        array = weight.numpy()
+        kind = gguf.GGMLQuantizationType.F32
+        if key.startswith("blocks.") and array.ndim == 2:
+            kind = [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q5_1][i % 2]
+        data = gguf.quants.quantize(array, kind)
+        unpacked[key] = torch.from_numpy(gguf.quants.dequantize(data, kind).reshape(array.shape).copy())
+        if array.ndim > 4:
+            writer.add_array(f"comfy.gguf.orig_shape.{key}", array.shape)
+            data = np.ascontiguousarray(array).reshape(-1)
+        writer.add_tensor(key, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "wan.gguf", unpacked
+
+
+@pytest.fixture
+def job(prompts):
+    return (*prompts, {"samples": torch.zeros(1, 16, 2, 4, 4)})
+
+
+def dense(weights, path):
+    save_file(weights, path, metadata={"config": '{"transformer": {"text_dim": 128}}'})
+    return host.load_model(path)
+
+
+def test_equals_the_unpacked_weights_and_stays_packed(pair, job, sample, tmp_path, models):
+    path, unpacked = pair
+    model = host.load_model(path)
+    ours = sample(model, *job)[0]["samples"]
+    assert relative(ours, sample(dense(unpacked, tmp_path / "d.safetensors"), *job)[0]["samples"]) < 1e-6
+    assert 0 < relative(ours, sample(models["t2v"], *job)[0]["samples"]) < 0.2
+    kinds = [
+        v.dtype for k, v in model.model.diffusion_model.state_dict().items() if v.ndim == 2 and "blocks" in k
+    ]
+    assert kinds == [torch.uint8] * 20
+
+
+@pytest.mark.parametrize("schedule", [(), (1.0, 0.3)])
+def test_lora_equals_merging_into_the_unpacked_weights(pair, job, sample, tmp_path, schedule):
+    path, unpacked = pair
+    g = torch.Generator().manual_seed(2)
+    name = "diffusion_model.blocks.1.ffn.0"
+    file = {
+        f"{name}.lora_A.weight": torch.randn(4, 256, generator=g) / 16,
+        f"{name}.lora_B.weight": torch.randn(512, 4, generator=g),
+        f"{name}.diff_b": torch.randn(512, generator=g),
+    }
+    save_file(file, tmp_path / "lora.safetensors")
+    model = host.load_model(path)
+    lora = host.read_lora(tmp_path / "lora.safetensors", model)
+    assert not lora.unmatched
+    ours = sample(host.add_lora(model, lora, 0.5, schedule), *job, steps=1)[0]["samples"]
+    merged = {k: v.clone() for k, v in unpacked.items()}
+    for key, patch in lora.patches:
+        apply_patch(patch, merged[key], 0.5)
+    expected = sample(dense(merged, tmp_path / "m.safetensors"), *job, steps=1)[0]["samples"]
+    assert relative(ours, expected) < 1e-6
+    plain = sample(model, *job, steps=1)[0]["samples"]
+    assert relative(ours, plain) > 1e-3
+    if not schedule:
+        import comfy.sd
+
+        native = comfy.sd.load_lora_for_models(model, None, file, 0.5, 0)[0]
+        assert relative(sample(native, *job, steps=1)[0]["samples"], expected) < 1e-6
+        assert torch.equal(sample(model, *job, steps=1)[0]["samples"], plain)
+
+
+def test_gguf_files_are_listed_and_a_dtype_is_refused(pair):
+    path, _ = pair
+    folder_paths.add_model_folder_path("diffusion_models", str(path.parent))
+    try:
+        assert model_names().count("wan.gguf") == 1
+        assert host.is_ours(Wan21ModelLoader.execute("wan.gguf", "default").result[0])
+        with pytest.raises(ValueError, match=r"^Wan21ModelLoader: wan\.gguf: weight_dtype is bf16, and GGUF"):
+            Wan21ModelLoader.execute("wan.gguf", "bf16")
+    finally:
+        folder_paths.folder_names_and_paths["diffusion_models"][0].remove(str(path.parent))

@@ -1,0 +1,118 @@
+"""Unpacked GGUF blocks equal those of the gguf package bit for bit, for any bytes."""
+
+import numpy as np
+import pytest
+import torch
+from wan21.wan import gguf as wg
+
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
+
+
+def random_bytes(kind, blocks, seed):
+    """Blocks of random bits, with the half-precision numbers in them finite."""
+    numbers, size = wg.BLOCKS[kind]
+    data = np.random.default_rng(seed).integers(0, 256, (blocks, size), dtype=np.uint8)
+    halves = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,)}
+    plain = {"F32": (2,), "F16": (0,), "BF16": (0,)}
+    for at in halves.get(kind) or plain.get(kind) or (0, 2):
+        data[:, at + 1] &= 0xBB  # an exponent bit less: no infinities and NaN
+    return data.reshape(4, -1), (4, blocks // 4 * numbers)
+
+
+@pytest.mark.parametrize("kind", wg.BLOCKS)
+def test_equal_to_the_package_bit_for_bit(kind):
+    for seed in range(3):
+        data, shape = random_bytes(kind, 24, seed)
+        expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+        ours = wg.dequantize(torch.from_numpy(data), kind, shape)
+        assert ours.dtype == torch.float32 and np.isfinite(expected).all()
+        assert np.array_equal(ours.numpy().view(np.uint32), expected.reshape(shape).view(np.uint32))
+        assert data.size == wg.packed_bytes(kind, shape)
+        half = wg.dequantize(torch.from_numpy(data), kind, shape, torch.bfloat16)
+        assert torch.equal(half, ours.bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16"])
+def test_weights_come_back_close(kind):
+    """Quantised by the package: the error is that of the bits."""
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    data = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[kind])
+    back = wg.dequantize(torch.from_numpy(data.view(np.uint8)), kind, (6, 64))
+    bound = {"Q4": 0.2, "Q5": 0.1, "Q8": 0.01, "BF": 0.01, "F1": 0.001}[kind[:2]]
+    assert (back - weight).norm() / weight.norm() < bound
+
+
+def test_the_table_of_blocks_is_the_packages():
+    for kind, block in wg.BLOCKS.items():
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] == block
+
+
+def test_what_cannot_be_read_is_named():
+    with pytest.raises(ValueError, match=r"the GGUF type IQ2_XXS is not read here\. Pick a file in one of"):
+        wg.packed_bytes("IQ2_XXS", (4, 256))
+    with pytest.raises(ValueError, match="rows of 100 numbers are no whole blocks of 256"):
+        wg.packed_bytes("Q6_K", (4, 100))
+
+
+def write(path, tensors, orig_shapes=()):
+    """A GGUF file as city96's tool writes it: {name: (array, type or None)}."""
+    writer = gguf.GGUFWriter(str(path), "wan")
+    for name, shape in dict(orig_shapes).items():
+        writer.add_array(f"comfy.gguf.orig_shape.{name}", shape)
+    for name, (array, kind) in tensors.items():
+        writer.add_tensor(name, array, raw_dtype=kind and gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def small_file(path):
+    weight = np.random.default_rng(0).standard_normal((4, 64), dtype=np.float32)
+    conv = np.arange(2 * 8 * 1 * 2 * 2, dtype=np.float16)
+    tensors = {
+        "blocks.0.ffn.0.weight": (gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0), "Q8_0"),
+        "blocks.0.ffn.0.bias": (weight[0], None),
+        "patch_embedding.weight": (conv, None),
+    }
+    return write(path, tensors, {"patch_embedding.weight": [2, 8, 1, 2, 2]}), weight, conv
+
+
+def test_a_file_is_read_with_its_shapes(tmp_path):
+    path, weight, conv = small_file(tmp_path / "x.gguf")
+    tensors = wg.read_gguf(path)
+    assert {k: (v.kind, v.shape) for k, v in tensors.items()} == {
+        "blocks.0.ffn.0.weight": ("Q8_0", (4, 64)),
+        "blocks.0.ffn.0.bias": ("F32", (64,)),
+        "patch_embedding.weight": ("F16", (2, 8, 1, 2, 2)),
+    }
+    unpacked = {k: wg.dequantize(*v) for k, v in tensors.items()}
+    assert np.abs(unpacked["blocks.0.ffn.0.weight"].numpy() - weight).max() < 0.02
+    assert np.array_equal(unpacked["blocks.0.ffn.0.bias"].numpy(), weight[0])
+    assert np.array_equal(unpacked["patch_embedding.weight"].flatten().numpy(), conv.astype(np.float32))
+
+
+@pytest.mark.parametrize("keep", [0, 10, 40, 200, -40])
+def test_a_truncated_file_is_named(tmp_path, keep):
+    path, *_ = small_file(tmp_path / "cut.gguf")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"^'cut\.gguf' is .* Download it again"):
+        wg.read_gguf(path)
+
+
+def test_a_count_that_no_file_has_is_refused(tmp_path):
+    path, *_ = small_file(tmp_path / "many.gguf")
+    data = bytearray(path.read_bytes())
+    data[8:16] = (1 << 60).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"^'many\.gguf' is not a GGUF file, or its head is damaged"):
+        wg.read_gguf(path)
+
+
+def test_the_missing_package_is_named(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="pip install gguf"):
+        wg.read_gguf(tmp_path / "x.gguf")

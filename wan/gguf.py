@@ -1,0 +1,220 @@
+"""GGUF weights: the blocks of each quantisation type back into numbers, in torch, on any device.
+
+A row is cut into blocks of 32 or 256 numbers; a block holds a half-precision scale (and offset) and a few
+bits per number. The layouts are those of ggml (ggml-quants.c), as the `gguf` package reads them; in float32
+the numbers equal `gguf.quants.dequantize` bit for bit.
+
+N blocks.
+"""
+
+import math
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_TENSORS = 100_000
+
+# Type -> (numbers, bytes) of a block.
+BLOCKS = {
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2),
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
+    "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+}  # fmt: skip
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def packed_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    """Bytes that a tensor takes in a type.
+
+    Raises:
+        ValueError: the type is not known here, or rows of this length have no whole number of blocks.
+    """
+    if kind not in BLOCKS:
+        raise ValueError(f"the GGUF type {kind} is not read here. Pick a file in one of {', '.join(BLOCKS)}")
+    numbers, size = BLOCKS[kind]
+    if shape and shape[-1] % numbers:
+        raise ValueError(f"rows of {shape[-1]} numbers are no whole blocks of {numbers} ({kind})")
+    return math.prod(shape) // numbers * size
+
+
+def dequantize(data: Tensor, kind: str, shape: tuple[int, ...], dtype=torch.float32) -> Tensor:
+    """Unpack one tensor.
+
+    Args:
+        data: uint8, `packed_bytes(kind, shape)` of them in any shape, on the device to compute on.
+        kind: a name of `BLOCKS`.
+        shape: of the result, rows last.
+        dtype: of the result; the arithmetic is float32.
+    """
+    if kind in _PLAIN:
+        return data.contiguous().view(_PLAIN[kind]).reshape(shape).to(dtype)
+    return _UNPACK[kind](data.reshape(-1, BLOCKS[kind][1])).reshape(shape).to(dtype)
+
+
+def _cut(blocks, *sizes):
+    """Columns of the blocks, of these sizes and the rest."""
+    return blocks.split([*sizes, blocks.shape[1] - sum(sizes)], dim=1)
+
+
+def _half(data):
+    return data.contiguous().view(torch.float16).float()  # (N, 1)
+
+
+def _signed(data):
+    return data.contiguous().view(torch.int8).float()
+
+
+def _fields(data, shifts, width, mask):
+    """Bit fields: of each run of `width` bytes first all of one shift, then all of the next -> (N, count)."""
+    shifts = torch.tensor(shifts, dtype=torch.uint8, device=data.device)
+    runs = data.reshape(data.shape[0], -1, 1, width) >> shifts[:, None]
+    return (runs & mask).flatten(1)
+
+
+def _q4_0(blocks):
+    d, q = _cut(blocks, 2)
+    return _half(d) * (_fields(q, (0, 4), 16, 15).float() - 8)
+
+
+def _q4_1(blocks):
+    d, m, q = _cut(blocks, 2, 2)
+    return _half(d) * _fields(q, (0, 4), 16, 15).float() + _half(m)
+
+
+def _five_bits(low, high):
+    return (_fields(low, (0, 4), 16, 15) | (_fields(high, range(8), 1, 1) << 4)).float()
+
+
+def _q5_0(blocks):
+    d, high, low = _cut(blocks, 2, 4)
+    return _half(d) * (_five_bits(low, high) - 16)
+
+
+def _q5_1(blocks):
+    d, m, high, low = _cut(blocks, 2, 2, 4)
+    return _half(d) * _five_bits(low, high) + _half(m)
+
+
+def _q8_0(blocks):
+    d, q = _cut(blocks, 2)
+    return _signed(q) * _half(d)
+
+
+def _q2_k(blocks):
+    scales, q, d, m = _cut(blocks, 16, 64, 2)
+    scale = (_half(d) * (scales & 15).float())[..., None]  # (N, 16, 1)
+    offset = (_half(m) * (scales >> 4).float())[..., None]
+    return scale * _fields(q, (0, 2, 4, 6), 32, 3).unflatten(1, (16, 16)).float() - offset
+
+
+def _q3_k(blocks):
+    high, low, scales, d = _cut(blocks, 32, 64, 12)
+    scale = _fields(scales[:, :8], (0, 4), 8, 15) | (_fields(scales[:, 8:], (0, 2, 4, 6), 4, 3) << 4)
+    scale = (_half(d) * (scale.float() - 32))[..., None]  # (N, 16, 1)
+    # A number is lowered by 4 where its high bit is not set.
+    q = _fields(low, (0, 2, 4, 6), 32, 3).float() - 4 * (_fields(high, range(8), 32, 1) ^ 1).float()
+    return scale * q.unflatten(1, (16, 16))
+
+
+def _scales_of_8(packed):
+    """Eight scales and eight offsets of 6 bits, packed into 12 bytes -> 2 x (N, 8)."""
+    d, m, rest = packed.split(4, dim=1)
+    scale = torch.cat([d & 63, (rest & 15) | ((d >> 2) & 48)], dim=1)
+    offset = torch.cat([m & 63, (rest >> 4) | ((m >> 2) & 48)], dim=1)
+    return scale.float(), offset.float()
+
+
+def _q4_k(blocks):
+    d, m, packed, q = _cut(blocks, 2, 2, 12)
+    return _of_8(d, m, packed, _fields(q, (0, 4), 32, 15))
+
+
+def _q5_k(blocks):
+    d, m, packed, high, low = _cut(blocks, 2, 2, 12, 32)
+    return _of_8(d, m, packed, _fields(low, (0, 4), 32, 15) | (_fields(high, range(8), 32, 1) << 4))
+
+
+def _of_8(d, m, packed, q):
+    scale, offset = _scales_of_8(packed)
+    scale, offset = (_half(d) * scale)[..., None], (_half(m) * offset)[..., None]  # (N, 8, 1)
+    return scale * q.unflatten(1, (8, 32)).float() - offset
+
+
+def _q6_k(blocks):
+    low, high, scales, d = _cut(blocks, 128, 64, 16)
+    q = _fields(low, (0, 4), 64, 15) | (_fields(high, (0, 2, 4, 6), 32, 3) << 4)
+    scale = (_half(d) * _signed(scales))[..., None]  # (N, 16, 1)
+    return scale * (q.float() - 32).unflatten(1, (16, 16))
+
+
+_UNPACK = {
+    "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0,
+    "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+}  # fmt: skip
+
+
+class Packed(NamedTuple):
+    """A tensor as it lies in the file.
+
+    Attributes:
+        data: uint8, one row of blocks per row of the tensor.
+        kind: a name of `BLOCKS`.
+        shape: of the unpacked tensor.
+    """
+
+    data: Tensor
+    kind: str
+    shape: tuple[int, ...]
+
+
+def read_gguf(path: str | Path) -> dict[str, Packed]:
+    """Read a GGUF file in the layout of city96's conversions; data is mapped from the file, not copied.
+
+    Raises:
+        ValueError: the `gguf` package is missing, or the file is damaged, truncated or of unknown types.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ValueError(
+            "GGUF files are read with the gguf package, which is not installed. Run pip install gguf in "
+            "ComfyUI's Python, or pick a safetensors file"
+        ) from error
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(24)
+    count = int.from_bytes(head[8:16], "little")
+    if len(head) < 24 or head[:4] != b"GGUF" or count > MAX_TENSORS:
+        raise ValueError(f"{path.name!r} is not a GGUF file, or its head is damaged. Download it again")
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # the package reports damage with many types
+        raise ValueError(f"{path.name!r} is a damaged GGUF file ({error}). Download it again") from error
+    return {tensor.name: _packed(reader, tensor, size, path.name) for tensor in reader.tensors}
+
+
+def _packed(reader, tensor, size, name):
+    kind = tensor.tensor_type.name
+    stored = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")  # what has more than ggml's four axes
+    if stored is None:
+        shape = tuple(int(side) for side in reversed(tensor.shape))
+    else:
+        shape = tuple(int(stored.parts[i][0]) for i in stored.data)
+    try:
+        needed = packed_bytes(kind, (math.prod(shape),) if stored is not None else shape)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {tensor.name}: {error}") from error
+    if needed != tensor.n_bytes or tensor.data_offset + needed > size:
+        raise ValueError(
+            f"{name!r} is truncated or damaged: {tensor.name} {list(shape)} takes {needed} bytes at "
+            f"{tensor.data_offset} of {size}. Download it again"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the map is read-only, and nothing here writes to it
+        data = torch.from_numpy(tensor.data.reshape(-1).view("uint8"))
+    rows = shape[0] if len(shape) > 1 else 1
+    return Packed(data.view(rows, -1), kind, shape)
