@@ -11,12 +11,12 @@ from .lora import Wan21LoraLoader
 from .sampler import Wan21Sampler
 from .vae_decode import Wan21VAEDecode
 
-MODELS = Path(__file__).parents[1] / "models"  # the bundled small checkpoint
+MODELS = Path(__file__).parents[1] / "models"  # where `make train-tiny` writes
 
 
 class Wan21Extension(ComfyExtension):
     async def on_load(self):
-        """Show the bundled checkpoint in the host's model lists, after the user's own folders."""
+        """Show the pack's own checkpoints in the host's model lists, after the user's own folders."""
         for folder in sorted(path for path in MODELS.glob("*") if path.is_dir()):
             folder_paths.add_model_folder_path(folder.name, str(folder))
 
