@@ -20,7 +20,8 @@ each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path
 REGISTERED = "() => app.graph._nodes.map(node => [node.type, node.type in LiteGraph.registered_node_types])"
 BOXES = "() => app.graph._nodes.map(node => [node.title, ...node.pos, ...node.size])"
 SELECT = """id => {
-    const node = app.graph._nodes.find(node => node.type === id)
+    let node = app.graph._nodes.find(node => node.type === id)
+    if (!node) app.graph.add(node = LiteGraph.createNode(id))  // one that this graph does not use
     app.canvas.centerOnNode(node)
     app.canvas.selectNode(node)
 }"""
