@@ -9,7 +9,6 @@ the peak of memory above the weights. Joint and separate passes must give the sa
 
 import argparse
 import statistics
-import time
 
 import pack
 
@@ -17,7 +16,7 @@ pack.load_pack()
 pack.load_host()
 
 import torch  # noqa: E402
-from bench import randomise  # noqa: E402
+from bench import randomise, timed  # noqa: E402
 from wan21.wan.attention import best_kernels  # noqa: E402
 from wan21.wan.config import WanConfig  # noqa: E402
 from wan21.wan.dit import WanModel  # noqa: E402
@@ -58,16 +57,6 @@ def inputs(device, dtype, quick):
     x = torch.randn(2, 16, frames, height, width, generator=g).to(device)
     context = torch.randn(2, 512, 4096, generator=g).to(device, dtype)
     return x, torch.full((2,), 500.0, device=device), context
-
-
-def timed(call, device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def peak_mib(call, device):
