@@ -95,7 +95,7 @@ def in_parts(function, parts, x, *more):
 
 
 class WanSelfAttention(nn.Module):
-    """Queries, keys and values of the tokens; the block attends and applies `o`, so that x is gone by then."""
+    """Queries, keys and values of the tokens. The block attends and applies `o`: x is freed by then."""
 
     def __init__(self, config, operations, device=None, dtype=None):
         super().__init__()

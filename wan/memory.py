@@ -1,6 +1,6 @@
 """What sampling takes on the device, from sizes alone, and the plans that take less.
 
-    B batch (videos)    P passes    L tokens of one pass = B*F*(H/2)*(W/2)    D width    e bytes of the compute dtype
+    L  tokens of one pass with its batch: B*F*(H/2)*(W/2)    D  width    e  bytes of the compute dtype
 
 Weights are counted apart: a host may keep them on the device or stream them, activations it cannot. The
 formulas follow `dit.py` line by line and hold for kernels that fuse (attention of any backend, RMSNorm): on
@@ -14,9 +14,7 @@ from .config import PATCH_SIZE, WanConfig
 from .rope import TOKENS_AT_ONCE
 
 GIB = 2**30
-PARTS = (
-    4  # with these, self-attention is what takes most; more parts would fetch weights more often for little
-)
+PARTS = 4  # enough for self-attention to take most; more would fetch streamed weights more often for little
 LATENT_COPIES = 6  # noise, start and the history of the solver (UniPC keeps most)
 
 # What a backend takes besides q, k, v and its output, in copies of q at 2 bytes a number. SageAttention keeps
@@ -39,6 +37,9 @@ class MemoryPlan:
     def __str__(self):
         walk = "passes together" if self.joint else "one pass after the other"
         return walk + (f", tokens in {self.parts} parts" if self.parts > 1 else "")
+
+
+JOINT = MemoryPlan()
 
 
 def plans_from(joint, passes=2):
@@ -97,7 +98,7 @@ class Load:
         return batch * math.prod(-(-n // p) for n, p in zip(sides, PATCH_SIZE))
 
 
-def step_bytes(load, plan=MemoryPlan()):
+def step_bytes(load, plan=JOINT):
     """Peak of one denoising step above the weights, in bytes."""
     together = load.passes if plan.joint else 1
     return _held_bytes(load, together) + max(_embedding_bytes(load), _block_bytes(load, plan.parts))
