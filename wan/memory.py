@@ -144,3 +144,16 @@ def _block_bytes(load, parts):
     feed_forward = max(norm, 2 * row + e * config.ffn_dim, gated) * part
     matrix = e * config.dim * config.ffn_dim
     return round(max(project, attend, output, cross, feed_forward) + matrix)
+
+
+def weight_counts(config):
+    """(numbers in the matrices of the blocks, which fp8 and GGUF pack; all other parameters)"""
+    dim, ffn, image = config.dim, config.ffn_dim, config.image_dim
+    matrices = config.num_layers * (8 * dim**2 + 2 * dim * ffn + (2 * dim**2 if image else 0))
+    block = 21 * dim + ffn + (3 * dim if image else 0)  # biases, norms, modulation
+    inputs = (math.prod(PATCH_SIZE) * config.in_dim + config.text_dim + dim + config.freq_dim + dim + 5) * dim
+    outputs = (6 * dim + 6) * dim + (dim + 1) * math.prod(PATCH_SIZE) * config.out_dim + 2 * dim
+    others = config.num_layers * block + inputs + outputs
+    if image:
+        others += image**2 + 3 * image + (image + 3) * dim + (config.image_tokens or 0) * image
+    return matrices, others

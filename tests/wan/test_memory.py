@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from wan21.wan.config import SIZES, WanConfig
 from wan21.wan.dit import WanModel
-from wan21.wan.memory import GIB, Load, MemoryPlan, choose_plans, plans_from, step_bytes
+from wan21.wan.memory import GIB, Load, MemoryPlan, choose_plans, plans_from, step_bytes, weight_counts
 
 TOY = WanConfig(in_dim=36, dim=256, ffn_dim=1024, num_heads=2, num_layers=2, text_dim=64, image_dim=1280)
 
@@ -137,3 +137,12 @@ def test_choice_keeps_the_weights_on_the_device_first(budget, first):
 def test_one_pass_needs_no_separate_walk():
     assert plans_from(True, passes=1) == (MemoryPlan(True), MemoryPlan(True, 4))
     assert plans_from(False) == (MemoryPlan(False), MemoryPlan(False, 4))
+
+
+@pytest.mark.parametrize("size", ["t2v-1.3B", "i2v-1.3B", "flf2v-14B"])
+def test_weights_are_counted(size):
+    config = replace(SIZES[size], num_layers=2)
+    with torch.device("meta"):
+        weights = WanModel(config, torch.nn).state_dict()
+    packed = sum(t.numel() for k, t in weights.items() if k.startswith("blocks.") and t.ndim == 2)
+    assert weight_counts(config) == (packed, sum(t.numel() for t in weights.values()) - packed)
