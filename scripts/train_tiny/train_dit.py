@@ -21,9 +21,9 @@ BY_ADAM = (
     "*shared.weight",
     "*relative_attention_bias.weight",
 )
-SIGMA_MEAN, SIGMA_STD, UNIFORM = 0.4, 1.0, 0.15  # logit-normal, as SD3; a part of all is even
+SIGMA_MEAN, SIGMA_STD, UNIFORM = 0.8, 1.0, 0.15  # logit-normal, as SD3; a part of all is even
 DROP_CAPTION = 0.1
-PLAIN_CAPTION = 0.3  # of the rest: the shortest wording, from which the others are learnt
+PLAIN_CAPTION = 0.5  # of the rest: the shortest wording, from which the others are learnt
 HELD_OUT_CLIPS = 96
 
 
