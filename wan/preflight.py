@@ -60,6 +60,37 @@ def check_image(node, name, image):
         )
 
 
+def check_frames(node, images, least=1):
+    """images: [F, H, W, C] as the host hands it; least: the fewest frames that make sense."""
+    shape = tuple(images.shape)
+    if len(shape) != 4 or 0 in shape:
+        fail(node, f"images has the shape {list(shape)}; it must be frames [F, H, W, 3]", "Connect a video")
+    if shape[3] != 3:
+        fail(
+            node,
+            f"images has {shape[3]} channel(s); frames are RGB, 3 channels",
+            "Take the alpha channel off with SplitImageWithAlpha, or connect colour frames",
+        )
+    if shape[0] < least:
+        fail(
+            node,
+            f"images holds {shape[0]} frame; there is no time between frames to fill",
+            f"Connect at least {least} frames, or leave this node out",
+        )
+    for i, frame in enumerate(images):  # one at a time: a whole clip's mask would be a quarter of its size
+        if not torch.isfinite(frame).all():
+            fail(
+                node,
+                f"frame {i} of images holds NaN or infinite pixels",
+                "Look at the node that made it, often a failed decode",
+            )
+
+
+def check_fps(node, fps):
+    if not (math.isfinite(fps) and fps > 0):
+        fail(node, f"fps is {fps:g}; a video has more than 0 frames a second", "Set 16, Wan2.1's rate")
+
+
 def check_vae(node, latent_channels, latent_dim, compression):
     if (latent_channels, latent_dim, compression) != (LATENT_CHANNELS, 3, VAE_STRIDE[1]):
         kind = {48: " (Wan2.2's)", 4: " (Stable Diffusion's)"}.get(latent_channels, "")

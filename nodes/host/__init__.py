@@ -17,21 +17,32 @@ from .model import (
     load_model,
     measured_coefficients,
 )
-from .progress import Progress, StepProgress, memory_watch
+from .progress import Progress, StepProgress, check_cancelled, memory_watch
 from .sampling import run_sampling
 from .text_encoder import load_text_encoder
+from .upsample import (
+    InterpolationModel,
+    check_upscale_model,
+    fill_spans_with_model,
+    upscale_lanczos,
+    upscale_with_model,
+)
 from .vae import latent_device, load_vae, vae_shape
 
 __all__ = [
     "DTYPES",
     "WEIGHT_DTYPES",
+    "InterpolationModel",
     "Progress",
     "StepProgress",
     "add_lora",
+    "check_cancelled",
+    "check_upscale_model",
     "checkpoint_name",
     "choose_attention_for",
     "config_of",
     "describe_conditioning",
+    "fill_spans_with_model",
     "ignored_patches",
     "is_ours",
     "latent_device",
@@ -43,5 +54,7 @@ __all__ = [
     "read_lora",
     "run_sampling",
     "trim_clip_vision",
+    "upscale_lanczos",
+    "upscale_with_model",
     "vae_shape",
 ]
