@@ -11,11 +11,10 @@ distance above zero. Both runs have the same seed; the frames are written as one
 import argparse
 from pathlib import Path
 
+import torch
 from compare_options import files_in, run_case, side_by_side
 from local_job import PROMPT, LocalJob, add_job_arguments
 from pack import ROOT
-
-import torch
 
 CASES = {"without": {"riflex": "off"}, "with": {"riflex": "on"}}
 ROWS = 12
