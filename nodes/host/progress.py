@@ -1,5 +1,6 @@
 """Progress, preview, cancel and memory of the node that runs."""
 
+import logging
 from contextlib import contextmanager
 
 import comfy.model_management
@@ -7,6 +8,7 @@ import comfy.utils
 import latent_preview
 import psutil
 import torch
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 
 PREVIEW_FRAMES = 5
@@ -15,6 +17,16 @@ PREVIEW_FRAMES = 5
 def check_cancelled():
     """Raise the host's interrupt when the user has cancelled the job."""
     comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def tell(node, sentence):
+    """Put a sentence on the node that runs, in the editor, and into the host's log."""
+    logging.info("%s %s", node, sentence)
+    context = get_executing_context()
+    if context is not None:
+        from server import PromptServer  # no server runs where nodes are called from a script
+
+        PromptServer.instance.send_progress_text(sentence, context.node_id)
 
 
 class Progress:
