@@ -113,7 +113,7 @@ def _next_step(left, out, tiles):
     b, _, frames, height, width = out.shape
     done = 100 - 100 * _missing(left, frames) * 64 / (b * frames * height * width)
     how = f"in tiles of {tiles[0]} pixels" if tiles else "on the CPU"
-    return f"out of memory with {done:.0f} % decoded, which stay; going on {how}"
+    return f"out of memory with {done:.0f} % decoded, which stay; it goes on {how}"
 
 
 def is_out_of_memory(error):

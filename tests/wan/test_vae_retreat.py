@@ -9,7 +9,7 @@ from wan21.wan.vae_memory import choose_tile, decode_bytes
 from wan21.wan.vae_retreat import decode_within_memory, on_cpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-H, W, T = 17, 9, 4  # 136 x 72 pixels: whole, then tiles of 128 and 64
+H, W, T = 40, 1, 3  # 320 x 8 pixels: whole, then tiles of 256, 128 and 64
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +31,18 @@ def whole(vae):
         return z, torch.cat([vae.decode(clip) for clip in z.split(1)])
 
 
-@pytest.mark.parametrize("first", [0, 1, 2, 15, 16, 17, 100, 174, 175, 176])
-def test_a_part_from_any_frame_on_is_that_of_the_whole(vae, first):
-    z = latents(45, 1, 2)
-    expected = vae.decode(z)[:, :, first:]
+@pytest.fixture(scope="module")
+def long_clip(vae):
+    """(latent, frames) longer than the past that a frame depends on."""
+    with torch.no_grad():
+        z = latents(41, 1, 2)
+        return z, vae.decode(z)
+
+
+@pytest.mark.parametrize("first", [1, 30, 155, 160])
+def test_a_part_from_any_frame_on_is_that_of_the_whole(vae, long_clip, first):
+    z, expected = long_clip
+    expected = expected[:, :, first:]
     part = torch.cat([chunk for _, chunk in vae.decode_part(z, first=first)], 2)
     assert relative_error(part, expected) <= 2e-6
     window = slice(0, 1), slice(1, 2)
@@ -42,14 +50,14 @@ def test_a_part_from_any_frame_on_is_that_of_the_whole(vae, first):
     assert relative_error(part, expected[..., 8:]) <= 2e-6
 
 
-def test_a_late_part_costs_little(vae):
+def test_a_late_part_costs_little(vae, long_clip):
     """Only the past that its frames depend on is computed again."""
     seen = []
     hook = vae.decoder.head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2]))
-    frames = [f for f, _ in vae.decode_part(latents(45, 1, 1), first=150)]
+    frames = [f for f, _ in vae.decode_part(long_clip[0], first=150)]
     hook.remove()
     assert frames[0] == 150
-    assert sum(seen) == 177 - 150 + 2
+    assert sum(seen) == 161 - 150 + 14  # the last stage looks 14 frames back
 
 
 class Memory:
@@ -87,25 +95,24 @@ def decode(vae, whole, **options):
     return out, said, counted, states
 
 
-@pytest.mark.parametrize("tile", [None, 0, 128, 64])
+@pytest.mark.parametrize("tile", [None, 0, 128])
 def test_enough_memory_is_a_plain_decode(vae, whole, tile):
     out, said, counted, _ = decode(vae, whole, tile=tile)
     assert relative_error(out, whole[1]) <= 2e-6
     assert not said
-    assert counted == sorted(counted) and counted[-1] == (26, 26)
+    assert counted == sorted(counted) and counted[-1] == (18, 18)
 
 
-@pytest.mark.parametrize("calls", [0, 2, 6])  # before the first frame, within the first clip, the second
-@pytest.mark.parametrize(("limit", "steps"), [(100 * 80, 1), (64 * 64 + 4000, 2)])
+@pytest.mark.parametrize("calls", [0, 2, 5])  # before the first frame, within the first clip, the second
+@pytest.mark.parametrize(("limit", "steps"), [(2200, 1), (700, 3)])
 def test_smaller_tiles_go_on_at_the_first_missing_frame(vae, whole, calls, limit, steps):
     with Memory(vae, limit, calls):
         out, said, counted, states = decode(vae, whole)
     assert relative_error(out, whole[1]) <= 2e-6
     assert [sentence.split("in ")[-1] for sentence in said] == [
-        f"tiles of {size} pixels" for size in (128, 64)[: len(said)]
+        f"tiles of {size} pixels" for size in (256, 128, 64)[:steps]
     ]
-    assert len(said) >= 1
-    assert counted == sorted(counted) and counted[-1] == (26, 26)
+    assert counted == sorted(counted) and counted[-1] == (18, 18)
     for state in states:  # what was decoded is not touched again
         done = ~state.isnan()
         assert torch.equal(out[done], state[done])
@@ -121,7 +128,7 @@ def test_the_last_resort_takes_what_is_left(vae, whole):
     with Memory(vae, 0, calls=2):
         out, said, _, states = decode(vae, whole, last_resort=lambda: twin)
     assert relative_error(out, whole[1]) <= 2e-6
-    assert said[-1].endswith("going on on the CPU") or said[-1].endswith("on the CPU")
+    assert said[-1].endswith("on the CPU")
     done = ~states[-1].isnan()
     assert done.any() and torch.equal(out[done], states[-1][done])
     assert windows == [None, None]  # no frame came out of the tiles, so it works on whole frames again
@@ -147,9 +154,9 @@ def fail_with(error):
 @pytest.mark.parametrize(
     ("error", "tried"),
     [
-        (torch.OutOfMemoryError("no more"), 3),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3),
-        (RuntimeError("CUDA error: out of memory"), 3),
+        (torch.OutOfMemoryError("no more"), 4),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 4),
+        (RuntimeError("CUDA error: out of memory"), 4),
         (RuntimeError("shapes do not fit"), 1),
         (ValueError("out of memory"), 1),
     ],
@@ -194,20 +201,20 @@ def test_check_is_called_before_every_layer_and_strip(vae, monkeypatch):
 def test_the_estimate_is_near_what_is_taken(vae, tile, monkeypatch):
     monkeypatch.setattr(vae_cpu, "STRIP_BYTES", 0)
     monkeypatch.setattr("wan21.wan.vae_memory.STRIP_BYTES", 0)
-    z = latents(4, 20, 24)
+    z = latents(2, 20, 3)
     out = torch.empty(vae.decode_output_shape(z.shape))
     taken = peak_bytes(decode_within_memory, vae, z, out, tile)
-    assert 0.6 < taken / decode_bytes(vae, 20, 24, CPU, tile) < 1.1
+    assert 0.6 < taken / decode_bytes(vae, 20, 3, CPU, tile) < 1.1
 
 
 def test_the_estimate_for_cuda_is_an_upper_bound(vae):
     """The same code path on the CPU; what CUDA's convolutions take for themselves is not seen here."""
     half = WanVAE(dim=8, dtype=torch.bfloat16)
     half.load_state_dict(vae.state_dict())
-    z = latents(4, 20, 24).bfloat16()
+    z = latents(2, 20, 3).bfloat16()
     out = torch.empty(vae.decode_output_shape(z.shape))
     taken = peak_bytes(half.decode, z, out, chunk_frames=2)
-    assert 0.6 < taken / decode_bytes(half, 20, 24, CUDA) <= 1
+    assert 0.6 < taken / decode_bytes(half, 20, 3, CUDA) <= 1
 
 
 def test_auto_takes_the_largest_tile_that_fits():
