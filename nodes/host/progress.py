@@ -30,7 +30,8 @@ def tell(node, sentence):
     if context is not None:
         from server import PromptServer  # no server runs where nodes are called from a script
 
-        PromptServer.instance.send_progress_text(sentence, context.node_id)
+        server = PromptServer.instance
+        server.send_progress_text(sentence, context.node_id, server.client_id)
 
 
 class Progress:
