@@ -116,6 +116,18 @@ NOTES = {
         f"**Image to video**: size and length before upsampling. {SIDES_AND_FRAMES}",
         TEXT_ENCODER,
     ),
+    "low_memory": (
+        "# Image to video, low memory\nFor a GPU that runs out of memory with the other graph.",
+        "**Model**: `fp8_e4m3fn` halves the weights, a little detail is lost. **Text encoder**: `cpu` keeps "
+        "it out of GPU memory; prompts take longer there.",
+        "**Image to video**, **Decode**: `tile_size` 128 takes a fraction of the memory of whole frames, and "
+        "about twice the time.",
+        "**Sampler**: if memory still runs out, switch `joint_pass` off, then take a smaller size or fewer "
+        "frames.",
+        f"**Image to video**: size and length. {SIDES_AND_FRAMES}",
+        "**CLIP vision** is optional: delete its nodes to save memory, the picture then follows the image "
+        "less closely.",
+    ),
     "first_last_frame": (
         "# First and last frame to video\nThe video that leads from one image to another.",
         "**Start image**, **End image**: your two pictures, of the same shape. "

@@ -1,4 +1,4 @@
-"""Whether a long clip repeats itself, without and with RIFLEx: how alike frames are by their distance in time.
+"""Whether a long clip repeats itself, without and with RIFLEx: how alike frames are by distance in time.
 
     python scripts/measure_riflex.py MODELS --width 64 --height 64 --num-frames 205 [--prompt TEXT ...]
         [--out build/riflex]

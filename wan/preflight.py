@@ -13,6 +13,11 @@ from .config import CLIP_TOKENS, LATENT_CHANNELS, VAE_STRIDE
 
 _KNOWN_LATENTS = {4: "Stable Diffusion", 48: "Wan2.2-5B", 128: "LTX-Video or Flux2"}
 
+BROKEN_LATENT = (
+    "The usual causes are fp16 overflow (load the model as bf16) and a quantised attention kernel (start the "
+    "host without --use-sage-attention)"
+)
+
 
 def fail(node, problem, fix):
     raise ValueError(f"{node}: {problem}. {fix}.")
@@ -102,8 +107,13 @@ def check_vae(node, latent_channels, latent_dim, compression):
         )
 
 
-def check_latent(node, samples):
-    """samples: the LATENT's tensor."""
+def check_latent(node, samples, multiple=16):
+    """Whether a latent is Wan2.1's.
+
+    Args:
+        samples: The LATENT's tensor.
+        multiple: Of pixels that its sides must be: 16 for the DiT, 8 for the VAE.
+    """
     shape = tuple(samples.shape)
     if len(shape) != 5 or shape[1] != LATENT_CHANNELS:
         channels = shape[1] if len(shape) > 1 else 0
@@ -116,14 +126,14 @@ def check_latent(node, samples):
         )
     if 0 in shape:
         fail(node, f"the latent is empty, {list(shape)}", "Connect a latent with frames")
-    if shape[3] % 2 or shape[4] % 2:
+    if shape[3] * 8 % multiple or shape[4] * 8 % multiple:
         fail(
             node,
             f"the latent is {shape[4] * 8}x{shape[3] * 8} pixels; sides are multiples of 16",
             "Choose the nearest multiple of 16",
         )
     if not torch.isfinite(samples).all():
-        fail(node, "the latent holds NaN or infinite numbers", "Look at the node that made it")
+        fail(node, f"the latent holds NaN or infinite numbers ({_broken(samples)})", BROKEN_LATENT)
 
 
 @dataclass(frozen=True)
@@ -241,10 +251,9 @@ def _size(shape):
 def check_finite(node, samples):
     """After sampling: a latent that cannot be decoded is named where it arose."""
     if not torch.isfinite(samples).all():
-        share = 100 * (1 - torch.isfinite(samples).sum().item() / math.prod(samples.shape))
-        fail(
-            node,
-            f"sampling gave NaN or infinite numbers ({share:.0f} % of the latent)",
-            "The usual causes are fp16 overflow (load the model as bf16) and a quantised attention kernel "
-            "(start the host without --use-sage-attention)",
-        )
+        fail(node, f"sampling gave NaN or infinite numbers ({_broken(samples)})", BROKEN_LATENT)
+
+
+def _broken(samples):
+    share = 100 * (1 - torch.isfinite(samples).sum().item() / math.prod(samples.shape))
+    return f"{share:.0f} % of the latent"

@@ -5,6 +5,7 @@ sampler the host's life cycle: device memory, model patches, progress, preview a
 """
 
 from .conditioning import describe_conditioning, trim_clip_vision
+from .latent_file import KeptLatent
 from .lora import add_lora, read_lora
 from .model import (
     DTYPES,
@@ -17,7 +18,7 @@ from .model import (
     load_model,
     measured_coefficients,
 )
-from .progress import Progress, StepProgress, check_cancelled, memory_watch
+from .progress import Progress, StepProgress, check_cancelled, memory_watch, tell
 from .sampling import run_sampling
 from .text_encoder import load_text_encoder
 from .upsample import (
@@ -27,12 +28,13 @@ from .upsample import (
     upscale_lanczos,
     upscale_with_model,
 )
-from .vae import latent_device, load_vae, vae_shape
+from .vae import decode_video, latent_device, load_vae, vae_shape
 
 __all__ = [
     "DTYPES",
     "WEIGHT_DTYPES",
     "InterpolationModel",
+    "KeptLatent",
     "Progress",
     "StepProgress",
     "add_lora",
@@ -41,6 +43,7 @@ __all__ = [
     "checkpoint_name",
     "choose_attention_for",
     "config_of",
+    "decode_video",
     "describe_conditioning",
     "fill_spans_with_model",
     "ignored_patches",
@@ -53,6 +56,7 @@ __all__ = [
     "memory_watch",
     "read_lora",
     "run_sampling",
+    "tell",
     "trim_clip_vision",
     "upscale_lanczos",
     "upscale_with_model",

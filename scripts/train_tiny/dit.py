@@ -62,10 +62,10 @@ def initialise(name, parameter):
 def prefer_words(model, level=1.5, key=2.0, query=6.0):
     """Start with words that outweigh the padding of a prompt.
 
-    The host pads every prompt to 512 tokens, and with random keys a caption of five words gets one percent of
-    the attention: for thousands of steps the model hardly learns that there is a caption. So one channel of
-    the embedded text says "word" (`level`) or "pad" (-`level`), by the mean of a GELU, and one channel of each
-    head reads it.
+    The host pads every prompt to 512 tokens, and with random keys a caption of five words gets one percent
+    of the attention: for thousands of steps the model hardly learns that there is a caption. So one channel
+    of the embedded text says "word" (`level`) or "pad" (-`level`), by the mean of a GELU, and one channel of
+    each head reads it.
     """
     layer = model.text_embedding[2]
     layer.weight[0] = 2 * level / (layer.in_features * 0.28)  # 0.28: the mean of GELU over a unit normal

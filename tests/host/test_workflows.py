@@ -40,6 +40,11 @@ def test_runs(path, client, image, video):
     assert len(frames) == num_frames
     assert {(frame.width, frame.height) for frame in frames} == {size}
     assert fps == expected_fps(graph)
+    decode = find_node(graph, "Decode")
+    said = [text for node, text in job.texts if node == decode]
+    assert [text.split(":")[0] for text in said] == ["decodes whole frames"] * (
+        graph[decode]["inputs"]["tile_size"] == "auto"
+    )
     report = job.outputs[find_node(graph, "Report")]["text"][0]
     assert f"{SIZE[0]}x{SIZE[1]}, {NUM_FRAMES} frames" in report
 
