@@ -9,6 +9,7 @@ from .image_to_video import Wan21ImageToVideo
 from .load import Wan21ModelLoader, Wan21TextEncoderLoader, Wan21VAELoader
 from .lora import Wan21LoraLoader
 from .sampler import Wan21Sampler
+from .upsample import Wan21SpatialUpsample, Wan21TemporalUpsample
 from .vae_decode import Wan21VAEDecode
 
 MODELS = Path(__file__).parents[1] / "models"  # where `make train-tiny` writes
@@ -29,4 +30,6 @@ class Wan21Extension(ComfyExtension):
             Wan21ImageToVideo,
             Wan21Sampler,
             Wan21VAEDecode,
+            Wan21TemporalUpsample,
+            Wan21SpatialUpsample,
         ]

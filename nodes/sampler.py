@@ -7,7 +7,7 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..wan import attention, preflight, teacache
-from ..wan.conditioning import END_LATENT_ALONE
+from ..wan.conditioning import END_LATENT_ALONE, SAMPLING_SECONDS
 from ..wan.config import CLIP_TOKENS, VAE_STRIDE
 from ..wan.memory import plans_from
 from ..wan.report import sampling_report
@@ -231,7 +231,8 @@ class Wan21Sampler(io.ComfyNode):
             END_LATENT_ALONE in latent,
             warnings + records[0].notes,
         )
-        return io.NodeOutput(latent | {"samples": samples}, report)
+        seconds = {SAMPLING_SECONDS: sum(records[0].seconds)}
+        return io.NodeOutput(latent | {"samples": samples} | seconds, report)
 
 
 def resolve_options(model, samples, job, attention_name, skip_layers, profile_name):

@@ -29,6 +29,7 @@ import torch  # noqa: E402
 
 PEERS = ("ours", "native", "diffusers")
 MIB = 2**20
+VAE_CLIPS = {"cuda": (81, 480, 832), "cpu": (17, 256, 256)}  # frames, height, width
 
 
 def randomise(model):
@@ -53,7 +54,7 @@ def vae_case(direction, peers, device, dtype, quick):
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
     from wan21.wan.vae import WanVAE
 
-    frames, side = (5, 64) if quick else (17, 256)
+    frames, height, width = (5, 64, 64) if quick else VAE_CLIPS[device]
     weights = randomise(WanVAE()).state_dict()
 
     def build(peer):
@@ -71,17 +72,17 @@ def vae_case(direction, peers, device, dtype, quick):
     models = {peer: build(peer) for peer in peers}
     generator = torch.Generator().manual_seed(1)
     if direction == "encode":
-        x = (torch.rand(1, 3, frames, side, side, generator=generator) * 2 - 1).to(device, dtype)
+        x = (torch.rand(1, 3, frames, height, width, generator=generator) * 2 - 1).to(device, dtype)
         calls = {peer: lambda model=model: model.encode(x) for peer, model in models.items()}
         if "diffusers" in models:
             calls["diffusers"] = lambda: models["diffusers"].encode(x).latent_dist.mean
     else:
-        shape = (1, 16, (frames - 1) // 4 + 1, side // 8, side // 8)
+        shape = (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
         z = torch.randn(shape, generator=generator).to(device, dtype)
         calls = {peer: lambda model=model: model.decode(z) for peer, model in models.items()}
         if "diffusers" in models:
             calls["diffusers"] = lambda: models["diffusers"].decode(z).sample
-    return calls, f"dim 96, {frames} frames of {side}x{side}"
+    return calls, f"dim 96, {frames} frames of {width}x{height}"
 
 
 def dit_case(peers, device, dtype, quick):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 REQUEST_TIMEOUT_S = 60
 BINARY_PREVIEW_HEADER_BYTES = 8  # event type and image type, four bytes each
+BINARY_TEXT = 3  # event type; then the length of the node's id, in four bytes, the id, and the text
 
 
 class GraphRejected(Exception):
@@ -48,17 +49,21 @@ class Job:
         outputs: what the host's history holds: node id -> {"images": [...], "text": [...], ...}.
         events: every message of this job as (type, data), in order of arrival.
         previews: the preview images sent meanwhile, each as the bytes of a JPEG or PNG.
+        texts: what nodes said meanwhile, as (node id, text).
     """
 
     prompt_id: str
     outputs: dict = field(default_factory=dict)
     events: list = field(default_factory=list)
     previews: list = field(default_factory=list)
+    texts: list = field(default_factory=list)
 
     def add(self, kind, data):
         """Record one message of the host."""
         if kind == "preview":
             self.previews.append(data)
+        elif kind == "text":
+            self.texts.append(data)
         else:
             self.events.append((kind, data))
 
@@ -162,8 +167,8 @@ class ComfyClient:
 
         Args:
             graph: the graph in API form.
-            on_event: called with (type, data) for every message of this job, and with
-                ("preview", image bytes); it may call other methods, `cancel` for example.
+            on_event: called with (type, data) for every message of this job, with ("preview", image
+                bytes) and ("text", (node id, text)); it may call other methods, `cancel` for example.
             timeout_s: a job that takes longer is cancelled and raises `TimeoutError`.
         """
         with _Events(self.url, self.client_id) as events:
@@ -247,7 +252,7 @@ class _Events:
         deadline = time.monotonic() + timeout_s
         while True:
             kind, data = self._next(deadline, f"Job {prompt_id} was not finished after {timeout_s} s.")
-            if kind != "preview" and data.get("prompt_id") != prompt_id:
+            if kind not in ("preview", "text") and data.get("prompt_id") != prompt_id:
                 continue
             yield kind, data
             if kind == "executing" and data["node"] is None:
@@ -285,8 +290,15 @@ class _Events:
                     event = json.loads(message.data)
                     self.queue.put((event["type"], event["data"]))
                 elif message.type == aiohttp.WSMsgType.BINARY:
-                    self.queue.put(("preview", message.data[BINARY_PREVIEW_HEADER_BYTES:]))
+                    self.queue.put(_binary_event(message.data))
         raise ConnectionError("the server closed it")
+
+
+def _binary_event(data):
+    if int.from_bytes(data[:4], "big") != BINARY_TEXT:
+        return "preview", data[BINARY_PREVIEW_HEADER_BYTES:]
+    end = 8 + int.from_bytes(data[4:8], "big")
+    return "text", (data[8:end].decode(), data[end:].decode())
 
 
 def _rejection(answer):

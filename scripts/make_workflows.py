@@ -4,10 +4,12 @@ The API graphs are the source. The real editor turns each into its own format an
 a graph lacks; the layout, groups and note come from the tables below. Run it after changing an API
 graph or a node's inputs, and `make_thumbnails.py` when the pictures should change too.
 
-    python scripts/make_workflows.py      # needs a Chromium
+    python scripts/make_workflows.py             # all of them; needs a Chromium
+    python scripts/make_workflows.py i2v t2v     # these
 """
 
 import json
+import sys
 import tempfile
 import uuid
 
@@ -26,7 +28,7 @@ GROUPS = {
     "End image": [["End image"], ["End image features"]],
     "Source": [["Source video"], ["Frames of the video", "First frames", "Resize", "Encode"]],
     "Sample": [["Image to video", "Size and length"], ["Sampler", "Report"]],
-    "Video": [["Decode", "Create video"], ["Save video"]],
+    "Video": [["Decode", "More frames", "More pixels", "Create video"], ["Save video"]],
 }
 COLUMNS = [["Load"], ["Prompt", "Start image", "End image", "Source"], ["Sample"], ["Video"]]
 COLOURS = {
@@ -53,6 +55,8 @@ SIZES = {  # (width, least height) in pixels; a node is never lower than its inp
     "Resize": (NARROW, 0),
     "Encode": (NARROW, 0),
     "Decode": (NARROW, 0),
+    "More frames": (NARROW, 0),
+    "More pixels": (NARROW, 0),
     "Create video": (NARROW, 0),
     "Report": (WIDE, 280),
     "Save video": (420, 460),
@@ -101,6 +105,29 @@ NOTES = {
         "**Start image**: your picture. **Positive prompt**: describe motion that can go on for so long.",
         TEXT_ENCODER,
     ),
+    "upscaled": (
+        "# Image to video, upscaled\nThe video gets a new frame between every two and half as much again of "
+        "width and height: 32 frames a second at 1248x720.",
+        "**More frames**: `x2` or `x4`. Without weights FFmpeg follows the motion of blocks; for a network "
+        "connect **Load Frame Interpolation Model** (RIFE or FILM). Scene cuts are kept.",
+        "**More pixels**: Lanczos invents nothing; for new detail choose `model` and connect **Load Upscale "
+        "Model**.",
+        "**Start image**: your picture. **Positive prompt**: what moves in it, and how the camera does.",
+        f"**Image to video**: size and length before upsampling. {SIDES_AND_FRAMES}",
+        TEXT_ENCODER,
+    ),
+    "low_memory": (
+        "# Image to video, low memory\nFor a GPU that runs out of memory with the other graph.",
+        "**Model**: `fp8_e4m3fn` halves the weights, a little detail is lost. **Text encoder**: `cpu` keeps "
+        "it out of GPU memory; prompts take longer there.",
+        "**Image to video**, **Decode**: `tile_size` 128 takes a fraction of the memory of whole frames, and "
+        "about twice the time.",
+        "**Sampler**: if memory still runs out, switch `joint_pass` off, then take a smaller size or fewer "
+        "frames.",
+        f"**Image to video**: size and length. {SIDES_AND_FRAMES}",
+        "**CLIP vision** is optional: delete its nodes to save memory, the picture then follows the image "
+        "less closely.",
+    ),
     "first_last_frame": (
         "# First and last frame to video\nThe video that leads from one image to another.",
         "**Start image**, **End image**: your two pictures, of the same shape. "
@@ -133,9 +160,10 @@ NOTES = {
 
 
 def main():
-    """Write the editor graph of every API graph, and the API graph as the editor writes it."""
+    """Write the editor graphs of the API graphs named on the command line, or of all, and these anew."""
+    names = sys.argv[1:] or sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
     with tempfile.TemporaryDirectory() as folder, HostServer(folder) as server:
-        for path in sorted((WORKFLOWS / "api").glob("*.json")):
+        for path in (WORKFLOWS / "api" / f"{name}.json" for name in names):
             with open_editor(server.url) as page:
                 load_api_graph(page, json.loads(path.read_text(encoding="utf-8")), path.stem)
                 _write(path, api_graph(page))

@@ -13,6 +13,11 @@ from .config import CLIP_TOKENS, LATENT_CHANNELS, VAE_STRIDE
 
 _KNOWN_LATENTS = {4: "Stable Diffusion", 48: "Wan2.2-5B", 128: "LTX-Video or Flux2"}
 
+BROKEN_LATENT = (
+    "The usual causes are fp16 overflow (load the model as bf16) and a quantised attention kernel (start the "
+    "host without --use-sage-attention)"
+)
+
 
 def fail(node, problem, fix):
     raise ValueError(f"{node}: {problem}. {fix}.")
@@ -60,6 +65,37 @@ def check_image(node, name, image):
         )
 
 
+def check_frames(node, images, least=1):
+    """images: [F, H, W, C] as the host hands it; least: the fewest frames that make sense."""
+    shape = tuple(images.shape)
+    if len(shape) != 4 or 0 in shape:
+        fail(node, f"images has the shape {list(shape)}; it must be frames [F, H, W, 3]", "Connect a video")
+    if shape[3] != 3:
+        fail(
+            node,
+            f"images has {shape[3]} channel(s); frames are RGB, 3 channels",
+            "Take the alpha channel off with SplitImageWithAlpha, or connect colour frames",
+        )
+    if shape[0] < least:
+        fail(
+            node,
+            f"images holds {shape[0]} frame; there is no time between frames to fill",
+            f"Connect at least {least} frames, or leave this node out",
+        )
+    for i, frame in enumerate(images):  # one at a time: a whole clip's mask would be a quarter of its size
+        if not torch.isfinite(frame).all():
+            fail(
+                node,
+                f"frame {i} of images holds NaN or infinite pixels",
+                "Look at the node that made it, often a failed decode",
+            )
+
+
+def check_fps(node, fps):
+    if not (math.isfinite(fps) and fps > 0):
+        fail(node, f"fps is {fps:g}; a video has more than 0 frames a second", "Set 16, Wan2.1's rate")
+
+
 def check_vae(node, latent_channels, latent_dim, compression):
     if (latent_channels, latent_dim, compression) != (LATENT_CHANNELS, 3, VAE_STRIDE[1]):
         kind = {48: " (Wan2.2's)", 4: " (Stable Diffusion's)"}.get(latent_channels, "")
@@ -71,8 +107,13 @@ def check_vae(node, latent_channels, latent_dim, compression):
         )
 
 
-def check_latent(node, samples):
-    """samples: the LATENT's tensor."""
+def check_latent(node, samples, multiple=16):
+    """Whether a latent is Wan2.1's.
+
+    Args:
+        samples: The LATENT's tensor.
+        multiple: Of pixels that its sides must be: 16 for the DiT, 8 for the VAE.
+    """
     shape = tuple(samples.shape)
     if len(shape) != 5 or shape[1] != LATENT_CHANNELS:
         channels = shape[1] if len(shape) > 1 else 0
@@ -85,14 +126,14 @@ def check_latent(node, samples):
         )
     if 0 in shape:
         fail(node, f"the latent is empty, {list(shape)}", "Connect a latent with frames")
-    if shape[3] % 2 or shape[4] % 2:
+    if shape[3] * 8 % multiple or shape[4] * 8 % multiple:
         fail(
             node,
             f"the latent is {shape[4] * 8}x{shape[3] * 8} pixels; sides are multiples of 16",
             "Choose the nearest multiple of 16",
         )
     if not torch.isfinite(samples).all():
-        fail(node, "the latent holds NaN or infinite numbers", "Look at the node that made it")
+        fail(node, f"the latent holds NaN or infinite numbers ({_broken(samples)})", BROKEN_LATENT)
 
 
 @dataclass(frozen=True)
@@ -210,10 +251,9 @@ def _size(shape):
 def check_finite(node, samples):
     """After sampling: a latent that cannot be decoded is named where it arose."""
     if not torch.isfinite(samples).all():
-        share = 100 * (1 - torch.isfinite(samples).sum().item() / math.prod(samples.shape))
-        fail(
-            node,
-            f"sampling gave NaN or infinite numbers ({share:.0f} % of the latent)",
-            "The usual causes are fp16 overflow (load the model as bf16) and a quantised attention kernel "
-            "(start the host without --use-sage-attention)",
-        )
+        fail(node, f"sampling gave NaN or infinite numbers ({_broken(samples)})", BROKEN_LATENT)
+
+
+def _broken(samples):
+    share = 100 * (1 - torch.isfinite(samples).sum().item() / math.prod(samples.shape))
+    return f"{share:.0f} % of the latent"

@@ -1,8 +1,7 @@
 """The Wan2.1 video autoencoder: the executors that walk the layers of vae_layers.py.
 
-A clip runs as a stream of chunks. Every layer is causal in time and finds the earlier frames it needs in
-a `Past`, which one call makes and drops; the model itself stores nothing, and how the clip is cut changes
-no number beyond rounding.
+A clip runs as a stream of chunks (vae_stream.py), a frame whole or in windows (vae_tiling.py). What layers
+remember of a stream lives in one call; the model itself stores nothing.
 
 Frame 0 is special in Wan: it is one latent of its own, each later latent covers four frames. Hence
 F = 4(T - 1) + 1.
@@ -11,59 +10,12 @@ F = 4(T - 1) + 1.
     H W height and width of the pixels (latents: H/8 W/8)
 """
 
-from functools import partial
-
 import torch
 from torch import nn
 
-from .vae_layers import Decoder, Encoder, Past, causal_conv
-from .vae_tiling import cut_windows, plan_tiles, windowed
-
-# Frames a stage works on at once: few beside the frames that the caches must hold. Four are what the
-# CPU's convolution saves most with (vae_cpu.py).
-CHUNK_FRAMES = {"cpu": 4, "cuda": 2}
-
-
-def regroup(chunks, size):
-    """Cuts and joins a stream of [B, C, f, H, W] into chunks of `size` frames, the last maybe shorter."""
-    waiting = []  # lists are popped as they are handed on, so that nobody here holds a used chunk
-    for chunk in chunks:
-        waiting.append(chunk)
-        del chunk
-        if sum(part.shape[2] for part in waiting) >= size:
-            joined = waiting[0] if len(waiting) == 1 else torch.cat(waiting, 2)
-            waiting = [*joined.split(size, 2)]
-            del joined
-            while waiting and waiting[0].shape[2] == size:
-                yield waiting.pop(0)
-    if waiting:
-        yield torch.cat(waiting, 2)
-
-
-def run_stage(layers, chunks, past):
-    for x in chunks:
-        held = [x]
-        del x
-        for layer in layers:
-            held.append(layer(held.pop(), past))
-            if not held[0].shape[2]:  # every frame waits for its partner in time
-                break
-        else:
-            yield held.pop()
-
-
-def fast_layout(x):
-    return torch.channels_last_3d if x.device.type == "cpu" else torch.preserve_format
-
-
-def stream(stages, chunks, size):
-    """Pulls `chunks` through the stages, cut to `size` frames before each. Yields the results."""
-    past = Past()
-    if not torch.is_grad_enabled():  # pixels with their channels side by side: the CPU's fast layout
-        chunks = (chunk.contiguous(memory_format=fast_layout(chunk)) for chunk in chunks)
-    for layers in stages:
-        chunks = run_stage(layers, regroup(chunks, size), past)
-    return chunks
+from .vae_layers import Decoder, Encoder, conv_layer
+from .vae_stream import frames_per_chunk, regroup, stream
+from .vae_tiling import cut_windows, frames_left_out, plan_tiles, windowed
 
 
 class WanVAE(nn.Module):
@@ -80,13 +32,13 @@ class WanVAE(nn.Module):
     def __init__(self, dim=96, z_dim=16, operations=nn, device=None, dtype=None):
         super().__init__()
         kw = {"device": device, "dtype": dtype}
-        self.z_dim = z_dim
+        self.dim, self.z_dim = dim, z_dim
         self.encoder = Encoder(dim, z_dim, operations, **kw)
         self.conv1 = operations.Conv3d(z_dim * 2, z_dim * 2, 1, **kw)
         self.conv2 = operations.Conv3d(z_dim, z_dim, 1, **kw)
         self.decoder = Decoder(dim, z_dim, operations, **kw)
 
-    def encode(self, x, device=None, chunk_frames=None, progress=None):
+    def encode(self, x, device=None, chunk_frames=None, progress=None, check=None):
         """Mean of the latent distribution.
 
         Args:
@@ -94,6 +46,7 @@ class WanVAE(nn.Module):
             device: Where to compute; `x` may live elsewhere and is then moved chunk by chunk.
             chunk_frames: Frames to work on at once; None chooses by device.
             progress: Called as progress(done, total) with pixel frames after each chunk; may raise.
+            check: Called between layers, on the CPU more often; may raise, as on cancel.
 
         Returns:
             [B, z_dim, (F - 1) / 4 + 1, H / 8, W / 8] on `device`.
@@ -105,12 +58,12 @@ class WanVAE(nn.Module):
         b, _, frames, h, w = x.shape
         device = x.device if device is None else torch.device(device)
         out = x.new_empty(b, self.z_dim, (frames - 1) // 4 + 1, h // 8, w // 8, device=device)
-        for t, chunk in self._encode_chunks(x, device, chunk_frames):
+        for t, chunk in self._encode_chunks(x, device, chunk_frames, check):
             out[:, :, t : t + chunk.shape[2]] = chunk
             report(progress, 4 * (t + chunk.shape[2] - 1) + 1, frames)
         return out
 
-    def decode(self, z, output_buffer=None, chunk_frames=None, progress=None):
+    def decode(self, z, output_buffer=None, chunk_frames=None, progress=None, check=None):
         """Pixels of a latent, written chunk by chunk into their final place.
 
         Args:
@@ -118,6 +71,7 @@ class WanVAE(nn.Module):
             output_buffer: [B, 3, 4(T-1)+1, H, W], any device and floating dtype; None makes one like `z`.
             chunk_frames: Frames to work on at once; None chooses by device.
             progress: Called as progress(done, total) with pixel frames after each chunk; may raise.
+            check: As for `encode`.
 
         Returns:
             `output_buffer`: about [-1, 1], not clamped.
@@ -126,7 +80,7 @@ class WanVAE(nn.Module):
             ValueError: If the shape of `z` or of `output_buffer` does not fit.
         """
         out = self._output(z, output_buffer, z.dtype)
-        for f, chunk in self._decode_chunks(z, chunk_frames):
+        for f, chunk in self.decode_part(z, chunk_frames=chunk_frames, check=check):
             out[:, :, f : f + chunk.shape[2]] = chunk
             report(progress, f + chunk.shape[2], out.shape[2])
         return out
@@ -136,7 +90,17 @@ class WanVAE(nn.Module):
         b, _, t, h, w = shape
         return (b, 3, 4 * (t - 1) + 1, h * 8, w * 8)
 
-    def encode_tiled(self, x, tile_x=256, tile_y=256, overlap=64, tile_t=None, overlap_t=None, progress=None):
+    def encode_tiled(
+        self,
+        x,
+        tile_x=256,
+        tile_y=256,
+        overlap=64,
+        tile_t=None,
+        overlap_t=None,
+        progress=None,
+        check=None,
+    ):
         """`encode` in overlapping tiles, blended linearly: less memory, slightly different numbers.
 
         `tile_t` and `overlap_t` are ignored: time is streamed exactly, in bounded memory, and a cut
@@ -146,6 +110,7 @@ class WanVAE(nn.Module):
             x: As for `encode`.
             tile_x, tile_y, overlap: Pixels, multiples of 8; the overlap is smaller than the tile.
             progress: Called as progress(done, total) with tiles; may raise.
+            check: As for `encode`.
 
         Returns:
             As `encode`.
@@ -161,7 +126,7 @@ class WanVAE(nn.Module):
         for done, tile in enumerate(tiles, 1):
             pixels = x[..., scaled(tile.ys, 8), scaled(tile.xs, 8)]
             weight = tile.weight.to(out)
-            for t, chunk in self._encode_chunks(pixels, x.device, None):
+            for t, chunk in self._encode_chunks(pixels, x.device, None, check):
                 out[:, :, t : t + chunk.shape[2], tile.ys, tile.xs] += chunk * weight
             report(progress, done, len(tiles))
         return out
@@ -176,6 +141,7 @@ class WanVAE(nn.Module):
         overlap_t=None,
         output_buffer=None,
         progress=None,
+        check=None,
     ):
         """`decode` tile by tile: less memory, the same numbers up to rounding, so there is no seam.
 
@@ -188,6 +154,7 @@ class WanVAE(nn.Module):
             tile_x, tile_y: Latent pixels (an eighth of an image pixel each).
             overlap, tile_t, overlap_t: Not needed; time is streamed in bounded memory.
             progress: Called as progress(done, total) with tiles; may raise.
+            check: As for `encode`.
 
         Returns:
             `output_buffer`, as `decode`.
@@ -196,43 +163,66 @@ class WanVAE(nn.Module):
             ValueError: If the shape of `z` or of `output_buffer` or a tile size does not fit.
         """
         out = self._output(z, output_buffer, torch.float32)
-        size = frames_per_chunk(None, z.device)
-        whole, *local = self._decode_stages()
-        h, w = z.shape[-2:]
-        tiles = cut_windows(h, w, tile_y, tile_x)
-        features = torch.cat([*stream([whole], [z], size)], 2)  # [B, C, T, h, w]
+        tiles = cut_windows(*z.shape[-2:], tile_y, tile_x)
+        features = self.features(z, check=check)
         for done, tile in enumerate(tiles, 1):
-            near, stages = windowed(local, tile, (h, w))
-            f = 0
-            for chunk in stream(stages, [features[..., near[0], near[1]].clone()], size):
-                place = out[..., scaled(tile[0], 8), scaled(tile[1], 8)]
+            place = out[..., scaled(tile[0], 8), scaled(tile[1], 8)]
+            for f, chunk in self.decode_part(z, tile, features, check=check):
                 place[:, :, f : f + chunk.shape[2]] = chunk
-                f += chunk.shape[2]
             report(progress, done, len(tiles))
         return out
 
-    def _encode_chunks(self, x, device, chunk_frames):
+    def features(self, z, device=None, check=None):
+        """What the layers that need whole frames make of `z`: [B, C, T, h, w] on `device`, or on z's."""
+        shape = (z.shape[0], self.decoder.conv1.out_channels, *z.shape[2:])
+        out = z.new_empty(shape, device=device)
+        t = 0
+        for chunk in stream(self._decode_stages()[:1], [z], frames_per_chunk(None, z.device), check=check):
+            out[:, :, t : t + chunk.shape[2]] = chunk
+            t += chunk.shape[2]
+        return out
+
+    def decode_part(self, z, window=None, features=None, first=0, chunk_frames=None, check=None):
+        """Part of what `decode` gives, with the same numbers up to rounding.
+
+        Args:
+            z: As for `decode`.
+            window: (rows, columns) as slices of latent pixels; None is the whole frame.
+            features: Of `z`, on any device; for a window only.
+            first: The first pixel frame wanted.
+            chunk_frames, check: As for `decode`.
+
+        Yields:
+            (frame index, pixels [B, 3, f, rows * 8, columns * 8])
+        """
+        size = frames_per_chunk(chunk_frames, z.device)
+        stages = self._decode_stages()
+        if window is None:
+            skipped, drops = frames_left_out(stages, first)
+            x = z[:, :, skipped:]
+        else:
+            skipped, drops = frames_left_out(stages[1:], first)
+            (rows, columns), stages = windowed(stages[1:], window, z.shape[-2:])
+            # A copy: the first layer adds to its input in place.
+            x = features[:, :, skipped:, rows, columns].to(z.device, copy=True)
+        for pixels in stream(stages, [x], size, drops, check):
+            yield first, pixels
+            first += pixels.shape[2]
+
+    def _encode_chunks(self, x, device, chunk_frames, check):
         """Yields (latent index, means [B, z_dim, t, h, w])."""
         size = frames_per_chunk(chunk_frames, device)
         stages = self.encoder.stages()
-        stages[-1].append(partial(causal_conv, self.conv1))
+        stages[-1].append(conv_layer(self.conv1))
         frames = (chunk.to(device) for chunk in regroup([x], size))
         t = 0
-        for moments in stream(stages, frames, size):
+        for moments in stream(stages, frames, size, check=check):
             yield t, moments[:, : self.z_dim]
             t += moments.shape[2]
 
-    def _decode_chunks(self, z, chunk_frames):
-        """Yields (frame index, pixels [B, 3, f, H, W])."""
-        size = frames_per_chunk(chunk_frames, z.device)
-        f = 0
-        for pixels in stream(self._decode_stages(), [z], size):
-            yield f, pixels
-            f += pixels.shape[2]
-
     def _decode_stages(self):
         stages = self.decoder.stages()
-        stages[0].insert(0, partial(causal_conv, self.conv2))
+        stages[0].insert(0, conv_layer(self.conv2))
         return stages
 
     def _output(self, z, buffer, dtype):
@@ -279,14 +269,6 @@ def check_multiple_of_8(**pixels):
                 f"{name} = {value} pixels for Wan VAE encoding: it must be a multiple of 8 (one latent "
                 f"pixel). Use {max(8, value // 8 * 8)}."
             )
-
-
-def frames_per_chunk(chunk_frames, device):
-    if chunk_frames is None:
-        return CHUNK_FRAMES.get(device.type, CHUNK_FRAMES["cuda"])
-    if chunk_frames < 1:
-        raise ValueError(f"chunk_frames = {chunk_frames}: it must be at least 1. Use 4, or None (by device).")
-    return chunk_frames
 
 
 def scaled(span, factor):

@@ -45,7 +45,7 @@ def transforms(m):
     return evaluate(m).T.float(), evaluate(3).float(), torch.linalg.inv(evaluate(n)).T.float()
 
 
-def causal_conv3(conv, before, x, norm=None, add_to=None):
+def causal_conv3(conv, before, x, norm=None, add_to=None, check=None):
     """`conv` over up to two earlier frames and x, strip by strip of rows, so that nothing else is whole.
 
     Args:
@@ -54,6 +54,7 @@ def causal_conv3(conv, before, x, norm=None, add_to=None):
         x: [B, C, f, H, W].
         norm: applied to x, with SiLU, on the way; x stays as it is.
         add_to: the result is added to it, in place.
+        check: called before each strip; may raise.
 
     Returns:
         (result, the last two frames that the convolution saw, for the next call)
@@ -70,7 +71,7 @@ def causal_conv3(conv, before, x, norm=None, add_to=None):
         known = earlier.shape[1] + m
         # A full cache is overwritten in place: the largest things that outlive a call never move.
         kept = earlier if earlier.shape[1] == 2 else x.new_empty(b, min(2, known), h, w, c)
-        filters = Filters(conv, m, known, norm)
+        filters = Filters(conv, m, known, norm, check)
         for i in range(b):
             out = y[i, :, start : start + m].permute(1, 2, 3, 0)
             filters(earlier[i], fresh[i], out, kept[i], add=add_to is not None)
@@ -87,8 +88,9 @@ def norm_silu_(norm, x):
 class Filters:
     """Weights of `conv` transformed for m outputs from the last `known` of m + 2 frames, the rest zero."""
 
-    def __init__(self, conv, m, known, norm=None):
+    def __init__(self, conv, m, known, norm=None, check=None):
         self.norm = norm
+        self.check = check or (lambda: None)
         at, g, bt = transforms(m)
         bt = bt[:, -known:]
         used = [i for i in range(m + 2) if bt[i].any()]
@@ -114,6 +116,7 @@ class Filters:
         filtered = fresh.new_empty(n, rows * w * d)
         above = earlier[:, :0]  # the last row that `kept` has replaced
         for top in range(0, h, rows):
+            self.check()
             bottom = min(h, top + rows)
             a, z = max(0, top - 1), min(h, bottom + 1)  # a row more on each side, as far as there is one
             strip = strips[:, : z - a]

@@ -3,7 +3,8 @@
 Each is called as layer(x, past) with x [B, C, f, H, W], and is causal in time: an output frame needs its
 own and earlier input frames only. The earlier ones come from `past`; a layer itself stores nothing.
 
-`reach` of a layer: how many pixels to each side of an output pixel it looks, counted in the output.
+`reach` of a layer: how many pixels to each side of an output pixel it looks, counted in the output;
+`reach_back`: how many frames before its own an output frame looks, counted in the input.
 
 Parameter names are the Wan2.1 release's (wan/modules/vae.py), so that its files load strictly.
 
@@ -21,10 +22,15 @@ from . import vae_cpu
 
 
 class Past:
-    """The input frames that causal layers still need, for one stream; made by an executor."""
+    """The input frames that causal layers still need, for one stream; made by an executor.
 
-    def __init__(self):
+    Args:
+        check: Called between pieces of work; raises to stop the stream. None is nothing.
+    """
+
+    def __init__(self, check=None):
         self.frames = {}
+        self.check = check or (lambda: None)
 
     def started(self, layer):
         return layer in self.frames
@@ -46,7 +52,7 @@ def causal_conv(conv, x, past, norm=None, overwrite=False, add_to=None):
     keep = conv.kernel_size[0] - 1
     before = past.frames.get(conv)
     if keep and vae_cpu.fits(conv, x):
-        y, past.frames[conv] = vae_cpu.causal_conv3(conv, before, x, norm, add_to)
+        y, past.frames[conv] = vae_cpu.causal_conv3(conv, before, x, norm, add_to, past.check)
         return y
     if norm is not None:
         x = norm_silu(norm, x, overwrite)
@@ -63,6 +69,13 @@ def causal_conv(conv, x, past, norm=None, overwrite=False, add_to=None):
     if add_to is None:
         return y
     return add_to + y if torch.is_grad_enabled() else add_to.add_(y)
+
+
+def conv_layer(conv):
+    """A causal convolution as a layer of its own."""
+    layer = partial(causal_conv, conv)
+    layer.reach_back = conv.kernel_size[0] - 1
+    return layer
 
 
 def conv2d_of_last_tap(conv, x):
@@ -93,6 +106,7 @@ def norm_silu(norm, x, in_place=False):
 
 class ResidualBlock(nn.Module):
     reach = 2
+    reach_back = 4
 
     def __init__(self, in_dim, out_dim, ops, **kw):
         super().__init__()
@@ -115,6 +129,8 @@ class ResidualBlock(nn.Module):
 
 class AttentionBlock(nn.Module):
     """Single-head attention among the pixels of one frame."""
+
+    reach_back = 0
 
     def __init__(self, dim, ops, **kw):
         super().__init__()
@@ -158,6 +174,7 @@ class Resample(nn.Module):
         return batch_to_frames(self.resample(frames), x.shape[0])
 
     space.reach = 1
+    space.reach_back = 0
 
     def time_up(self, x, past):
         """[B, C, f, H, W] -> [B, C, 2f, H, W], one frame less in the chunk that holds frame 0."""
@@ -168,6 +185,7 @@ class Resample(nn.Module):
         return torch.cat((first, self._double(rest, past)), 2) if rest.shape[2] else first
 
     time_up.reach = 0
+    time_up.reach_back = 3  # two of the convolution, and the frame that passes unchanged
 
     def _double(self, x, past):
         pairs = causal_conv(self.time_conv, x, past).unflatten(1, (2, x.shape[1]))  # [B, 2, C, f, H, W]
@@ -196,6 +214,7 @@ class Head(nn.Sequential):
     """Norm, SiLU, convolution to the output channels."""
 
     reach = 1
+    reach_back = 2
 
     def __init__(self, dim, out_dim, ops, **kw):
         super().__init__(
@@ -230,7 +249,7 @@ class Encoder(nn.Module):
 
     def stages(self):
         """Lists of layers, a new list wherever the size of a frame has changed."""
-        stages = [[partial(causal_conv, self.conv1)]]
+        stages = [[conv_layer(self.conv1)]]
         for layer in self.downsamples:
             if not isinstance(layer, Resample):
                 stages[-1].append(layer)
@@ -260,7 +279,7 @@ class Decoder(nn.Module):
 
     def stages(self):
         """Lists of layers: those that need whole frames; then a new list wherever a frame is doubled."""
-        stages = [[partial(causal_conv, self.conv1), *self.middle], []]
+        stages = [[conv_layer(self.conv1), *self.middle], []]
         for layer in self.upsamples:
             if not isinstance(layer, Resample):
                 stages[-1].append(layer)

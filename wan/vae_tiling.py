@@ -86,6 +86,34 @@ def doubles(layers):
     return getattr(layers[0], "__name__", "") == "space"
 
 
+def doubles_time(layer):
+    return getattr(layer, "__name__", "") == "time_up"
+
+
+def frames_left_out(stages, first):
+    """What to leave out so that the stages yield the frames of a whole clip from frame `first` on, exactly.
+
+    The stages then run on a clip that begins later, and the frames that miss their past go.
+
+    Args:
+        stages: Lists of layers with a `reach_back`.
+
+    Returns:
+        (how many of the first input frames are not needed, how many first frames of each stage's result to
+        drop)
+    """
+    needed, starts = first, []
+    for layers in reversed(stages):
+        for layer in reversed(layers):
+            if doubles_time(layer):
+                needed = -(-needed // 2)
+            needed = max(0, needed - layer.reach_back)
+        starts.append(needed)
+    starts.reverse()
+    results = [start * 2 ** any(map(doubles_time, layers)) for start, layers in zip(starts, stages)]
+    return starts[0], [after - result for after, result in zip([*starts[1:], first], results)]
+
+
 def windowed(stages, window, size):
     """Stages that compute one window of the result, exactly: between them the borders no longer needed go.
 

@@ -5,6 +5,7 @@ sampler the host's life cycle: device memory, model patches, progress, preview a
 """
 
 from .conditioning import describe_conditioning, trim_clip_vision
+from .latent_file import KeptLatent
 from .lora import add_lora, read_lora
 from .memory import plan_memory
 from .model import (
@@ -18,21 +19,34 @@ from .model import (
     load_model,
     measured_coefficients,
 )
-from .progress import Progress, StepProgress, memory_watch
+from .progress import Progress, StepProgress, check_cancelled, memory_watch, tell
 from .sampling import run_sampling
 from .text_encoder import load_text_encoder
-from .vae import latent_device, load_vae, vae_shape
+from .upsample import (
+    InterpolationModel,
+    check_upscale_model,
+    fill_spans_with_model,
+    upscale_lanczos,
+    upscale_with_model,
+)
+from .vae import decode_video, latent_device, load_vae, vae_shape
 
 __all__ = [
     "DTYPES",
     "WEIGHT_DTYPES",
+    "InterpolationModel",
+    "KeptLatent",
     "Progress",
     "StepProgress",
     "add_lora",
+    "check_cancelled",
+    "check_upscale_model",
     "checkpoint_name",
     "choose_attention_for",
     "config_of",
+    "decode_video",
     "describe_conditioning",
+    "fill_spans_with_model",
     "ignored_patches",
     "is_ours",
     "latent_device",
@@ -44,6 +58,9 @@ __all__ = [
     "plan_memory",
     "read_lora",
     "run_sampling",
+    "tell",
     "trim_clip_vision",
+    "upscale_lanczos",
+    "upscale_with_model",
     "vae_shape",
 ]

@@ -1,20 +1,37 @@
 """Progress, preview, cancel and memory of the node that runs."""
 
+import logging
 from contextlib import contextmanager
 
 import comfy.model_management
+import comfy.sd
 import comfy.utils
+import folder_paths
 import latent_preview
 import psutil
 import torch
+from comfy.cli_args import LatentPreviewMethod, args
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 
 PREVIEW_FRAMES = 5
+TINY_DECODERS = ("taew2_1", "lighttaew2_1")  # TAEHV, by how its files begin
 
 
 def check_cancelled():
     """Raise the host's interrupt when the user has cancelled the job."""
     comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def tell(node, sentence):
+    """Put a sentence on the node that runs, in the editor, and into the host's log."""
+    logging.info("%s %s", node, sentence)
+    context = get_executing_context()
+    if context is not None:
+        from server import PromptServer  # no server runs where nodes are called from a script
+
+        server = PromptServer.instance
+        server.send_progress_text(sentence, context.node_id, server.client_id)
 
 
 class Progress:
@@ -28,13 +45,30 @@ class Progress:
         check_cancelled()
 
 
+def previewer_for(model):
+    """What the host makes previews with; None when they are off.
+
+    The host's `taesd` method looks for one of the tiny decoders of Wan2.1 only, and takes one in float16 for
+    HunyuanVideo's, whose latents are scaled. Here any of them serves, in float32 as read.
+    """
+    if args.preview_method == LatentPreviewMethod.TAESD:
+        for name in folder_paths.get_filename_list("vae_approx"):
+            if name.startswith(TINY_DECODERS):
+                path = folder_paths.get_full_path_or_raise("vae_approx", name)
+                weights = comfy.utils.load_torch_file(path, safe_load=True)
+                tiny = comfy.sd.VAE(sd={key: tensor.float() for key, tensor in weights.items()})
+                tiny.throw_exception_if_invalid()
+                return latent_preview.TAEHVPreviewerImpl(tiny)
+    return latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+
 class StepProgress:
     """`on_step(i, x0)`: moves the node's bar and sends a strip of frames of the current estimate."""
 
     def __init__(self, model, steps):
         self.steps = steps
         self.bar = comfy.utils.ProgressBar(steps)
-        self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        self.previewer = previewer_for(model)
 
     def __call__(self, i, x0):
         preview = None

@@ -1,32 +1,36 @@
 """Our VAE inside a standard VAE."""
 
+from functools import partial
 from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
+import torch
 
 from ...wan import checkpoint
 from ...wan.vae import WanVAE
+from ...wan.vae_memory import choose_tile, decode_bytes
+from ...wan.vae_retreat import decode_within_memory, on_cpu
 from .model import DTYPES
-from .progress import Progress
+from .progress import Progress, check_cancelled
 
 
 class HostWanVAE(WanVAE):
     """Our VAE with the host's progress and cancel, wherever it is called from."""
 
     def encode(self, x, device=None):
-        return super().encode(x, device=device, progress=Progress())
+        return super().encode(x, device=device, progress=Progress(), check=check_cancelled)
 
     def decode(self, z, output_buffer=None):
-        return super().decode(z, output_buffer=output_buffer, progress=Progress())
+        return super().decode(z, output_buffer=output_buffer, progress=Progress(), check=check_cancelled)
 
     def encode_tiled(self, x, **tiling):
-        return super().encode_tiled(x, progress=Progress(), **tiling)
+        return super().encode_tiled(x, progress=Progress(), check=check_cancelled, **tiling)
 
     def decode_tiled(self, z, **tiling):
-        return super().decode_tiled(z, progress=Progress(), **tiling)
+        return super().decode_tiled(z, progress=Progress(), check=check_cancelled, **tiling)
 
 
 def load_vae(path, precision="auto"):
@@ -47,6 +51,61 @@ def load_vae(path, precision="auto"):
     model.load_state_dict(state_dict, assign=patcher.is_dynamic())
     vae.first_stage_model, vae.patcher, vae.handles_tiling = model, patcher, True
     return vae
+
+
+def decode_video(vae, samples, tile_size, say):
+    """Frames of a video latent, in as much memory as there is.
+
+    A VAE of another loader is decoded as the host does it, which has its own answer to a lack of memory.
+
+    Args:
+        samples: [B, 16, T, h, w], raw.
+        tile_size: "auto", or pixels as text; "0" is whole frames.
+        say: Called with one sentence on how it is done.
+
+    Returns:
+        [B, F, H, W, 3] in [0, 1].
+    """
+    if isinstance(vae.first_stage_model, HostWanVAE):
+        vae.throw_exception_if_invalid()
+        with comfy.model_management.cuda_device_context(vae.device):
+            return _decode_ours(vae, samples, tile_size, say)
+    if tile_size in ("auto", "0"):
+        return vae.decode(samples)
+    tile = int(tile_size) // vae.spacial_compression_decode()
+    return vae.decode_tiled(samples, tile_x=tile, tile_y=tile)
+
+
+def _decode_ours(vae, samples, tile_size, say):
+    management, model, device = comfy.model_management, vae.first_stage_model, vae.device
+    h, w = samples.shape[-2:]
+    tile = None if tile_size == "auto" else int(tile_size)
+    needed = decode_bytes(model, h, w, device, tile)
+    management.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=vae.disable_offload)
+    out = torch.empty(
+        model.decode_output_shape(samples.shape), device=vae.output_device, dtype=vae.vae_output_dtype()
+    )
+    if tile_size == "auto":
+        free = vae.patcher.get_free_memory(device) - (out.nbytes if out.device == device else 0)
+        tile = choose_tile(model, h, w, device, free)
+        how = f"tiles of {tile} pixels" if tile else "whole frames"
+        say(f"decodes {how}: whole frames take {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free")
+
+    def retreat(sentence):
+        say(sentence)
+        management.soft_empty_cache()
+
+    decode_within_memory(
+        model,
+        samples.to(device, vae.vae_dtype),
+        out,
+        tile,
+        retreat,
+        None if device.type == "cpu" else partial(on_cpu, model),
+        Progress(),
+        check_cancelled,
+    )
+    return vae.process_output(out).movedim(1, -1)
 
 
 def vae_shape(vae):

@@ -34,6 +34,7 @@ def build(seed=0):
         model = WanModel(CONFIG, torch.nn)
         for name, parameter in model.named_parameters():
             initialise(name, parameter)
+        prefer_words(model)
     return model
 
 
@@ -55,6 +56,26 @@ def initialise(name, parameter):
         if name.startswith("time_projection"):
             std *= 0.2
         parameter.normal_(std=std)
+
+
+@torch.no_grad()
+def prefer_words(model, level=1.5, key=2.0, query=6.0):
+    """Start with words that outweigh the padding of a prompt.
+
+    The host pads every prompt to 512 tokens, and with random keys a caption of five words gets one percent
+    of the attention: for thousands of steps the model hardly learns that there is a caption. So one channel
+    of the embedded text says "word" (`level`) or "pad" (-`level`), by the mean of a GELU, and one channel of
+    each head reads it.
+    """
+    layer = model.text_embedding[2]
+    layer.weight[0] = 2 * level / (layer.in_features * 0.28)  # 0.28: the mean of GELU over a unit normal
+    layer.bias[0] = -level
+    for block in model.blocks:
+        attention = block.cross_attn
+        for row in range(0, model.config.dim, model.config.dim // model.config.num_heads):
+            attention.k.weight[row] = 0
+            attention.k.weight[row, 0] = key
+            attention.q.bias[row] = query
 
 
 def is_norm(name):

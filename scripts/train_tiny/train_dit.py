@@ -21,9 +21,9 @@ BY_ADAM = (
     "*shared.weight",
     "*relative_attention_bias.weight",
 )
-SIGMA_MEAN, SIGMA_STD, UNIFORM = 0.4, 1.0, 0.15  # logit-normal, as SD3; a part of all is even
+SIGMA_MEAN, SIGMA_STD, UNIFORM = 0.8, 1.0, 0.15  # logit-normal, as SD3; a part of all is even
 DROP_CAPTION = 0.1
-PLAIN_CAPTION = 0.3  # of the rest: the shortest wording, from which the others are learnt
+PLAIN_CAPTION = 0.5  # of the rest: the shortest wording, from which the others are learnt
 HELD_OUT_CLIPS = 96
 
 
@@ -43,7 +43,7 @@ class Schedule:
 
 SCHEDULES = {
     "smoke": Schedule(clips=40, steps=6, tokens=160, measure_every=3),  # whether it runs at all
-    "cpu": Schedule(clips=5200, steps=5500, tokens=24 * 80),
+    "cpu": Schedule(clips=5200, steps=4300, tokens=24 * 80),
     "cuda": Schedule(clips=60_000, steps=6000, tokens=256 * 80, average=0.999),
 }
 

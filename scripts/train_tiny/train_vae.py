@@ -66,7 +66,7 @@ class Schedule:
     dim: int = 16
 
 
-CPU = Schedule(image_steps=1300, video_steps=450, refine_steps=400, batch=1)
+CPU = Schedule(image_steps=1300, video_steps=450, refine_steps=150, batch=1)
 CUDA = Schedule(image_steps=6000, video_steps=8000, refine_steps=3000, batch=16)  # a guess, never run
 
 

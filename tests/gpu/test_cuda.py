@@ -7,6 +7,8 @@ from wan21.wan.config import WanConfig
 from wan21.wan.dit import WanModel
 from wan21.wan.memory import LATENT_COPIES, Load, MemoryPlan, step_bytes
 from wan21.wan.vae import WanVAE
+from wan21.wan.vae_memory import decode_bytes
+from wan21.wan.vae_retreat import decode_within_memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -65,6 +67,47 @@ def test_vae_on_cuda_equals_the_cpu():
     expected = vae.decode(z)
     ours = vae.cuda().decode(z.cuda()).cpu()
     assert ((ours - expected).norm() / expected.norm()).item() < 1e-3  # TF32 convolutions
+
+
+@pytest.mark.parametrize("tile", [None, 256, 128])
+def test_vae_takes_what_is_estimated(tile):
+    vae = fill_randomly(WanVAE(dtype=torch.bfloat16)).cuda()
+    z = torch.randn(1, 16, 3, 60, 104, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty(vae.decode_output_shape(z.shape))
+    decode_within_memory(vae, z, out, tile)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    decode_within_memory(vae, z, out, tile)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert 0.4 < taken / decode_bytes(vae, 60, 104, z.device, tile) <= 1
+
+
+def test_vae_goes_on_when_memory_really_runs_out():
+    vae = fill_randomly(WanVAE(dim=32)).cuda()
+    z = torch.randn(1, 16, 3, 40, 40, device="cuda")
+    expected = torch.empty(vae.decode_output_shape(z.shape))
+    vae.decode(z, output_buffer=expected)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    allowed = torch.cuda.memory_reserved() + decode_bytes(vae, 40, 40, z.device, 128)
+    out, said = torch.empty_like(expected), []
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    try:
+        decode_within_memory(vae, z, out, None, lambda text: (said.append(text), torch.cuda.empty_cache()))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert said
+    assert ((out - expected).norm() / expected.norm()).item() < 1e-3  # TF32 convolutions
+
+
+def test_vae_decode_beside_the_native_one():
+    """81 frames of 480x832: the time and the memory that this pack promises."""
+    from bench import measure
+
+    row = measure("vae-decode", "cuda", 3, quick=False)
+    assert row["seconds"]["ours"] <= 0.7 * row["seconds"]["native"], row
+    assert row["memory_ratio_native"] <= 0.5, row
 
 
 def exact_attention(q, k, v):

@@ -36,9 +36,15 @@ def test_runs(path, client, image, video):
     )
     job = client.run(graph)
     frames, fps = read_video(client, job)
-    assert len(frames) == NUM_FRAMES
-    assert {(frame.width, frame.height) for frame in frames} == {SIZE}
+    num_frames, size = expected_clip(graph)
+    assert len(frames) == num_frames
+    assert {(frame.width, frame.height) for frame in frames} == {size}
     assert fps == expected_fps(graph)
+    decode = find_node(graph, "Decode")
+    said = [text for node, text in job.texts if node == decode]
+    assert [text.split(":")[0] for text in said] == ["decodes whole frames"] * (
+        graph[decode]["inputs"]["tile_size"] == "auto"
+    )
     report = job.outputs[find_node(graph, "Report")]["text"][0]
     assert f"{SIZE[0]}x{SIZE[1]}, {NUM_FRAMES} frames" in report
 
@@ -49,10 +55,20 @@ def read_video(client, job):
         return list(container.decode(video=0)), container.streams.video[0].average_rate
 
 
+def expected_clip(graph):
+    """(frames, (width, height)): what was sampled, or x2 in time and 1.5x in space."""
+    kinds = {node["class_type"] for node in graph.values()}
+    num_frames = 2 * NUM_FRAMES - 1 if "Wan21TemporalUpsample" in kinds else NUM_FRAMES
+    return num_frames, (SIZE[0] * 3 // 2, SIZE[1] * 3 // 2) if "Wan21SpatialUpsample" in kinds else SIZE
+
+
 def expected_fps(graph):
-    """Wan2.1's 16, or the source's where the graph takes it from there."""
+    """Wan2.1's 16, the source's where the graph takes it from there, or x2 after interpolation."""
     fps = graph[find_node(graph, "CreateVideo")]["inputs"]["fps"]
-    return Fraction(SOURCE_FPS if isinstance(fps, list) else fps)
+    if not isinstance(fps, list):
+        return Fraction(fps)
+    interpolated = graph[fps[0]]["class_type"] == "Wan21TemporalUpsample"
+    return Fraction(32 if interpolated else SOURCE_FPS)
 
 
 def test_nodes_and_inputs_are_the_hosts(path, client):

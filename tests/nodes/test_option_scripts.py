@@ -4,6 +4,7 @@ import json
 
 import bench_joint
 import calibrate_teacache
+import compare_interpolation
 import compare_options
 import numpy as np
 import pytest
@@ -89,3 +90,14 @@ def test_the_three_ways_of_both_passes():
     assert [name for name, _, _ in rows] == ["joint", "separate", "stacked"]
     rows = bench_joint.measure("cpu", streamed=True, repeat=1, quick=True)
     assert all(seconds > 0 for _, seconds, _ in rows)
+
+
+def test_interpolation_is_compared_with_the_true_frames():
+    """Scenes move, and following the motion beats mixing frames, which beats repeating them."""
+    args = compare_interpolation.parser().parse_args(["--width", "160", "--height", "96", "--frames", "3"])
+    ways = {name: getattr(compare_interpolation, name) for name in ("repeat", "blend", "interpolate")}
+    rows = compare_interpolation.compare(ways, args)
+    for scene in compare_interpolation.SCENES:
+        repeat, blend, followed = (found[scene] for _, found, _, _ in rows)
+        assert repeat + 1 < blend < followed - 1, scene
+    assert compare_interpolation.table(rows).count("\n") == 4

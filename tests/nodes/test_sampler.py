@@ -9,6 +9,7 @@ from helpers_nodes import clip_vision, host_euler, relative
 from wan21.nodes import host
 from wan21.nodes.sampler import Wan21Sampler
 from wan21.nodes.vae_decode import Wan21VAEDecode
+from wan21.wan.conditioning import SAMPLING_SECONDS
 from wan21.wan.sample import SampleJob
 
 
@@ -81,7 +82,8 @@ def test_contexts_of_different_lengths(models, prompts, sample):
 
 
 def test_report_names_what_was_run(t2v_job, sample):
-    _, report = sample(*t2v_job)
+    latent, report = sample(*t2v_job)
+    assert f"time: {latent[SAMPLING_SECONDS]:.1f} s" in report
     for line in (
         "model: t2v, 2 blocks, width 256",
         "size: 48x32, 5 frames",

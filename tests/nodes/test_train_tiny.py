@@ -181,3 +181,19 @@ def test_metrics_recognise_true_clips():
         assert metrics.object_direction(shown, "red") == motion.direction
         assert metrics.object_direction(shown.flip(0), "red") not in (None, motion.direction)
         assert metrics.object_direction(shown[:1].expand(17, -1, -1, -1), "red") is None
+
+
+def test_words_outweigh_the_padding_from_the_start(tokenizer):
+    tiny = TinyModel(tokenizer).requires_grad_(False)
+    features, lengths = tiny.text(["pan left", "a red circle moves left"])
+    text = tiny.dit.text_embedding(features)
+    tokens = torch.randn(1, 50, dit.CONFIG.dim, generator=torch.Generator().manual_seed(0))
+    for block in tiny.dit.blocks:
+        attention = block.cross_attn
+        q = attention.heads(attention.norm_q(attention.q(tokens)))
+        k = attention.heads(attention.norm_k(attention.k(text)))
+        logits = torch.einsum("blnd,btnd->bnlt", q.expand(len(k), -1, -1, -1), k) / q.shape[-1] ** 0.5
+        for row, length in zip(logits, lengths.tolist()):
+            pads = (HOST_TOKENS - length) * row[..., length].exp()
+            words = row[..., :length].exp().sum(-1)
+            assert (words / (words + pads)).mean() > 0.6

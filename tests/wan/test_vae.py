@@ -1,31 +1,16 @@
 """The VAE against the host's native one and diffusers' at toy size, and the laws it must keep."""
 
-import weakref
-
 import pytest
 import torch
 from comfy.ldm.wan.vae import WanVAE as NativeVAE
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from helpers_vae import latents, peak_bytes, pixels, randomise, relative_error
 from wan21.wan.vae import WanVAE
 from wan21.wan.vae_layers import RMSNorm, norm_silu
 
 DIM = 16
 MULTIPLIERS = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
-
-
-def randomise(model, seed=0):
-    """Weights that keep activations near 1 through all layers, every parameter different."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if name.endswith("weight"):
-            parameter.data = noise / parameter[0].numel() ** 0.5
-        else:
-            parameter.data = 0.1 * noise + name.endswith("gamma")
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,19 +45,6 @@ def diffusers(vae):
     model = AutoencoderKLWan(base_dim=DIM).eval().requires_grad_(False)
     model.load_state_dict(convert_wan_vae_to_diffusers(dict(vae.state_dict())), strict=True)
     return model
-
-
-def pixels(frames, h=24, w=40, batch=1):
-    return torch.rand(batch, 3, frames, h, w, generator=torch.Generator().manual_seed(frames)) * 2 - 1
-
-
-def latents(frames, h=3, w=5, batch=1):
-    return torch.randn(batch, 16, frames, h, w, generator=torch.Generator().manual_seed(frames))
-
-
-def relative_error(ours, reference):
-    assert ours.shape == reference.shape
-    return ((ours.float() - reference.float()).norm() / reference.float().norm()).item()
 
 
 def test_state_dict_is_the_releases(vae, native):
@@ -275,39 +247,6 @@ def test_decoded_tiles_are_the_whole(vae, h, w, tile_x, tile_y):
 
 
 # Memory
-
-
-class PeakBytes(TorchDispatchMode):
-    """Most bytes of tensor storage alive at once among those made within the context."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.foreign, self.now, self.peak = {}, set(), 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.foreign |= {key for key, _ in storages((args, kwargs)) if key not in self.live}
-        result = func(*args, **(kwargs or {}))
-        for key, storage in storages(result):
-            if key not in self.live and key not in self.foreign:
-                self.live[key] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.free, key)
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def free(self, key):
-        self.now -= self.live.pop(key, 0)
-
-
-def storages(tree):
-    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-    return [(tensor.untyped_storage()._cdata, tensor.untyped_storage()) for tensor in tensors]
-
-
-def peak_bytes(call, *args, **options):
-    with PeakBytes() as meter:
-        call(*args, **options)
-    return meter.peak
 
 
 def test_memory_does_not_grow_with_the_frames(vae):

@@ -1,0 +1,39 @@
+"""A LATENT kept in the host's output folder while it is decoded."""
+
+from pathlib import Path
+
+import comfy.utils
+import folder_paths
+import torch
+from safetensors import SafetensorError
+
+PREFIX = "wan21/undecoded"
+
+
+class KeptLatent:
+    """A file of the host's native LATENT format, as SaveLatent writes and LoadLatent reads it.
+
+    Args:
+        samples: [B, 16, T, h, w], raw.
+
+    Raises:
+        OSError: The output folder cannot be written.
+    """
+
+    def __init__(self, samples):
+        output = folder_paths.get_output_directory()
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(PREFIX, output)
+        self.path = Path(folder) / f"{name}_{counter:05}_.latent"
+        # The empty tensor says that the numbers are not scaled.
+        tensors = {
+            "latent_tensor": samples.cpu().contiguous(),
+            "latent_format_version_0": torch.tensor([]),
+        }
+        try:
+            comfy.utils.save_torch_file(tensors, str(self.path))
+        except SafetensorError as error:
+            self.remove()  # a part of it, when the disk is full
+            raise OSError(str(error)) from error
+
+    def remove(self):
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,78 @@
+"""How much memory a decode takes on its device beyond the weights, before it is tried.
+
+Most of it is what causal layers keep: two frames of every convolution that looks back in time, at its own
+resolution. It is counted from the layers. The rest is one chunk under way at the widest place, in units of
+that chunk.
+"""
+
+from .vae_cpu import STRIP_BYTES
+from .vae_retreat import TILES
+from .vae_stream import frames_per_chunk
+from .vae_tiling import doubles, doubles_time, margins
+
+# Chunks alive at once in a residual block: its input, the normed copy, that joined to the two frames before
+# it (twice a chunk of two), the result, and on CUDA what the library's convolution takes for itself, at most
+# its input and result in another layout. On the CPU the strips of vae_cpu.py take their place.
+CHUNKS_ALIVE = {"cpu": 5, "cuda": 8}
+SAFETY = 1.1
+
+
+def decode_bytes(vae, h, w, device, tile=None, itemsize=None):
+    """Bytes that decoding one clip takes on `device` beyond weights, latent and result.
+
+    Args:
+        vae: The WanVAE.
+        h, w: Of the latent.
+        device: Where it is decoded.
+        tile: Pixels; None or 0 is whole frames.
+        itemsize: Bytes of a number; None is that of the weights.
+    """
+    itemsize = itemsize or vae.conv2.weight.element_size()
+    chunk = frames_per_chunk(None, device)
+    alive = CHUNKS_ALIVE.get(device.type, CHUNKS_ALIVE["cuda"])
+    whole, *local = vae.decoder.stages()
+    kept, widest, scale = kept_values(whole) * h * w, 0, 1
+    for layers, margin in zip(local, margins(local)):
+        rows, columns = (
+            side * scale if not tile else min(side * scale, tile // 8 * scale + 2 * margin) for side in (h, w)
+        )
+        factor = 2 if doubles(layers) else 1
+        scale *= factor
+        pixels = rows * columns * factor**2
+        kept += kept_values(layers) * pixels
+        widest = max(widest, width(layers) * pixels * chunk)
+    strips = 2 * STRIP_BYTES if device.type == "cpu" else 0
+    return strips + int(SAFETY * itemsize * (kept + alive * widest))
+
+
+def choose_tile(vae, h, w, device, free_bytes):
+    """None for whole frames, or the largest tile (pixels) whose decode fits into `free_bytes`.
+
+    Where none fits it is the smallest.
+    """
+    for tile in (None, *TILES):
+        if decode_bytes(vae, h, w, device, tile) <= free_bytes:
+            return tile
+    return TILES[-1]
+
+
+def causal_convs(layer):
+    """The convolutions of a layer that keep frames."""
+    if doubles_time(layer):
+        return [layer.__self__.time_conv]
+    if hasattr(layer, "args"):  # conv_layer
+        return [conv for conv in layer.args if conv.kernel_size[0] > 1]
+    if not hasattr(layer, "modules"):
+        return []
+    return [m for m in layer.modules() if len(getattr(m, "kernel_size", ())) == 3 and m.kernel_size[0] > 1]
+
+
+def kept_values(layers):
+    """Numbers per pixel that the layers keep between chunks."""
+    return sum(
+        (conv.kernel_size[0] - 1) * conv.in_channels for layer in layers for conv in causal_convs(layer)
+    )
+
+
+def width(layers):
+    return max(conv.in_channels for layer in layers for conv in causal_convs(layer))
