@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..wan import attention, preflight, teacache
 from ..wan.conditioning import END_LATENT_ALONE, SAMPLING_SECONDS
 from ..wan.config import CLIP_TOKENS, VAE_STRIDE
+from ..wan.memory import plans_from
 from ..wan.report import sampling_report
 from ..wan.sample import RIFLEX, SampleJob, sample
 from ..wan.skip_layer import parse_layers
@@ -196,6 +197,7 @@ class Wan21Sampler(io.ComfyNode):
         job = SampleJob(**settings)
         positive, negative, warnings = prepare(model, positive, negative, latent, job)
         job = resolve_options(model, latent["samples"], job, attention, skip_layers, teacache_profile)
+        job, need, plan = plan_memory(model, latent["samples"], job)
         if seed == -1:
             seed = secrets.randbelow(2**32)
         on_step = host.StepProgress(model, job.steps)
@@ -216,6 +218,7 @@ class Wan21Sampler(io.ComfyNode):
                 seed,
                 job.sigmas,
                 run,
+                need,
             )
         preflight.check_finite(NODE, samples)
         report = sampling_report(
@@ -224,7 +227,7 @@ class Wan21Sampler(io.ComfyNode):
             records[0],
             samples.shape,
             seed,
-            memory[0],
+            f"{plan}; {memory[0]}",
             END_LATENT_ALONE in latent,
             warnings + records[0].notes,
         )
@@ -263,6 +266,16 @@ def resolve_options(model, samples, job, attention_name, skip_layers, profile_na
         return replace(job, attention=host.choose_attention_for(model, attention_name))
     except ValueError as error:
         preflight.fail(NODE, str(error), "Choose one of these, or auto")
+
+
+def plan_memory(model, samples, job):
+    """-> (the job with its memory plans, bytes of a step, one sentence on the plan)"""
+    passes = len(job.pass_names)
+    name = job.attention and job.attention.name
+    plans = plans_from(job.joint_pass, passes)
+    cached = job.teacache_multiplier > 1
+    plans, need, said = host.plan_memory(model, samples.shape, plans, passes, name, cached)
+    return replace(job, plans=plans), need, said
 
 
 def prepare(model, positive, negative, latent, job):

@@ -81,7 +81,22 @@ def add_gated(x, y, gate=None):
     return x.add_(y) if gate is None else x.addcmul_(y.float(), gate)
 
 
+def in_parts(function, parts, x, *more):
+    """`function(x, *more)` of tensors [., L, ...], on one part of the tokens after the other.
+
+    What the function makes on the way is then as large as a part. It changes x in place, as `add_gated` does
+    without gradients.
+    """
+    if parts == 1:
+        return function(x, *more)
+    for pieces in zip(*(t.chunk(parts, dim=1) for t in (x, *more))):
+        function(*pieces)
+    return x
+
+
 class WanSelfAttention(nn.Module):
+    """Queries, keys and values of the tokens. The block attends and applies `o`: x is freed by then."""
+
     def __init__(self, config, operations, device=None, dtype=None):
         super().__init__()
         kw = dict(device=device, dtype=dtype)
@@ -97,11 +112,11 @@ class WanSelfAttention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (self.num_heads, -1))  # (B, L, D) -> (B, L, N, D/N)
 
-    def forward(self, x, rope, attention):
+    def forward(self, x, rope):
         q = apply_rope(self.heads(self.norm_q(self.q(x))), rope)  # (B, L, N, D/N)
         k = apply_rope(self.heads(self.norm_k(self.k(x))), rope)  # (B, L, N, D/N)
         v = self.heads(self.v(x))  # (B, L, N, D/N)
-        return self.o(attention(q, k, v).flatten(2))  # (B, L, D)
+        return q, k, v
 
 
 class WanCrossAttention(WanSelfAttention):
@@ -124,7 +139,7 @@ class WanCrossAttention(WanSelfAttention):
         if image is not None:
             k = self.heads(self.norm_k_img(self.k_img(image)))  # (B, I, N, D/N)
             v = self.heads(self.v_img(image))  # (B, I, N, D/N)
-            y = y + attention(q, k, v)  # (B, L, N, D/N)
+            y = add_gated(y, attention(q, k, v))  # (B, L, N, D/N)
         return self.o(y.flatten(2))  # (B, L, D)
 
 
@@ -143,15 +158,40 @@ class WanAttentionBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim, **kw))
 
-    def forward(self, x, modulation, text, image, rope, attention):
+    def forward(self, x, modulation, text, image, rope, attention, parts=1):
+        """x [B, L, D] -> [B, L, D]. All but the self-attention is done in `parts` of the tokens."""
         dtype = text.dtype
         e = (self.modulation.to(modulation) + modulation).chunk(6, dim=1)  # 6 x (B, 1, D)
-        y = self.self_attn(modulate(x, e[0], e[1], self.eps, dtype), rope, attention)
-        x = add_gated(x, y, e[2])  # (B, L, D)
-        y = self.cross_attn(self.norm3(x).to(dtype), text, image, attention)
-        x = add_gated(x, y)  # (B, L, D)
-        y = self.feed_forward(modulate(x, e[3], e[4], self.eps, dtype))
-        return add_gated(x, y, e[5])  # (B, L, D)
+
+        def cross(x):
+            return add_gated(x, self.cross_attn(self.norm3(x).to(dtype), text, image, attention))
+
+        def feed_forward(x):
+            return add_gated(x, self.feed_forward(modulate(x, e[3], e[4], self.eps, dtype)), e[5])
+
+        x = self.attend(x, e, rope, attention, dtype, parts)  # (B, L, D)
+        x = in_parts(cross, parts, x)  # (B, L, D)
+        return in_parts(feed_forward, parts, x)  # (B, L, D)
+
+    def attend(self, x, e, rope, attention, dtype, parts):
+        """The self-attention of all tokens and its residual step."""
+
+        def project(x, rope):
+            return self.self_attn(modulate(x, e[0], e[1], self.eps, dtype), rope)  # 3 x (B, L, N, D/N)
+
+        def store(x, rope, *places):
+            for place, part in zip(places, project(x, rope)):
+                place.copy_(part)
+
+        if parts == 1:
+            q, k, v = project(x, rope)
+        else:
+            shape = (*x.shape[:2], self.self_attn.num_heads, x.shape[2] // self.self_attn.num_heads)
+            q, k, v = (x.new_empty(shape, dtype=dtype) for _ in range(3))
+            in_parts(store, parts, x, rope.unsqueeze(0), q, k, v)
+        y = attention(q, k, v).flatten(2)  # (B, L, D)
+        del q, k, v
+        return in_parts(lambda x, y: add_gated(x, self.self_attn.o(y), e[2]), parts, x, y)  # (B, L, D)
 
     def feed_forward(self, x):
         if torch.is_grad_enabled():
@@ -246,6 +286,7 @@ class WanModel(nn.Module):
         frequencies=None,
         attention: AttentionFn = sdpa,
         runner: BlockRunner = run_blocks,
+        parts=1,
     ):
         """Predict the velocity (noise minus clean sample) of every pass.
 
@@ -261,6 +302,8 @@ class WanModel(nn.Module):
             frequencies: RoPE frequencies of the three axes; `axis_frequencies` unless an option edits them.
             attention: see `wan.attention`.
             runner: see `run_blocks`.
+            parts: of the tokens, one after the other in all that is not self-attention: less memory and the
+                same numbers, and each layer's weights are fetched once a part. Without gradients only.
 
         Returns:
             [B, 16, F, H, W], float32.
@@ -271,11 +314,11 @@ class WanModel(nn.Module):
         rope = rope_table(frequencies, grid, x.device)  # (L, 1, D/N/2, 2)
         count = len(pass_names)
         clips = (None,) * count if clip_fea is None else clip_fea.chunk(count)
-        parts = zip(pass_names, x.chunk(count), timestep.chunk(count), context.chunk(count), clips)
-        passes = [self.embed(*part) for part in parts]
+        inputs = zip(pass_names, x.chunk(count), timestep.chunk(count), context.chunk(count), clips)
+        passes = [self.embed(*one) for one in inputs]
 
         def call(i, p):
-            return self.blocks[i](p.x, p.modulation, p.text, p.image, rope, attention)
+            return self.blocks[i](p.x, p.modulation, p.text, p.image, rope, attention, parts)
 
         runner(len(self.blocks), passes, call)
         return torch.cat([unpatchify(self.head(p.x, p.time), grid) for p in passes])  # (B, 16, F, H, W)

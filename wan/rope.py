@@ -8,6 +8,7 @@ import math
 
 import torch
 
+TOKENS_AT_ONCE = 8192  # that are turned in float32: a 16-bit input takes no float32 copy of its own size
 RIFLEX_K = 6  # of the time axis: the authors' answer for Wan2.1, thu-ml/DiT-Extrapolation issue 8
 
 
@@ -76,15 +77,19 @@ def rope_table(frequencies, grid, device=None):
 def apply_rope(x, table):
     """Turn queries or keys: [B, L, N, D] -> [B, L, N, D], computed in float32.
 
-    Without gradients a float32 input is turned in place.
+    Without gradients x is turned in place, some tokens at a time.
     """
-    pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, N, D/2, 2)
     if torch.compiler.is_compiling():  # inductor generates no code for complex numbers
+        pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, N, D/2, 2)
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-    turned, rotation = torch.view_as_complex(pairs), torch.view_as_complex(table)  # (B, L, N, D/2)
     if torch.is_grad_enabled():
-        turned = turned * rotation
-    else:
-        turned.mul_(rotation)
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)  # (B, L, N, D)
+        return _turn(x.float(), table).to(x.dtype)
+    for part, rotation in zip(x.split(TOKENS_AT_ONCE, dim=1), table.split(TOKENS_AT_ONCE, dim=-4)):
+        part.copy_(_turn(part.float(), rotation))
+    return x
+
+
+def _turn(x, table):
+    turned, rotation = (torch.view_as_complex(t) for t in (x.unflatten(-1, (-1, 2)), table))
+    return torch.view_as_real(turned * rotation).flatten(-2)  # (B, L, N, D)

@@ -13,12 +13,14 @@ from .conditioning import pixel_frames
 from .config import WanConfig
 from .dit import BlockRunner
 from .guidance import cfg, cfg_zero_star
+from .memory import JOINT, MemoryPlan, plans_from
 from .rope import axis_frequencies, riflex, riflex_least_frames
 from .sigmas import partial_sigmas, timesteps
 from .skip_layer import is_skipped_at, skip_layers
 from .solvers import SOLVERS
 from .teacache import Plan, Profile, TeaCache, plan_steps
 
+MEMORY_TRIES = 8  # of one step: the plans, then weights taken off the device bit by bit
 RIFLEX = ("auto", "on", "off")
 RIFLEX_AUTO_FRAMES = 97  # Wan2GP's choice: one second past the trained length
 
@@ -42,6 +44,8 @@ class SampleJob:
         riflex: auto, on or off.
         joint_pass: walk all passes through each block before the next block; else one after the other.
         attention: backend, or None for the model's own.
+        plans: memory plans, the first to begin with and a next one each time memory runs out; empty for
+            those from `joint_pass` on.
         skip_layers: blocks that the unconditional pass leaves out in the steps from
             `skip_layer_start_percent` to `skip_layer_end_percent`, whole percents.
     """
@@ -60,6 +64,7 @@ class SampleJob:
     riflex: str = "off"
     joint_pass: bool = True
     attention: Attention | None = None
+    plans: tuple[MemoryPlan, ...] = ()
     skip_layers: tuple[int, ...] = ()
     skip_layer_start_percent: int = 10
     skip_layer_end_percent: int = 90
@@ -105,14 +110,14 @@ class Call:
         around: runners around the model's block runner, innermost first.
         frequencies: of RoPE, or None for the model's own.
         attention: backend, or None for the model's own.
-        joint: whether the passes walk the blocks together.
+        plan: how the passes walk the blocks.
     """
 
     pass_names: tuple[str, ...]
     around: tuple[Around, ...] = ()
     frequencies: tuple[Tensor, ...] | None = None
     attention: Attention | None = None
-    joint: bool = True
+    plan: MemoryPlan = JOINT
 
 
 class Denoiser(Protocol):
@@ -121,7 +126,14 @@ class Denoiser(Protocol):
     config: WanConfig
 
     def predict(self, x: Tensor, timestep: float, call: Call) -> dict[str, Tensor]:
-        """Velocity of each pass at x [B, 16, T, h, w], float32."""
+        """Velocity of each pass at x [B, 16, T, h, w], float32.
+
+        Raises:
+            torch.OutOfMemoryError: the device has too little; the same call may be made again.
+        """
+
+    def make_room(self) -> bool:
+        """Let go of what the device holds beside this call, weights in the end. False: there was nothing."""
 
     def embed_time(self, timesteps: list[float]) -> Tensor:
         """Time embeddings [len(timesteps), D]."""
@@ -164,6 +176,7 @@ class _Velocity:
         self.record = record
         self.step_at = {sigma: i for i, sigma in enumerate(record.sigmas)}
         self.attention = job.attention
+        self.plans = list(job.plans or plans_from(job.joint_pass, len(job.pass_names)))
         self.unchecked = job.attention is not None and job.attention.quantised
         self.frequencies = _frequencies(job.riflex, model.config, latent_frames, record)
         self.cache = None
@@ -192,17 +205,39 @@ class _Velocity:
         return (cfg_zero_star if starred else cfg)(v["cond"], v["uncond"], self.job.guidance_scale)
 
     def predict(self, x, i):
-        timestep = self.record.timesteps[i]
-        v = self.model.predict(x, timestep, self.call(i))
+        v = self.predict_in_memory(x, i)
         if self.unchecked and not all(torch.isfinite(part).all() for part in v.values()):
             self.record.notes.append(
                 f"attention {self.attention.name} gave NaN in the first step; it was done again, and the "
                 "rest too, with sdpa"
             )
             self.attention = SDPA
-            v = self.model.predict(x, timestep, self.call(i))
+            v = self.predict_in_memory(x, i)
         self.unchecked = False
         return v
+
+    def predict_in_memory(self, x, i):
+        """The velocities of a step, which is done again with less when memory runs out.
+
+        No state is lost: a step changes nothing but TeaCache's residuals, which it makes anew.
+        """
+        for _ in range(MEMORY_TRIES):
+            try:
+                return self.model.predict(x, self.record.timesteps[i], self.call(i))
+            except torch.OutOfMemoryError as error:
+                failure = str(error)  # the error itself would hold the tensors of the step
+            room = self.model.make_room()
+            if len(self.plans) > 1:
+                del self.plans[0]
+            elif not room:
+                break
+            self.record.notes.append(
+                f"out of memory in step {i + 1}, which was done again; from there on: {self.plans[0]}"
+            )
+        raise torch.OutOfMemoryError(
+            f"{failure} This was with the plan of least memory ({self.plans[0]}). Set fewer frames or a "
+            "smaller size, or load fp8 or GGUF weights"
+        )
 
     def call(self, i):
         """What step `i` asks of the model. TeaCache goes around the others: it stores what they made."""
@@ -212,7 +247,7 @@ class _Velocity:
             around += (skip_layers(job.skip_layers),)
         if self.cache is not None:
             around += (self.cache.around(i - job.zero_init_steps),)
-        return Call(job.pass_names, around, self.frequencies, self.attention, job.joint_pass)
+        return Call(job.pass_names, around, self.frequencies, self.attention, self.plans[0])
 
 
 def _frequencies(mode, config, latent_frames, record):

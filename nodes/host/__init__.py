@@ -7,6 +7,7 @@ sampler the host's life cycle: device memory, model patches, progress, preview a
 from .conditioning import describe_conditioning, trim_clip_vision
 from .latent_file import KeptLatent
 from .lora import add_lora, read_lora
+from .memory import plan_memory
 from .model import (
     DTYPES,
     WEIGHT_DTYPES,
@@ -54,6 +55,7 @@ __all__ = [
     "load_vae",
     "measured_coefficients",
     "memory_watch",
+    "plan_memory",
     "read_lora",
     "run_sampling",
     "tell",

@@ -17,8 +17,9 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 
 from ...wan import checkpoint
 from ...wan.attention import best_kernels, choose_attention, sdpa
-from ...wan.config import detect_config
+from ...wan.config import CLIP_TOKENS, detect_config
 from ...wan.dit import WanModel
+from ...wan.memory import Load, step_bytes
 from ...wan.sample import Call
 from ...wan.teacache import check_coefficients
 from .gguf import load_gguf
@@ -32,6 +33,7 @@ WEIGHT_DTYPES = DTYPES | {
     "fp8_e5m2": torch.float8_e5m2,
 }
 CALL = "wan21_call"  # in transformer_options: the `Call` of our sampler's step
+NEED = "wan21_need"  # in a conditioning: bytes that a step of our sampler takes
 COEFFICIENTS_KEY = "teacache_coefficients"  # in a checkpoint's metadata
 COEFFICIENTS_SUFFIX = ".teacache.json"  # of the file beside a checkpoint, after its whole name
 
@@ -158,6 +160,7 @@ class HostWanModel(WanModel):
                 frequencies=call.frequencies,
                 attention=attention,
                 runner=_composed(call, transformer_options),
+                parts=call.plan.parts,
             )
         return v[..., :height, :width]
 
@@ -194,6 +197,30 @@ class Wan21(comfy.model_base.WAN21):
         self.image_to_video = config.takes_image
         self.checkpoint_path = path
         self.checkpoint_metadata = metadata
+
+    def extra_conds_shapes(self, **conditioning):
+        """What the host hands to `memory_required` of a conditioning."""
+        return {NEED: [conditioning[NEED]]} if NEED in conditioning else {}
+
+    def memory_required(self, input_shape, cond_shapes=None):
+        """Bytes of one step beside the weights: what our sampler told, or for the host's own samplers.
+
+        These stack the passes in the batch, and our DiT walks them one after the other through each block.
+        """
+        told = (cond_shapes or {}).get(NEED)
+        if told:
+            return max(need for (need,) in told)
+        batch, *sides = input_shape
+        passes = 1 if batch % 2 else 2
+        return step_bytes(self.load((batch // passes, *sides), passes))
+
+    def load(self, latent, passes, **more):
+        """`wan.memory.Load` of a step on a latent of this shape."""
+        config = self.diffusion_model.config
+        image_tokens = 0 if config.image_dim is None else config.image_tokens or CLIP_TOKENS
+        own = "sage" if comfy.model_management.sage_attention_enabled() else "sdpa"
+        itemsize = self.get_dtype_inference().itemsize
+        return Load(config, latent, passes, itemsize, image_tokens=image_tokens, **{"attention": own} | more)
 
     def velocity(self, x, timestep, transformer_options, **conds):
         """`apply_model` without its change to denoised space; wrappers such as torch.compile apply."""

@@ -5,7 +5,8 @@ import comfy.sample
 import comfy.samplers
 import torch
 
-from .model import CALL
+from .memory import make_room, tell_out_of_memory
+from .model import CALL, NEED
 
 
 class _Sampler(comfy.samplers.Sampler):
@@ -25,6 +26,7 @@ class _Denoiser:
     """`wan.sample.Denoiser` over the host's loaded model and its prepared conditioning."""
 
     def __init__(self, guider, transformer_options, device):
+        self.patcher = guider.model_patcher
         self.conds = guider.conds
         self.model = guider.inner_model
         self.config = self.model.diffusion_model.config
@@ -36,10 +38,17 @@ class _Denoiser:
 
     def predict(self, x, timestep, call):
         """Velocity of each pass: jointly where that is asked for and their contexts have equal shapes."""
+        with tell_out_of_memory():
+            return self._predict(x, timestep, call)
+
+    def make_room(self):
+        return make_room(self.patcher)
+
+    def _predict(self, x, timestep, call):
         inputs = {name: self._inputs(name, x.shape[0]) for name in call.pass_names}
         same = all(_shapes(part) == _shapes(inputs[call.pass_names[0]]) for part in inputs.values())
         velocities = {}
-        for group in [call.pass_names] if same and call.joint else [(name,) for name in call.pass_names]:
+        for group in [call.pass_names] if same and call.plan.joint else [(name,) for name in call.pass_names]:
             count = len(group)
             merged = {k: torch.cat([inputs[name][k] for name in group]) for k in inputs[group[0]]}
             t = torch.full((count * x.shape[0],), timestep, device=x.device)
@@ -61,18 +70,21 @@ def _shapes(part):
     return {k: tuple(v.shape) for k, v in part.items()}
 
 
-def run_sampling(model, positive, negative, latent_image, batch_index, seed, sigmas, run):
+def run_sampling(model, positive, negative, latent_image, batch_index, seed, sigmas, run, need=None):
     """Run our sampling loop inside the host's: models loaded and patched, noise and latent on the device.
 
     Args:
         negative: None when there is no unconditional pass.
         run: `run(denoiser, noise, latent)` -> latent: a `wan.sample.Denoiser`; latents are normalised.
+        need: bytes a step takes beside the weights, for which the host makes room; None for its own guess.
 
     Returns:
         The latent in the VAE's own space, where the host keeps latents.
     """
     noise = comfy.sample.prepare_noise(latent_image, seed, batch_index)
     guider = comfy.samplers.CFGGuider(model)
+    if need is not None:
+        positive = [[text, options | {NEED: need}] for text, options in positive]
     conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
     guider.inner_set_conds(conds)
     samples = guider.sample(noise, latent_image, _Sampler(run), torch.tensor(sigmas), seed=seed)

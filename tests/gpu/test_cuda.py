@@ -5,6 +5,7 @@ import torch
 from wan21.wan.attention import BACKENDS, best_kernels, choose_attention, sdpa
 from wan21.wan.config import WanConfig
 from wan21.wan.dit import WanModel
+from wan21.wan.memory import LATENT_COPIES, Load, MemoryPlan, step_bytes
 from wan21.wan.vae import WanVAE
 from wan21.wan.vae_memory import decode_bytes
 from wan21.wan.vae_retreat import decode_within_memory
@@ -149,3 +150,30 @@ def test_sdpa_runs_a_fused_kernel(keys):
         before = torch.cuda.memory_allocated()
         sdpa(q, k, v)
     assert torch.cuda.max_memory_allocated() - before < 8 * q.numel() * q.element_size()
+
+
+@pytest.mark.parametrize("joint, parts", [(True, 1), (True, 4), (False, 4)])
+def test_memory_of_a_step_is_as_estimated(joint, parts):
+    import comfy.ops
+
+    config = WanConfig(in_dim=36, dim=5120, ffn_dim=13824, num_heads=40, num_layers=2, image_dim=1280)
+    latent, passes = (1, 16, 21, 60, 104), 2 if joint else 1
+    model = WanModel(config, comfy.ops.manual_cast, device="cuda", dtype=torch.bfloat16).eval()
+    for p in model.parameters():
+        p.zero_()
+    x, t = torch.zeros(passes, 36, *latent[2:], device="cuda"), torch.full((passes,), 500.0, device="cuda")
+    text = torch.zeros(passes, 512, 4096, device="cuda", dtype=torch.bfloat16)
+    clip = torch.zeros(passes, 257, 1280, device="cuda", dtype=torch.bfloat16)
+
+    def run():
+        with best_kernels(x.device):
+            model(x, t, text, clip, pass_names=("cond", "uncond")[:passes], parts=parts)
+
+    run()  # workspaces of the libraries
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    real = torch.cuda.max_memory_allocated() - before
+    load = Load(config, latent, image_tokens=257)  # less what the sampler holds outside the model
+    outside = 16 * load.tokens * (16 * (LATENT_COPIES + 2) + passes * 2 * config.in_dim)
+    assert 0.85 < (step_bytes(load, MemoryPlan(joint, parts)) - outside) / real < 1.15

@@ -229,7 +229,7 @@ def test_a_latent_that_overflowed_is_named(t2v_job, sample, monkeypatch):
         sample(*t2v_job)
 
 
-def _nan_run(model, positive, negative, latent, batch_index, seed, sigmas, run):
+def _nan_run(model, positive, negative, latent, batch_index, seed, sigmas, run, need):
     class Overflow:
         config = host.config_of(model)
 

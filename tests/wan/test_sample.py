@@ -9,6 +9,7 @@ from wan21.wan.attention import SDPA, Attention
 from wan21.wan.config import WanConfig
 from wan21.wan.dit import Pass
 from wan21.wan.guidance import cfg, cfg_zero_star
+from wan21.wan.memory import plans_from
 from wan21.wan.sample import SampleJob, sample
 from wan21.wan.teacache import Profile, TeaCache, plan_steps
 
@@ -175,7 +176,7 @@ def test_teacache_plans_over_the_steps_that_run(noise, two):
 def test_an_explicit_attention_reaches_the_model(noise, two):
     toy = Toy(two)
     sample(options(attention=SDPA, joint_pass=False), toy, noise, None)
-    assert all(call.attention is SDPA and not call.joint for _, _, call in toy.calls)
+    assert all(call.attention is SDPA and not call.plan.joint for _, _, call in toy.calls)
 
 
 class Overflows(Toy):
@@ -234,3 +235,43 @@ def test_everything_at_once_on_an_error_leaves_no_tensor_behind(noise, two):
     gc.collect()
     assert kept[0]() is None
     assert not [o for o in gc.get_objects() if type(o) is TeaCache]
+
+
+class RunsOut(Toy):
+    """Out of memory at the calls named; `rooms` times there are weights to take off the device."""
+
+    def __init__(self, velocity, at, rooms=0):
+        super().__init__(velocity)
+        self.at, self.rooms, self.tried = at, rooms, []
+
+    def predict(self, x, timestep, call):
+        self.tried.append(call.plan)
+        if len(self.tried) in self.at:
+            raise torch.OutOfMemoryError("no memory.")
+        return super().predict(x, timestep, call)
+
+    def make_room(self):
+        self.rooms -= 1
+        return self.rooms >= 0
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
+def test_out_of_memory_lowers_the_plan_and_repeats_the_step(noise, two, solver):
+    toy = RunsOut(two, at=(3, 4))
+    out, record = sample(options(solver=solver), toy, noise, None)
+    assert torch.equal(out, sample(options(solver=solver), Toy(two), noise, None)[0])
+    together, parts, least = plans_from(True)
+    assert toy.tried == [together] * 3 + [parts] + [least] * 4
+    assert [note.split(",")[0] for note in record.notes] == ["out of memory in step 3"] * 2
+    assert len(record.seconds) == 6
+
+
+def test_out_of_memory_with_the_least_plan_takes_weights_off_or_fails(noise, two):
+    toy = RunsOut(two, at=range(2, 6), rooms=4)
+    sample(options(), toy, noise, None)
+    assert len(toy.tried) == 10
+    with pytest.raises(torch.OutOfMemoryError, match=r"no memory\. This was with the plan of least memory"):
+        sample(options(), RunsOut(two, at=range(2, 6), rooms=3), noise, None)
+    endless = RunsOut(two, at=range(1000), rooms=1000)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(options(), endless, noise, None)

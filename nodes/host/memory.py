@@ -1,0 +1,72 @@
+"""The memory of the device: what may be used, the plans for it, and room when it has run out."""
+
+from contextlib import contextmanager
+
+import comfy.model_management
+import torch
+
+from ...wan.memory import GIB, choose_plans, step_bytes
+
+LEAST_ROOM = GIB  # of weights taken off the device at a time
+
+
+def usable_bytes(device):
+    """What models and activations may take of a device: all that is free, or that the host would free."""
+    management = comfy.model_management
+    loaded = (m for m in management.current_loaded_models if m.device == device)
+    held = 0 if device.type == "cpu" else sum(m.model_loaded_memory() for m in loaded)
+    return management.get_free_memory(device) + held - management.extra_reserved_memory()
+
+
+def plan_memory(model, latent_shape, plans, passes, attention, teacache):
+    """Which of the plans to begin with.
+
+    Args:
+        model: a MODEL of ours.
+        plans: as from `wan.memory.plans_from`.
+        attention: name of the backend, or None for the host's.
+        teacache: whether it is on.
+
+    Returns:
+        (plans left, bytes of a step, one sentence for the report)
+    """
+    more = {"teacache": teacache} | ({} if attention is None else {"attention": attention})
+    load = model.model.load(tuple(latent_shape), passes, **more)
+    on_cpu = model.load_device.type == "cpu"
+    weights = model.model_size()
+    budget = usable_bytes(model.load_device)
+    needs = [step_bytes(load, plan) for plan in plans]
+    plans = choose_plans(plans, needs, 0 if on_cpu else weights, budget)
+    need = step_bytes(load, plans[0])
+    where = "" if on_cpu else (", resident" if need + weights <= budget else ", streamed in part")
+    said = f"{plans[0]}; {need / GIB:.2f} GiB estimated beside {weights / GIB:.2f} GiB of weights{where}"
+    return plans, need, said
+
+
+@contextmanager
+def tell_out_of_memory():
+    """Whatever the device raises when its memory has run out, as `torch.OutOfMemoryError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if not comfy.model_management.is_oom(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from None
+
+
+def make_room(patcher):
+    """Empty the caches, take other models off the device, then a part of this one's weights.
+
+    Returns:
+        Whether anything was taken off.
+    """
+    management = comfy.model_management
+    ours = [m for m in management.current_loaded_models if m.model is patcher or patcher.is_clone(m.model)]
+    gone = bool(management.free_memory(1e30, patcher.load_device, keep_loaded=ours))
+    resident = patcher.loaded_size()
+    if not gone and patcher.load_device.type != "cpu" and resident:
+        gone = patcher.partially_unload(patcher.offload_device, max(LEAST_ROOM, resident // 4)) > 0
+    management.soft_empty_cache()
+    return gone

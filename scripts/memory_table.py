@@ -1,0 +1,57 @@
+"""Which checkpoint and size runs on how much device memory, by the estimate of `wan/memory.py`, as a table.
+
+    python scripts/memory_table.py
+
+81 frames, guidance (two passes), bf16 arithmetic. Prints Markdown; docs/memory.md holds it.
+"""
+
+import pack
+
+pack.load_pack()
+
+from wan21.wan.config import CLIP_TOKENS, SIZES  # noqa: E402
+from wan21.wan.memory import GIB, Load, choose_plans, plans_from, step_bytes, weight_counts  # noqa: E402
+
+DEVICES = (8, 12, 16, 24, 48, 80)
+RESERVE = 1.0 * GIB  # CUDA's context, the screen, and what ComfyUI leaves to others
+CHECKPOINTS = (  # name, size, bytes a number in the matrices of the blocks; others have two
+    ("14B i2v bf16", "i2v-14B", 2),
+    ("14B i2v fp8", "i2v-14B", 1),
+    ("14B i2v GGUF Q4_K", "i2v-14B", 144 / 256),
+    ("1.3B i2v (Fun) bf16", "i2v-1.3B", 2),
+    ("1.3B t2v bf16", "t2v-1.3B", 2),
+)
+LATENTS = {"480x832": (1, 16, 21, 60, 104), "720x1280": (1, 16, 21, 90, 160)}
+
+
+def cell(load, weights, budget):
+    """What happens to a job with so many bytes for weights and activations."""
+    plans = plans_from(True)
+    needs = {plan: step_bytes(load, plan) for plan in plans}
+    plan = choose_plans(plans, list(needs.values()), weights, budget)[0]
+    low = " *" if plan != plans[0] else ""
+    if needs[plan] + weights <= budget:
+        return "resident" + low
+    if needs[plan] > 0.9 * budget:
+        return "no"
+    return f"{max(0, budget - needs[plan]) / weights:.0%}{low}"
+
+
+def main():
+    print("| checkpoint | size | weights | step | least | " + " | ".join(f"{d} GB" for d in DEVICES) + " |")
+    print("|---" * (5 + len(DEVICES)) + "|")
+    for name, size, width in CHECKPOINTS:
+        config = SIZES[size]
+        matrices, others = weight_counts(config)
+        weights = matrices * width + 2 * others
+        for latent_name, latent in LATENTS.items():
+            load = Load(config, latent, image_tokens=CLIP_TOKENS if config.image_dim else 0)
+            plans = plans_from(True)
+            sizes = (weights, step_bytes(load, plans[0]), step_bytes(load, plans[-1]))
+            row = [name, latent_name, *(f"{n / GIB:.1f} GiB" for n in sizes)]
+            row += [cell(load, weights, d * GIB - RESERVE) for d in DEVICES]
+            print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    main()

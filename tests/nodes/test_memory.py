@@ -1,0 +1,105 @@
+"""Memory on the host: what its manager is told, plans when there is little, and what follows when it ends."""
+
+import comfy.model_management
+import comfy.sampler_helpers
+import pytest
+import torch
+from wan21.nodes import host
+from wan21.wan.memory import Load, MemoryPlan, step_bytes
+
+
+@pytest.fixture
+def job(models, prompts):
+    return (models["t2v"], *prompts, {"samples": torch.zeros(1, 16, 3, 8, 10)})
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """(memory_required, minimum_memory_required) of each load that the host's manager was asked for."""
+    asked = []
+    load = comfy.model_management.load_models_gpu
+
+    def watch(models, memory_required=0, minimum_memory_required=None, **more):
+        asked.append((memory_required, minimum_memory_required))
+        return load(models, memory_required, minimum_memory_required=minimum_memory_required, **more)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", watch)
+    return asked
+
+
+@pytest.mark.parametrize("scale, joint, passes", [(1.0, True, 1), (4.0, True, 2), (4.0, False, 2)])
+def test_the_manager_is_told_the_bytes_of_our_plan(job, sample, told, scale, joint, passes):
+    sample(*job, guidance_scale=scale, joint_pass=joint, steps=1)
+    load = Load(host.config_of(job[0]), (1, 16, 3, 8, 10), passes, itemsize=4)
+    need = step_bytes(load, MemoryPlan(joint))
+    assert told == [(need, need)]
+
+
+def test_the_hosts_own_samplers_are_told_too(job):
+    model = job[0].model
+    load = Load(model.diffusion_model.config, (1, 16, 3, 8, 10), 1, itemsize=4)
+    one, two = (comfy.sampler_helpers.estimate_memory(job[0], (1, 16, 3, 8, 10), {})[i] for i in (1, 0))
+    assert one == step_bytes(load) and one < two < 2 * one
+
+
+def test_little_memory_lowers_the_plan_and_no_number(job, sample, monkeypatch):
+    plain, report = sample(*job)
+    assert "memory: passes together; 0." in report
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *a, **k: 2**20)
+    lowest, report = sample(*job)
+    assert "memory: one pass after the other, tokens in 4 parts; 0." in report
+    assert torch.allclose(lowest["samples"], plain["samples"], rtol=1e-4, atol=1e-5)
+
+
+class RunsOut:
+    """Attention of the host that runs out of memory at the calls named; only self-attention counts."""
+
+    def __init__(self, *calls):
+        self.at, self.calls = calls, 0
+
+    def __call__(self, function, q, k, *args, **kwargs):
+        itself = q.shape == k.shape
+        self.calls += itself
+        if itself and self.calls in self.at:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return function(q, k, *args, **kwargs)
+
+
+def with_attention(model, override):
+    model = model.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    return model
+
+
+OPTIONS = [
+    {},
+    dict(
+        teacache_multiplier=2.0,
+        teacache_profile="t2v_1.3b",
+        steps=6,
+        skip_layers="1",
+        skip_layer_start_percent=50,
+    ),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "teacache"])
+def test_running_out_goes_on_from_the_same_step(job, sample, options):
+    model, *rest = job
+    options = {"steps": 4, "solver": "unipc"} | options
+    undisturbed = RunsOut()
+    plain, _ = sample(with_attention(model, undisturbed), *rest, **options)
+    disturbed = RunsOut(4 + 3)  # two blocks, two passes: the third call of the second computed step
+    ours, report = sample(with_attention(model, disturbed), *rest, **options)
+    assert torch.allclose(ours["samples"], plain["samples"], rtol=1e-4, atol=1e-5)
+    assert report.count("note: out of memory in step") == 1
+    assert "which was done again; from there on: passes together, tokens in 4 parts" in report
+    assert disturbed.calls == undisturbed.calls + 3  # nothing before that step was done twice
+
+
+def test_running_out_for_good_is_an_error_that_says_what_to_do(job, sample):
+    model, *rest = job
+    always = RunsOut(*range(100))
+    with pytest.raises(torch.OutOfMemoryError, match=r"plan of least memory .*Set fewer frames"):
+        sample(with_attention(model, always), *rest)
+    assert always.calls == 3  # each plan once

@@ -1,0 +1,159 @@
+"""What sampling takes on the device, from sizes alone, and the plans that take less.
+
+    L  tokens of one pass with its batch: B*F*(H/2)*(W/2)    D  width    e  bytes of the compute dtype
+
+Weights are counted apart: a host may keep them on the device or stream them, activations it cannot. The
+formulas follow `dit.py` line by line and hold for kernels that fuse (attention of any backend, RMSNorm): on
+an accelerator. tests/wan/test_memory.py counts the tensors of a forward pass against them.
+"""
+
+import math
+from dataclasses import dataclass
+
+from .config import PATCH_SIZE, WanConfig
+from .rope import TOKENS_AT_ONCE
+
+GIB = 2**30
+PARTS = 4  # enough for self-attention to take most; more would fetch streamed weights more often for little
+LATENT_COPIES = 6  # noise, start and the history of the solver (UniPC keeps most)
+
+# What a backend takes besides q, k, v and its output, in copies of q at 2 bytes a number. SageAttention keeps
+# q and k in 8 bit, v in 8 bit and transposed, and a k without its mean.
+ATTENTION_COPIES = {"sage": 3.0}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a step is walked. Every plan gives the same numbers.
+
+    Attributes:
+        joint: passes go through each block together, so that weights are fetched once; each keeps its tokens.
+        parts: of the tokens, one after the other in all that is not self-attention (`WanModel.forward`).
+    """
+
+    joint: bool = True
+    parts: int = 1
+
+    def __str__(self):
+        walk = "passes together" if self.joint else "one pass after the other"
+        return walk + (f", tokens in {self.parts} parts" if self.parts > 1 else "")
+
+
+JOINT = MemoryPlan()
+
+
+def plans_from(joint, passes=2):
+    """Plans from the one asked for to the one that takes least; parts come first, they cost less time."""
+    plans = [MemoryPlan(joint), MemoryPlan(joint, PARTS)]
+    return (*plans, MemoryPlan(False, PARTS)) if joint and passes > 1 else tuple(plans)
+
+
+def choose_plans(plans, needs, weights, budget):
+    """Leave out the plans that are known not to fit.
+
+    Args:
+        plans: as from `plans_from`.
+        needs: activations of each, in bytes.
+        weights: of the model, in bytes.
+        budget: bytes of the device that may be used for both.
+
+    Returns:
+        The plans from the first that leaves room for all weights; if there is none (weights are streamed),
+        from the first whose activations fit in nine tenths; if there is none, the last.
+    """
+    for limit in (budget - weights, 0.9 * budget):
+        for i, need in enumerate(needs):
+            if need <= limit:
+                return plans[i:]
+    return plans[-1:]
+
+
+@dataclass(frozen=True)
+class Load:
+    """One sampling step, as far as memory goes.
+
+    Attributes:
+        config: sizes of the model.
+        latent: shape of the latent [B, 16, T, h, w].
+        passes: model evaluations of a step.
+        itemsize: e, bytes a number of the compute dtype.
+        attention: name of the backend.
+        teacache: whether TeaCache is on, which keeps two copies of the tokens a pass.
+        text_tokens, image_tokens: of the context; no image tokens without CLIP features.
+    """
+
+    config: WanConfig
+    latent: tuple[int, ...]
+    passes: int = 2
+    itemsize: int = 2
+    attention: str = "sdpa"
+    teacache: bool = False
+    text_tokens: int = 512
+    image_tokens: int = 0
+
+    @property
+    def tokens(self):
+        """L, of one pass with its whole batch; odd sides are padded."""
+        batch, _, *sides = self.latent
+        return batch * math.prod(-(-n // p) for n, p in zip(sides, PATCH_SIZE))
+
+
+def step_bytes(load, plan=JOINT):
+    """Peak of one denoising step above the weights, in bytes."""
+    together = load.passes if plan.joint else 1
+    return _held_bytes(load, together) + max(_embedding_bytes(load), _block_bytes(load, plan.parts))
+
+
+def _held_bytes(load, together):
+    """What is there from the first block to the last, `together` passes walking at once."""
+    config, tokens = load.config, load.tokens
+    batch, passes = load.latent[0], load.passes
+    area = 4 * 4 * tokens  # bytes of one channel of a latent: 4 pixels a token, float32
+    latents = area * config.out_dim * (LATENT_COPIES + passes)  # the solver's, and a velocity of each pass
+    inputs = area * together * (2 * config.in_dim)  # the model's input, and the parts it is joined from
+    rope = 4 * config.head_dim * tokens // batch
+    context = batch * load.itemsize * config.dim * (load.text_tokens + load.image_tokens)
+    stream = 4 * config.dim * tokens
+    teacache = 0
+    if load.teacache:  # the tokens before the blocks, and the residuals of passes that are not walking
+        residual = min(load.itemsize, 4) * config.dim * tokens
+        teacache = together * stream + (passes - together) * residual
+    return latents + inputs + rope + together * (context + stream) + teacache
+
+
+def _embedding_bytes(load):
+    """The patches as the convolution makes them; their transposed copy is the stream, which is counted."""
+    return 4 * load.config.dim * load.tokens
+
+
+def _block_bytes(load, parts):
+    """The most that one block makes on the way, one pass in it, with the largest matrix cast to e bytes."""
+    config, e = load.config, load.itemsize
+    row = e * config.dim  # a token in the compute dtype
+    norm = 4 * config.dim + (row if e < 4 else 0)  # LayerNorm in float32, then cast
+    gated = row + (4 * config.dim if e < 4 else 0)  # a result, and its float32 copy for the residual step
+    part = load.tokens / parts
+    turned = 2 * 4 * config.dim * min(TOKENS_AT_ONCE, part)  # RoPE in float32, bytes
+    project = max(norm * part, 4 * row * part, 3 * row * part + turned)
+    if parts > 1:
+        project += 3 * row * load.tokens
+    copies = ATTENTION_COPIES.get(load.attention, 0)
+    attend = (4 * row + 2 * copies * config.dim + 4 * config.num_heads) * load.tokens
+    output = row * load.tokens + gated * part
+    cross = max(norm, 4 * row) * part
+    feed_forward = max(norm, 2 * row + e * config.ffn_dim, gated) * part
+    matrix = e * config.dim * config.ffn_dim
+    return round(max(project, attend, output, cross, feed_forward) + matrix)
+
+
+def weight_counts(config):
+    """(numbers in the matrices of the blocks, which fp8 and GGUF pack; all other parameters)"""
+    dim, ffn, image = config.dim, config.ffn_dim, config.image_dim
+    matrices = config.num_layers * (8 * dim**2 + 2 * dim * ffn + (2 * dim**2 if image else 0))
+    block = 21 * dim + ffn + (3 * dim if image else 0)  # biases, norms, modulation
+    inputs = (math.prod(PATCH_SIZE) * config.in_dim + config.text_dim + dim + config.freq_dim + dim + 5) * dim
+    outputs = (6 * dim + 6) * dim + (dim + 1) * math.prod(PATCH_SIZE) * config.out_dim + 2 * dim
+    others = config.num_layers * block + inputs + outputs
+    if image:
+        others += image**2 + 3 * image + (image + 3) * dim + (config.image_tokens or 0) * image
+    return matrices, others
