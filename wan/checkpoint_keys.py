@@ -22,7 +22,7 @@ PIPELINE_PARTS = (
 )  # fmt: skip
 QUANTIZATION_SUFFIXES = (
     "scaled_fp8", "scale_weight", "scale_input", "comfy_quant", "weight_scale", "weight_scale_2",
-    "input_scale",
+    "input_scale", "pre_quant_scale",
 )  # fmt: skip
 
 # Module names, matched whole from the left and ending at a dot: what follows (.weight, .bias,

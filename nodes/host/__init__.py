@@ -9,14 +9,11 @@ from .latent_file import KeptLatent
 from .lora import add_lora, read_lora
 from .memory import plan_memory
 from .model import (
-    DTYPES,
-    WEIGHT_DTYPES,
     checkpoint_name,
     choose_attention_for,
     config_of,
     ignored_patches,
     is_ours,
-    load_model,
     measured_coefficients,
 )
 from .progress import Progress, StepProgress, check_cancelled, memory_watch, tell
@@ -30,6 +27,7 @@ from .upsample import (
     upscale_with_model,
 )
 from .vae import decode_video, latent_device, load_vae, vae_shape
+from .weights import DTYPES, WEIGHT_DTYPES, load_model
 
 __all__ = [
     "DTYPES",

@@ -2,36 +2,22 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import comfy.ldm.common_dit
 import comfy.model_base
-import comfy.model_detection
 import comfy.model_management
-import comfy.model_patcher
-import comfy.ops
-import comfy.utils
 import torch
 from comfy.ldm.modules import attention as host_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
-from ...wan import checkpoint
 from ...wan.attention import best_kernels, choose_attention, sdpa
-from ...wan.config import CLIP_TOKENS, detect_config
+from ...wan.config import CLIP_TOKENS
 from ...wan.dit import WanModel
 from ...wan.memory import Load, step_bytes
 from ...wan.sample import Call
 from ...wan.teacache import check_coefficients
-from .gguf import load_gguf
 from .progress import check_cancelled
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FP8_FAST = "fp8_e4m3fn_fast"
-WEIGHT_DTYPES = DTYPES | {
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-    FP8_FAST: torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
 CALL = "wan21_call"  # in transformer_options: the `Call` of our sampler's step
 NEED = "wan21_need"  # in a conditioning: bytes that a step of our sampler takes
 COEFFICIENTS_KEY = "teacache_coefficients"  # in a checkpoint's metadata
@@ -115,16 +101,22 @@ class HostWanModel(WanModel):
 
     With an fp8 `dtype` only the matrices of the blocks are stored so; norms, biases, modulation and the
     layers outside the blocks, small and sensitive, keep `compute_dtype`.
+
+    Args:
+        stored: dtype by key, where a parameter is to be stored otherwise.
     """
 
-    def __init__(self, config, operations, device=None, dtype=None, compute_dtype=None):
-        is_fp8 = dtype in WEIGHT_DTYPES.values() and dtype.itemsize == 1
+    def __init__(self, config, operations, device=None, dtype=None, compute_dtype=None, stored=None):
+        is_fp8 = dtype is not None and dtype.itemsize == 1
         super().__init__(config, operations, device, compute_dtype if is_fp8 else dtype)
         self.dtype = dtype
         if is_fp8:
             for layer in self.blocks.modules():
                 if isinstance(layer, torch.nn.Linear):
-                    _store_as(layer, dtype)
+                    _store_as(layer, "weight", dtype)
+        for key, other in (stored or {}).items():
+            owner, _, name = key.rpartition(".")
+            _store_as(self.get_submodule(owner), name, other)
 
     @_untraced
     def forward(
@@ -178,18 +170,19 @@ def _composed(call, transformer_options):
     return _untraced(run)
 
 
-def _store_as(layer, dtype):
-    layer.weight_comfy_model_dtype = dtype  # where the host makes the weight only when it is loaded
-    if layer.weight is not None:
-        layer.weight = torch.nn.Parameter(torch.empty_like(layer.weight, dtype=dtype), requires_grad=False)
+def _store_as(layer, name, dtype):
+    setattr(layer, f"{name}_comfy_model_dtype", dtype)  # where the host makes it only when it is loaded
+    value = getattr(layer, name)
+    if value is not None:
+        setattr(layer, name, torch.nn.Parameter(torch.empty_like(value, dtype=dtype), requires_grad=False))
 
 
 class Wan21(comfy.model_base.WAN21):
     """The host's Wan2.1 base model around our DiT, with the velocity that our sampler asks for."""
 
-    def __init__(self, model_config, config, path, metadata, device=None):
+    def __init__(self, model_config, config, path, metadata, device=None, stored=None):
         def build(operations, device, dtype=None, **_):
-            return HostWanModel(config, operations, device, dtype, model_config.manual_cast_dtype)
+            return HostWanModel(config, operations, device, dtype, model_config.manual_cast_dtype, stored)
 
         super(comfy.model_base.WAN21, self).__init__(
             model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=build
@@ -271,86 +264,6 @@ def measured_coefficients(model):
         return check_coefficients(json.loads(stored))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def load_model(path, weight_dtype="default", disable_dynamic=False):
-    """Read a Wan2.1 checkpoint of any published layout, or a GGUF file, into a standard MODEL."""
-    if str(path).lower().endswith(".gguf"):
-        return _load_gguf(path, weight_dtype)
-    state_dict, metadata = checkpoint.read_checkpoint(path)
-    state_dict = checkpoint.to_wan_dit_keys(state_dict)
-    config = detect_config(state_dict, metadata)
-    state_dict, metadata = comfy.utils.convert_old_quants(state_dict, "", metadata=metadata)
-    with torch.device("meta"):
-        expected = {k: tuple(v.shape) for k, v in WanModel(config, torch.nn).state_dict().items()}
-    checkpoint.check_keys(expected, state_dict, Path(path).name)
-    model_config = comfy.model_detection.model_config_from_unet(state_dict, "", metadata=metadata)
-    load_device = comfy.model_management.get_torch_device()
-    _choose_dtype(model_config, state_dict, load_device, weight_dtype)
-    model = Wan21(model_config, config, Path(path), metadata or {})
-    patcher_class = (
-        comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    )
-    offload_device = comfy.model_management.unet_offload_device()
-    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
-    if not comfy.model_management.is_device_cpu(offload_device):
-        model.to(offload_device)
-    model.load_model_weights(state_dict, "", assign=patcher.is_dynamic())
-    # The host builds further patchers of this model (hooks, several GPUs) from this recipe.
-    patcher.cached_patcher_init = (load_model, (path, weight_dtype))
-    return patcher
-
-
-def _load_gguf(path, weight_dtype):
-    if weight_dtype != "default":
-        raise ValueError(
-            f"weight_dtype is {weight_dtype}, and GGUF weights stay packed as they are. Set weight_dtype "
-            "to default"
-        )
-
-    def build(model_config, config, device):
-        return Wan21(model_config, config, Path(path), {}, device)
-
-    patcher = load_gguf(path, build, partial(_choose_dtype, weight_dtype=weight_dtype))
-    patcher.cached_patcher_init = (load_model, (path, weight_dtype))
-    return patcher
-
-
-def _choose_dtype(model_config, state_dict, load_device, weight_dtype):
-    """Storage and compute dtype by the host's rules; layers that cast at each call."""
-    management = comfy.model_management
-    dtype = WEIGHT_DTYPES.get(weight_dtype)
-    quantised = model_config.quant_config is not None
-    if quantised and dtype is not None:
-        raise ValueError(
-            f"weight_dtype is {weight_dtype}, and the weights of this file are quantised; they stay as "
-            "they are stored. Set weight_dtype to default"
-        )
-    supported = list(model_config.supported_inference_dtypes)
-    if dtype is None:
-        dtype = management.unet_dtype(
-            model_params=comfy.utils.calculate_parameters(state_dict),
-            supported_dtypes=supported,
-            weight_dtype=None if quantised else comfy.utils.weight_dtype(state_dict),
-        )
-    cast = management.unet_manual_cast(None if quantised else dtype, load_device, supported)
-    model_config.set_inference_dtype(dtype, cast, device=load_device)
-    if weight_dtype == FP8_FAST:
-        model_config.custom_operations = _fp8_matmul(load_device)
-    elif not quantised:  # the time embedding is float32 whatever the weights are, so layers must cast
-        model_config.custom_operations = comfy.ops.manual_cast
-
-
-def _fp8_matmul(device):
-    """The host's operations that multiply in fp8, where the device can."""
-    if not comfy.model_management.supports_fp8_compute(device):
-        name = comfy.model_management.get_torch_device_name(device)
-        raise ValueError(
-            f"weight_dtype is {FP8_FAST}, and {name} cannot multiply in fp8 (that takes an NVIDIA GPU of "
-            "compute capability 8.9 or newer: RTX 40, L4, H100). Set fp8_e4m3fn, which stores in fp8 and "
-            "computes in higher precision"
-        )
-    return comfy.ops.fp8_ops
 
 
 def ignored_patches(model):

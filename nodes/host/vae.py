@@ -13,8 +13,8 @@ from ...wan import checkpoint
 from ...wan.vae import WanVAE
 from ...wan.vae_memory import choose_tile, decode_bytes
 from ...wan.vae_retreat import decode_within_memory, on_cpu
-from .model import DTYPES
 from .progress import Progress, check_cancelled
+from .weights import DTYPES
 
 
 class HostWanVAE(WanVAE):

@@ -3,6 +3,7 @@
 import gc
 
 import bench_load
+import pytest
 import torch
 from safetensors.torch import save_file
 from wan21.nodes import host
@@ -47,3 +48,11 @@ def test_twenty_jobs_leave_memory_flat(files, prompts, sample, tmp_path):
         tensors.append(tensor_bytes())
     assert max(process[3:]) < 1.05 * max(process[:3]), process
     assert max(tensors[3:]) < 1.05 * max(tensors[:3]), tensors
+
+
+@pytest.mark.parametrize("weight_dtype", ["default", "fp8_e4m3fn"])
+def test_loading_holds_no_second_copy(weight_dtype):
+    """Of a bf16 file: mapped as it is, or converted tensor by tensor."""
+    most, size = bench_load.measure(0.2, weight_dtype)
+    assert most["RssAnon"] < {"default": 0.1, "fp8_e4m3fn": 0.6}[weight_dtype] * size, most
+    assert most["weights"] < {"default": 1.01, "fp8_e4m3fn": 0.6}[weight_dtype] * size

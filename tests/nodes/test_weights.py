@@ -1,0 +1,168 @@
+"""Weights as stored: mapped from the file, in the host's quantised formats, refused where they must be."""
+
+import hashlib
+import json
+from types import SimpleNamespace
+
+import comfy.model_management
+import comfy.quant_ops
+import pytest
+import torch
+from comfy_extras.nodes_torch_compile import TorchCompileModel
+from helpers_nodes import relative
+from safetensors.torch import load_file, save_file
+from wan21.nodes import host
+from wan21.nodes.host import weights
+
+METADATA = {"config": '{"transformer": {"text_dim": 128}}'}
+EXACT = {"float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8"}
+
+
+@pytest.fixture
+def job(prompts):
+    return (*prompts, {"samples": torch.zeros(1, 16, 2, 4, 4)})
+
+
+def save(state, path):
+    save_file(state, path, metadata=METADATA)
+    return path
+
+
+def store_in(state, dtype):
+    """The weights with the matrices in `dtype` and all others in float32."""
+    return {k: v.to(dtype) if v.ndim == 2 else v for k, v in state.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_default_keeps_each_weight_as_stored(files, job, sample, tmp_path, dtype):
+    state = store_in(load_file(files["t2v"]), dtype)
+    model = host.load_model(save(state, tmp_path / "stored.safetensors"))
+    held = model.model.diffusion_model.state_dict()
+    assert {k: v.dtype for k, v in held.items()} == {k: v.dtype for k, v in state.items()}
+    assert model.model.get_dtype_inference() == torch.float32
+    exact = host.load_model(save({k: v.float() for k, v in state.items()}, tmp_path / "exact.safetensors"))
+    ours, expected = (sample(m, *job, steps=1)[0]["samples"] for m in (model, exact))
+    assert relative(ours, expected) < 1e-6
+
+
+def test_the_file_is_not_written_to_and_may_go(files, job, sample, tmp_path):
+    path = save(store_in(load_file(files["t2v"]), torch.bfloat16), tmp_path / "mapped.safetensors")
+    digest = hashlib.sha256(path.read_bytes()).digest()
+    name = "diffusion_model.blocks.0.ffn.0"
+    lora = {
+        f"{name}.lora_A.weight": torch.ones(4, 256) / 16,
+        f"{name}.lora_B.weight": torch.ones(512, 4) / 16,
+    }
+    save_file(lora, tmp_path / "lora.safetensors")
+    model = host.load_model(path)
+    patched = host.add_lora(model, host.read_lora(tmp_path / "lora.safetensors", model), 1.0)
+    changed = sample(patched, *job, steps=1)[0]["samples"]
+    plain = sample(model, *job, steps=1)[0]["samples"]
+    assert relative(changed, plain) > 1e-3
+    with torch.no_grad():
+        model.model.diffusion_model.blocks[1].ffn[0].weight.mul_(2)
+    assert hashlib.sha256(path.read_bytes()).digest() == digest
+    twice = sample(model, *job, steps=1)[0]["samples"]
+    path.unlink()
+    path.write_bytes(b"another file")
+    assert torch.equal(sample(model, *job, steps=1)[0]["samples"], twice)
+
+
+def test_without_mapping_weights_are_copied(files, monkeypatch):
+    monkeypatch.setattr("comfy.utils.DISABLE_MMAP", True)
+    state = {"a": torch.zeros(3)}
+    layer = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.empty(3, device="meta"))})
+    weights._convert(layer, kept := dict(state), weights._is_mapped(torch.device("cpu")))
+    assert kept["a"].data_ptr() != state["a"].data_ptr()
+    monkeypatch.setattr("comfy.utils.DISABLE_MMAP", False)
+    weights._convert(layer, kept := dict(state), weights._is_mapped(torch.device("cpu")))
+    assert kept["a"].data_ptr() == state["a"].data_ptr()
+
+
+def quantise(state, name):
+    """(state dict in a format of the host, its weights unpacked); matrices of the blocks."""
+    stored, unpacked = dict(state), dict(state)
+    layout = comfy.quant_ops.QUANT_ALGOS[name]["comfy_tensor_layout"]
+    mark = torch.tensor(list(json.dumps({"format": name}).encode()), dtype=torch.uint8)
+    for key, weight in state.items():
+        if key.startswith("blocks.") and weight.ndim == 2:
+            more = {"scale": "recalculate"} if name != "mxfp8" else {}
+            packed = comfy.quant_ops.QuantizedTensor.from_float(weight, layout, **more)
+            stored |= packed.state_dict(key) | {key.removesuffix("weight") + "comfy_quant": mark.clone()}
+            unpacked[key] = packed.dequantize()
+    return stored, unpacked
+
+
+@pytest.mark.parametrize("name", sorted(comfy.quant_ops.QUANT_ALGOS))
+def test_the_hosts_quantised_formats(files, models, job, sample, tmp_path, name):
+    stored, unpacked = quantise(load_file(files["t2v"]), name)
+    model = host.load_model(save(stored, tmp_path / "stored.safetensors"))
+    weight = model.model.diffusion_model.blocks[1].ffn[0].weight
+    assert weight._qdata.dtype == comfy.quant_ops.QUANT_ALGOS[name]["storage_t"]
+    exact = host.load_model(save(unpacked, tmp_path / "unpacked.safetensors"))
+    ours, expected = (sample(m, *job, steps=1)[0]["samples"] for m in (model, exact))
+    assert relative(expected, sample(models["t2v"], *job, steps=1)[0]["samples"]) > 1e-4
+    # The int8 formats also round what they multiply with.
+    limit = 1e-5 if name in EXACT else {"int8_tensorwise": 0.03, "convrot_w4a4": 0.5}[name]
+    assert relative(ours, expected) < limit
+
+
+def test_a_format_that_the_host_lacks_is_named(files, tmp_path):
+    stored, _ = quantise(load_file(files["t2v"]), "int8_tensorwise")
+    for key in stored:
+        if key.endswith("comfy_quant"):
+            stored[key] = torch.tensor(list(b'{"format": "int3"}'), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"stored as int3, and this ComfyUI reads .*int8_tensorwise.*Update"):
+        host.load_model(save(stored, tmp_path / "later.safetensors"))
+
+
+def test_what_is_unpacked_at_each_use_is_said(files, tmp_path, caplog):
+    stored, _ = quantise(load_file(files["t2v"]), "nvfp4")
+    with caplog.at_level("INFO"):
+        host.load_model(save(stored, tmp_path / "nvfp4.safetensors"))
+    assert "cannot multiply in nvfp4: weights are unpacked at each use" in caplog.text
+
+
+@pytest.fixture
+def capability(monkeypatch):
+    """Sets the compute capability of a GPU that is not there."""
+
+    def fake(major, minor):
+        monkeypatch.setattr(comfy.model_management, "is_nvidia", lambda: True)
+        monkeypatch.setattr(comfy.model_management, "get_torch_device_name", lambda device: "an NVIDIA GPU")
+        properties = SimpleNamespace(major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
+
+    return fake
+
+
+def test_fp8_multiplication_by_capability(capability):
+    gpu = torch.device("cuda", 0)
+    for major, minor in ((7, 5), (8, 0), (8, 6)):
+        capability(major, minor)
+        with pytest.raises(ValueError, match=r"an NVIDIA GPU cannot multiply in fp8 .*8\.9"):
+            weights._fp8_matmul(gpu)
+    for major, minor in ((8, 9), (9, 0), (12, 0)):
+        capability(major, minor)
+        assert weights._fp8_matmul(gpu) is comfy.ops.fp8_ops
+
+
+@pytest.mark.parametrize(
+    "dtype, backend, numbers, refused",
+    [
+        ("fp8_e4m3fn", "inductor", (8, 6), True),
+        ("fp8_e4m3fn", "inductor", (8, 9), False),
+        ("fp8_e4m3fn", "cudagraphs", (8, 6), False),
+        ("fp8_e5m2", "inductor", (8, 6), False),
+        ("default", "inductor", (8, 6), False),
+    ],
+)
+def test_fp8_under_compile_by_capability(files, job, sample, capability, dtype, backend, numbers, refused):
+    model = TorchCompileModel.execute(host.load_model(files["t2v"], dtype), backend).result[0]
+    model.load_device = torch.device("cuda", 0)
+    capability(*numbers)
+    if not refused:
+        return weights.check_compile(model)
+    with pytest.raises(ValueError, match=r"capability 8\.6 .*Remove TorchCompileModel, or set weight_dtype"):
+        weights.check_compile(model)
