@@ -1,4 +1,4 @@
-"""How much memory a decode takes on its device beyond the weights, before it is tried.
+"""How much memory an encode or a decode takes on its device beyond the weights, before it is tried.
 
 Most of it is what causal layers keep: two frames of every convolution that looks back in time, at its own
 resolution. It is counted from the layers. The rest is one chunk under way at the widest place, in units of
@@ -45,6 +45,29 @@ def decode_bytes(vae, h, w, device, tile=None, itemsize=None):
     return strips + int(SAFETY * itemsize * (kept + alive * widest))
 
 
+def encode_bytes(vae, frames, h, w, device, itemsize=None):
+    """Bytes that encoding one clip takes on `device` beyond weights, pixels and result.
+
+    Args:
+        vae: The WanVAE.
+        frames, h, w: Of the pixels.
+        device: Where it is encoded.
+        itemsize: Bytes of a number; None is that of the weights.
+    """
+    itemsize = itemsize or vae.conv2.weight.element_size()
+    chunk = frames_per_chunk(None, device)
+    alive = CHUNKS_ALIVE.get(device.type, CHUNKS_ALIVE["cuda"])
+    kept, widest, pixels = 0, 0, h * w
+    for layers in vae.encoder.stages():
+        kept += kept_values(layers, frames) * pixels
+        widest = max(widest, width(layers) * pixels * min(chunk, frames))
+        pixels //= 4
+        if halves_time(layers[0]):
+            frames = (frames + 1) // 2
+    strips = 2 * STRIP_BYTES if device.type == "cpu" else 0
+    return strips + int(SAFETY * itemsize * (kept + alive * widest))
+
+
 def choose_tile(vae, h, w, device, free_bytes):
     """None for whole frames, or the largest tile (pixels) whose decode fits into `free_bytes`.
 
@@ -58,7 +81,7 @@ def choose_tile(vae, h, w, device, free_bytes):
 
 def causal_convs(layer):
     """The convolutions of a layer that keep frames."""
-    if doubles_time(layer):
+    if doubles_time(layer) or halves_time(layer):
         return [layer.__self__.time_conv]
     if hasattr(layer, "args"):  # conv_layer
         return [conv for conv in layer.args if conv.kernel_size[0] > 1]
@@ -67,10 +90,16 @@ def causal_convs(layer):
     return [m for m in layer.modules() if len(getattr(m, "kernel_size", ())) == 3 and m.kernel_size[0] > 1]
 
 
-def kept_values(layers):
-    """Numbers per pixel that the layers keep between chunks."""
+def halves_time(layer):
+    return getattr(layer, "__name__", "") == "time_down"
+
+
+def kept_values(layers, frames=2):
+    """Numbers per pixel that the layers keep between chunks, of a clip of so many frames."""
     return sum(
-        (conv.kernel_size[0] - 1) * conv.in_channels for layer in layers for conv in causal_convs(layer)
+        min(conv.kernel_size[0] - 1, frames) * conv.in_channels
+        for layer in layers
+        for conv in causal_convs(layer)
     )
 
 

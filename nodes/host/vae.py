@@ -11,7 +11,7 @@ import torch
 
 from ...wan import checkpoint
 from ...wan.vae import WanVAE
-from ...wan.vae_memory import choose_tile, decode_bytes
+from ...wan.vae_memory import choose_tile, decode_bytes, encode_bytes
 from ...wan.vae_retreat import decode_within_memory, on_cpu
 from .progress import Progress, check_cancelled
 from .weights import DTYPES
@@ -50,7 +50,16 @@ def load_vae(path, precision="auto"):
     )
     model.load_state_dict(state_dict, assign=patcher.is_dynamic())
     vae.first_stage_model, vae.patcher, vae.handles_tiling = model, patcher, True
+    _set_estimates(vae, model, vae.device)
     return vae
+
+
+def _set_estimates(vae, model, device):
+    """What the host's manager is asked for: bytes of one clip [B, C, frames, height, width]."""
+    vae.memory_used_encode = lambda shape, dtype: encode_bytes(model, *shape[2:], device, dtype.itemsize)
+    vae.memory_used_decode = lambda shape, dtype: decode_bytes(
+        model, *shape[3:], device, itemsize=dtype.itemsize
+    )
 
 
 def decode_video(vae, samples, tile_size, say):
