@@ -162,9 +162,8 @@ class Latents:
             shards = [torch.load(Path(folder) / name, weights_only=True) for name in names]
             self.motions[bucket] = [data.Motion(**m) for s in shards for m in s["motions"]]
             self.parts[bucket] = join_shards(shards)
-            self.chances[bucket] = [
-                HARD_WEIGHT if m.name.startswith(HARD) else 1 for m in self.motions[bucket]
-            ]
+            hard = [m.name.startswith(HARD) for m in self.motions[bucket]]
+            self.chances[bucket] = [HARD_WEIGHT if h else 1 for h in hard]
         self.weights = [len(self.motions[b]) * b.tokens for b in self.buckets]
 
     def draw(self, rng, tokens):
