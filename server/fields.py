@@ -160,6 +160,7 @@ FIELDS = (
     _file("vae", "vae"),
     _file("clip_vision", "clip_vision"),
 )
+NODES = tuple(dict.fromkeys(field.node for field in FIELDS if field.node))
 SIZE = re.compile(r"(\d{1,5})[*x](\d{1,5})")
 
 

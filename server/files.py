@@ -8,6 +8,8 @@ import re
 import secrets
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from .fetch import fetch
@@ -17,7 +19,7 @@ from .store import FileRow
 
 URI = "wan21://files/"
 IMAGE_FIELDS = ("image", "end_image")
-IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/tiff", "image/gif")
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif")
 FETCH_SECONDS = 20  # the client waits 30 s for the answer to a run
 MAX_FILES_PER_REQUEST = 16
 MAX_TEXT_BYTES = 64 * 1024
@@ -40,6 +42,8 @@ class Files:
         self._uploads = Path(uploads)
         self._inputs = Path(inputs)
         self._uploads.mkdir(parents=True, exist_ok=True)
+        # Of their own, so that slow servers elsewhere do not hold up the rest.
+        self._fetchers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="wan21-fetch")
 
     async def announce(self, owner, requests, upload_url):
         """Make rows for files that a client is going to upload.
@@ -178,7 +182,8 @@ class Files:
             elif value.startswith(("https://", "http://")):
                 source = fetched = self._uploads / f"{secrets.token_hex(16)}.fetched"
                 limits = {"max_bytes": self._settings.max_upload_bytes, "timeout_s": FETCH_SECONDS}
-                await asyncio.to_thread(fetch, value, source, accept=IMAGE_TYPES, **limits)
+                fetching = partial(fetch, value, source, accept=IMAGE_TYPES, **limits)
+                await asyncio.get_running_loop().run_in_executor(self._fetchers, fetching)
             else:
                 raise invalid((field, "must be an uploaded file or an https URL"))
             await asyncio.to_thread(write_png, source, path)

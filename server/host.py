@@ -1,6 +1,7 @@
 """The host's queue, node registry and folders: the only file of the API that touches them."""
 
 import json
+import logging
 import struct
 from pathlib import Path
 
@@ -18,19 +19,30 @@ _WORD = struct.Struct(">I")
 class _Observer:
     """Stands among the host's websockets and hands its messages to a function.
 
-    It must not raise: the host's publishing loop would end for everybody.
+    Errors are logged here: in the host's publishing loop they would end it for everybody.
     """
 
     def __init__(self, on_message):
         self._on_message = on_message
 
     async def send_json(self, message):
-        self._on_message(message["type"], message["data"])
+        self._hand_on(message["type"], message["data"])
 
     async def send_bytes(self, message):
-        preview = read_preview(bytes(message))
+        try:
+            preview = read_preview(bytes(message))
+        except (struct.error, ValueError, KeyError):
+            return  # of another pack
         if preview is not None:
-            self._on_message("preview", preview)
+            self._hand_on("preview", preview)
+
+    def _hand_on(self, kind, data):
+        if not isinstance(data, dict):
+            return  # other packs broadcast what they like
+        try:
+            self._on_message(kind, data)
+        except Exception:
+            logging.exception("Wan2.1 jobs: message %s of the host was not understood", kind)
 
 
 def read_preview(message):
@@ -55,7 +67,7 @@ class Host:
         self._server.app.add_subapp(prefix, app)
 
     def observe(self, on_message):
-        """Call `on_message(type, data)` for each message about our jobs; it must not raise."""
+        """Call `on_message(type, data)` for each message to our client id or to all."""
         self._server.sockets[OBSERVER] = _Observer(on_message)
         features = {"feature_flags": {"supports_preview_metadata": True}}
         self._server.sockets_metadata[OBSERVER] = features

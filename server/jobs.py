@@ -8,7 +8,7 @@ import uuid
 from collections import Counter
 
 from .addresses import ForbiddenUrl, check_url
-from .fields import build_input_model, read_input
+from .fields import NODES, build_input_model, read_input
 from .graph import build_graph, load_workflow, preferred_names
 from .installed import FOLDERS
 from .problems import Problem, invalid
@@ -37,10 +37,14 @@ class Jobs:
         self._sessions = sessions
         self._installed = installed
         self._arriving = Counter()
+        self._model = (None, None)  # (inputs of the nodes, the pydantic model made of them)
 
     def input_model(self):
         """Return the pydantic model of the input, as the host's nodes are now."""
-        return build_input_model(self._host.node_inputs)
+        inputs = {node: self._host.node_inputs(node) for node in NODES}
+        if inputs != self._model[0]:
+            self._model = inputs, build_input_model(inputs.get)
+        return self._model[1]
 
     async def submit(self, owner, params, base_url):
         """Check a run request and queue its job.
@@ -114,7 +118,7 @@ class Jobs:
                 status=0,
                 app=APP,
                 base_url=base_url,
-                input=params["input"],
+                input=given,
                 graph=job.nodes,
                 roles=job.roles,
                 created_at=now,

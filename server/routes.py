@@ -62,10 +62,10 @@ class Routes:
 
     @web.middleware
     async def guard(self, request, handler):
-        """Name the owner of each request, and answer every error as a problem."""
+        """Refuse who may not call, and answer every error as a problem."""
         try:
             if request.match_info.route.name != UPLOAD:
-                request["owner"] = self._gate.owner(request)
+                self._owner(request)
             return await handler(request)
         except Problem as problem:
             return problem.response()
@@ -88,9 +88,9 @@ class Routes:
         return web.json_response(schema | self._jobs.input_model().model_json_schema())
 
     async def run(self, request):
-        self._limit.take(request["owner"])
+        self._limit.take(self._owner(request))
         params = await _json_body(request)
-        row = await self._jobs.submit(request["owner"], params, self._base_url(request))
+        row = await self._jobs.submit(self._owner(request), params, self._base_url(request))
         return _answer(snapshot(row))
 
     async def task(self, request):
@@ -146,8 +146,11 @@ class Routes:
             await self._files.remove(await self._files.of_task(row.id))
         return web.Response(status=204)
 
+    def _owner(self, request):
+        return self._gate.owner(request)
+
     async def _task(self, request):
-        return await self._tasks.get(request["owner"], request.match_info["id"])
+        return await self._tasks.get(self._owner(request), request.match_info["id"])
 
     # --- files -----------------------------------------------------------------------------------------
 
@@ -170,11 +173,13 @@ class Routes:
         return await self._files.of_task(row.id, role)
 
     async def announce(self, request):
-        self._limit.take(request["owner"])
+        self._limit.take(self._owner(request))
         body = await _json_body(request)
         base = self._base_url(request)
         wanted = body.get("files") if isinstance(body, dict) else None
-        files = await self._files.announce(request["owner"], wanted, lambda token: f"{base}/upload/{token}")
+        files = await self._files.announce(
+            self._owner(request), wanted, lambda token: f"{base}/upload/{token}"
+        )
         return _answer(files)
 
     async def upload(self, request):
@@ -186,7 +191,7 @@ class Routes:
         return web.Response(status=204)
 
     async def download(self, request):
-        row = await self._files.find(request["owner"], request.match_info["id"])
+        row = await self._files.find(self._owner(request), request.match_info["id"])
         shown = row.role != UPLOAD and row.content_type.startswith(MEDIA)
         kind = row.content_type if shown else "application/octet-stream"
         headers = {
@@ -202,16 +207,18 @@ class Routes:
     # --- sessions --------------------------------------------------------------------------------------
 
     async def session_list(self, request):
-        return _answer([_session(row) for row in await self._sessions.list(request["owner"])])
+        return _answer([_session(row) for row in await self._sessions.list(self._owner(request))])
 
     async def session(self, request):
-        return _answer(_session(await self._sessions.get(request["owner"], request.match_info["id"])))
+        return _answer(_session(await self._sessions.get(self._owner(request), request.match_info["id"])))
 
     async def keep_session(self, request):
-        return _answer(_session(await self._sessions.keep_alive(request["owner"], request.match_info["id"])))
+        return _answer(
+            _session(await self._sessions.keep_alive(self._owner(request), request.match_info["id"]))
+        )
 
     async def end_session(self, request):
-        await self._sessions.end(request["owner"], request.match_info["id"])
+        await self._sessions.end(self._owner(request), request.match_info["id"])
         return web.Response(status=204)
 
     def _base_url(self, request):

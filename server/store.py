@@ -131,7 +131,10 @@ class Store:
 
     async def save(self, row, *names):
         """Write the named columns of a row, as they are now; all without names."""
-        values = {name: value for name, value in _values(row).items() if not names or name in names}
+        await self.write(row, {k: v for k, v in _values(row).items() if not names or k in names})
+
+    async def write(self, row, values):
+        """Write new values of columns, and leave the row in memory as it is."""
         statement = update(type(row)).where(type(row).id == row.id).values(**values)
         await self._run(lambda session: session.execute(statement))
 

@@ -163,16 +163,9 @@ class Tasks:
     # --- from the host ---------------------------------------------------------------------------------
 
     def _on_message(self, kind, data):
-        """Take a message of the host in; errors are logged, since the host's loop must go on."""
         live = self._by_prompt.get(data.get("prompt_id"))
         if live is None or live.ending:
             return
-        try:
-            self._apply(live, kind, data)
-        except Exception:
-            logging.exception("Wan2.1 jobs: message %s of the host was not understood", kind)
-
-    def _apply(self, live, kind, data):
         row = live.row
         if kind == "preview":
             live.preview = data
@@ -240,9 +233,7 @@ class Tasks:
             logging.exception("Wan2.1 jobs: the outputs of %s could not be read", row.id)
             return await self._end(live, states.FAILED, f"the outputs could not be read: {error!r}")
         await self._store.add(*files)
-        row.output = output
-        row.progress = 100.0
-        await self._end(live, states.COMPLETED)
+        await self._end(live, states.COMPLETED, output=output, progress=100.0)
 
     def _collect(self, row, outputs):
         folder = self._host.output_directory
@@ -258,14 +249,16 @@ class Tasks:
         urls = {role: f"{base}/{file.id}/{file.filename}" for role, file in files.items()}
         return list(files.values()), urls | {"seed": row.graph[row.roles["sampler"]]["inputs"]["seed"]}
 
-    async def _end(self, live, status, error=""):
+    async def _end(self, live, status, error="", **changes):
         live.ending = True
-        row = live.row
-        row.status, row.error, row.updated_at = status, error, time.time()
+        row, now = live.row, time.time()
         live.log({states.COMPLETED: "completed", states.CANCELLED: "cancelled"}.get(status, "failed"))
+        changes |= {"status": status, "error": error, "updated_at": now, "logs": row.logs}
         if row.webhook:
-            row.hook_state, row.hook_next = "pending", row.updated_at
-        await self._store.save(row)  # before anybody hears of it
+            changes |= {"hook_state": "pending", "hook_next": now}
+        await self._store.write(row, changes)  # before anybody hears of it
+        for name, value in changes.items():
+            setattr(row, name, value)
         self._live.pop(row.id, None)
         self._by_prompt.pop(row.prompt_id, None)
         live.publish()

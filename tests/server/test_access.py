@@ -34,7 +34,9 @@ def test_without_keys_only_this_machine_is_served():
 
 def test_keys_name_owners_and_others_are_refused():
     gate = Gate(Settings(keys=(KEY, OTHER)))
-    owners = {gate.owner(request("8.8.8.8", "x.example", Authorization=f"Bearer {key}")) for key in (KEY, OTHER)}
+    owners = {
+        gate.owner(request("8.8.8.8", "x.example", Authorization=f"Bearer {key}")) for key in (KEY, OTHER)
+    }
     assert len(owners) == 2 and not any(key in owner for owner in owners for key in (KEY, OTHER))
     for header in ("", "Bearer", f"Bearer {KEY[:-1]}", f"Basic {KEY}", f"Bearer {KEY}x"):
         with pytest.raises(Problem) as raised:

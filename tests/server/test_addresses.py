@@ -8,12 +8,13 @@ import pytest
 from wan21.server.addresses import ForbiddenUrl, check_url, guarded_session, is_public
 from wan21.server.fetch import FetchError, fetch
 
+PRIVATE = """
+127.0.0.1 10.0.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1
+::1 fe80::1%eth0 fc00::1 ::ffff:127.0.0.1 2002:7f00:1:: 64:ff9b::7f00:1
+"""
 
-@pytest.mark.parametrize(
-    "address",
-    "127.0.0.1 10.0.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 ::1 fe80::1%eth0 fc00::1 "
-    "::ffff:127.0.0.1 2002:7f00:1:: 64:ff9b::7f00:1".split(),
-)
+
+@pytest.mark.parametrize("address", PRIVATE.split())
 def test_private_addresses(address):
     assert not is_public(address)
 
@@ -64,7 +65,9 @@ def web_server(monkeypatch):
         def do_GET(self):
             if self.path.startswith("/to/"):
                 self.send_response(302)
-                self.send_header("Location", self.path[3:] if self.path != "/to/file" else "file:///etc/passwd")
+                self.send_header(
+                    "Location", self.path[3:] if self.path != "/to/file" else "file:///etc/passwd"
+                )
                 self.end_headers()
                 return
             if self.path == "/loop":
