@@ -10,12 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, create_model
 
+from ..nodes.links import check_link
 from .problems import invalid
 
 REQUIRED = object()
 FROM_NODE = object()
-MAX_TEXT = 20_000
+MAX_TEXT = 5000  # a snapshot repeats it, and old clients stop at lines of 128 KiB
 MAX_URL = 4096
+NONE = "none"
+MIN_FRAMES_OF_PAIR = 5
 
 I2V, SAMPLER, LORA = "Wan21ImageToVideo", "Wan21Sampler", "Wan21LoraLoader"
 DECODE, TEMPORAL, SPATIAL = "Wan21VAEDecode", "Wan21TemporalUpsample", "Wan21SpatialUpsample"
@@ -56,7 +59,9 @@ def _file(name, folder):
 
 FIELDS = (
     _text("prompt", "What happens in the video.", REQUIRED, min_length=1),
-    _text("image", "Start image: an uploaded file, or an https URL.", REQUIRED, min_length=1),
+    _text(
+        "image", "Start image: an uploaded file, or an https URL.", REQUIRED, min_length=1, max_length=MAX_URL
+    ),
     AppField("end_image", str | None, "End image, in the same forms.", None, limits={"max_length": MAX_URL}),
     _text(
         "size", "Width and height in pixels, multiples of 16: 832*480 or 832x480.", "832*480", max_length=16
@@ -102,7 +107,7 @@ FIELDS = (
     AppField(
         "lora_url",
         str,
-        "https URL of a LoRA.",
+        "https URL of a LoRA, a .safetensors file.",
         "",
         LORA,
         "lora_url",
@@ -152,9 +157,23 @@ FIELDS = (
         input="add_frames_for_end_image",
     ),
     AppField(
-        "temporal_upsampling", str, "More frames per second.", "none", TEMPORAL, "method", neutral="none"
+        "temporal_upsampling",
+        str,
+        "More frames a second, by motion-compensated interpolation.",
+        NONE,
+        TEMPORAL,
+        "method",
+        neutral=NONE,
     ),
-    AppField("spatial_upsampling", str, "Larger frames.", "none", SPATIAL, "method", neutral="none"),
+    AppField(
+        "spatial_upsampling",
+        str,
+        "Larger frames; model takes the first file in models/upscale_models.",
+        NONE,
+        SPATIAL,
+        "method",
+        neutral=NONE,
+    ),
     _file("model", "diffusion_models"),
     _file("text_encoder", "text_encoders"),
     _file("vae", "vae"),
@@ -188,9 +207,14 @@ def read_input(model, data):
     if not isinstance(data, dict):
         raise invalid(("", "must be an object with at least prompt and image"))
     try:
-        return model.model_validate(data)
+        checked = model.model_validate(data)
     except ValidationError as error:
         raise invalid(*_complaints(error)) from None
+    if checked.end_image and checked.num_frames < MIN_FRAMES_OF_PAIR:
+        raise invalid(("num_frames", f"must be at least {MIN_FRAMES_OF_PAIR} with an end image"))
+    if checked.add_frames_for_end_image and not checked.end_image:
+        raise invalid(("add_frames_for_end_image", "is for an end image, and there is none"))
+    return checked
 
 
 def _complaints(error):
@@ -216,10 +240,13 @@ def _definition(field, node_inputs):
     limits |= {limit: spec[name] for limit, name in (("ge", "min"), ("le", "max")) if name in spec}
     kind, checks = field.kind, []
     if field.choices is None and spec.get("options"):
-        kind = Literal[tuple(spec["options"])]
+        neutral = [] if field.neutral is None else [field.neutral]
+        kind = Literal[tuple(dict.fromkeys([*neutral, *spec["options"]]))]
     if field.name == "num_frames":
         checks.append(AfterValidator(_check_num_frames))
         limits["json_schema_extra"] = {"description": f"{field.description} One of 1, 5, 9, ..."}
+    if field.name == "lora_url":
+        checks.append(AfterValidator(_check_lora_url))
     if field.name == "size":
         sides = node_inputs(I2V)
         checks.append(AfterValidator(lambda text: _check_size(text, sides)))
@@ -255,6 +282,12 @@ def _check_size(text, inputs):
         if not low <= value <= high or value % step:
             raise ValueError(f"{name} is {value}; it must be a multiple of {step} from {low} to {high}")
     return text
+
+
+def _check_lora_url(url):
+    if url:
+        check_link(url)
+    return url
 
 
 def _check_num_frames(value):

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import io
 import logging
 import mimetypes
 import re
@@ -9,17 +10,15 @@ import secrets
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
-from .fetch import fetch
+from ..nodes.fetch import fetch_bytes
 from .images import write_png
 from .problems import Problem, invalid
 from .store import FileRow
 
 URI = "wan21://files/"
 IMAGE_FIELDS = ("image", "end_image")
-IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif")
 FETCH_SECONDS = 20  # the client waits 30 s for the answer to a run
 MAX_FILES_PER_REQUEST = 16
 MAX_TEXT_BYTES = 64 * 1024
@@ -42,8 +41,10 @@ class Files:
         self._uploads = Path(uploads)
         self._inputs = Path(inputs)
         self._uploads.mkdir(parents=True, exist_ok=True)
-        # Of their own, so that slow servers elsewhere do not hold up the rest.
-        self._fetchers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="wan21-fetch")
+        # Threads of their own: slow servers elsewhere hold up nothing else, and one picture at a time is
+        # decoded, because a large one takes much memory.
+        self._fetchers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="wan21-fetch")
+        self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan21-image")
 
     async def announce(self, owner, requests, upload_url):
         """Make rows for files that a client is going to upload.
@@ -175,23 +176,18 @@ class Files:
         return names, rows
 
     async def _prepare(self, owner, field, value, path):
-        fetched = None
+        loop = asyncio.get_running_loop()
         try:
             if value.startswith(URI):
                 source = Path((await self._upload(owner, field, value)).path)
             elif value.startswith(("https://", "http://")):
-                source = fetched = self._uploads / f"{secrets.token_hex(16)}.fetched"
-                limits = {"max_bytes": self._settings.max_upload_bytes, "timeout_s": FETCH_SECONDS}
-                fetching = partial(fetch, value, source, accept=IMAGE_TYPES, **limits)
-                await asyncio.get_running_loop().run_in_executor(self._fetchers, fetching)
+                limits = self._settings.max_upload_bytes, FETCH_SECONDS
+                source = io.BytesIO(await loop.run_in_executor(self._fetchers, fetch_bytes, value, *limits))
             else:
                 raise invalid((field, "must be an uploaded file or an https URL"))
-            await asyncio.to_thread(write_png, source, path)
+            await loop.run_in_executor(self._decoder, write_png, source, path)
         except ValueError as error:
             raise invalid((field, str(error))) from error
-        finally:
-            if fetched is not None:
-                fetched.unlink(missing_ok=True)
 
     async def of_task(self, task_id, role=None):
         """Return the rows of a task's files."""
@@ -216,7 +212,7 @@ class Files:
         if deleted:
             logging.info("Wan2.1 jobs: %d unused uploads removed", len(deleted))
         oldest = time.time() - self._settings.keep_uploads_seconds
-        for path in self._uploads.glob("*.*"):  # .part and .fetched of a killed process
+        for path in self._uploads.glob("*.part"):  # of a killed process
             if path.stat().st_mtime < oldest:
                 path.unlink(missing_ok=True)
 

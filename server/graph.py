@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .fields import DECODE, FIELDS, I2V, LORA, SAMPLER, SPATIAL, TEMPORAL, available, parse_size
+from .fields import DECODE, FIELDS, I2V, LORA, NONE, SAMPLER, SPATIAL, TEMPORAL, available, parse_size
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows" / "api"
 CLIP_NODES = ("CLIPVisionLoader", "CLIPVisionEncode")
@@ -134,13 +134,18 @@ class _Builder:
             model = self.nodes[sampler]["inputs"]["model"]
             self.nodes[sampler]["inputs"]["model"] = [self.add(LORA, "LoRA", model=model), 0]
         frames = [decode, 0]
-        if values["temporal_upsampling"] not in ("", "none"):
+        if values["temporal_upsampling"] != NONE:
             node = self.add(TEMPORAL, "More frames", images=frames)
             frames = [node, 0]
             self.nodes[video]["inputs"]["fps"] = [node, 1]
             self.set(TEMPORAL, "fps", values["fps"], "fps")
-        if values["spatial_upsampling"] not in ("", "none"):
-            frames = [self.add(SPATIAL, "Larger frames", images=frames), 0]
+        if values["spatial_upsampling"] != NONE:
+            larger = self.add(SPATIAL, "Larger frames", images=frames)
+            if values["spatial_upsampling"] == "model":
+                loader = self.add("UpscaleModelLoader", "Upscale model")
+                self.nodes[larger]["inputs"]["upscale_model"] = [loader, 0]
+                self.fields[loader, "model_name"] = "spatial_upsampling"
+            frames = [larger, 0]
         self.nodes[video]["inputs"]["images"] = frames
 
     def set_fields(self, values):

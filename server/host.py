@@ -126,10 +126,6 @@ class Host:
             for name, spec in groups.get(group, {}).items()
         }
 
-    def model_names(self, folder):
-        """Return the file names of one of the host's model folders."""
-        return folder_paths.get_filename_list(folder)
-
     def model_path(self, folder, name):
         """Return the path of a listed model file."""
         return Path(folder_paths.get_full_path_or_raise(folder, name))

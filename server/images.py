@@ -13,7 +13,7 @@ def write_png(source, target):
     Of an animation the first frame is taken; transparency is laid over black. Blocking.
 
     Args:
-        source: path of a file in one of `FORMATS`.
+        source: path of a file in one of `FORMATS`, or its bytes as a file object.
         target: path to write.
 
     Raises:

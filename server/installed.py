@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..wan import checkpoint
+from ..wan.checkpoint import read_checkpoint
 from ..wan.checkpoint_kind import UMT5, WAN21_DIT, WAN21_VAE, detect_kind
+from ..wan.gguf import read_gguf
+from .graph import LOADERS
 from .problems import invalid
 
 BUNDLED = Path(__file__).parents[1] / "models"
@@ -14,7 +16,9 @@ FOLDERS = {
     "vae": "vae",
     "clip_vision": "clip_vision",
 }
-_KINDS = {"model": WAN21_DIT, "text_encoder": UMT5, "vae": WAN21_VAE}
+KINDS = {"model": WAN21_DIT, "text_encoder": UMT5, "vae": WAN21_VAE}
+WANTED = {part: kind.what for part, kind in KINDS.items()} | {"model": "a Wan2.1 image-to-video model"}
+I2V_CHANNELS = 36
 
 
 @dataclass(frozen=True)
@@ -41,62 +45,73 @@ class Installed:
         user's own; else the one this pack brings.
 
         Args:
-            values: {"model": name or None, ...} for each of `FOLDERS`.
+            values: {"model": name or None, ...} for each of `LOADERS`.
             preferred: the same with the names in the graph.
             end_image: whether a first-last-frame model is wanted.
 
         Returns:
-            (names, notes): notes are sentences about choices among several.
+            (names, notes): notes are sentences about choices among several. clip_vision may be None.
 
         Raises:
-            Problem: 422 for a name that is not installed, or a part without any file that fits.
+            Problem: 422 for a name that is not installed or not of its part, or a part without any file.
         """
         names, notes, errors = {}, [], []
-        for part, folder in FOLDERS.items():
-            listed = self._host.model_names(folder)
-            if values[part] is not None:
-                names[part] = values[part]
-                if values[part] not in listed:
-                    errors.append((part, f"there is no {values[part]!r} in models/{folder}"))
-                continue
-            fitting = self._fitting(part, folder, listed, end_image)
-            if not fitting and part != "clip_vision":
-                errors.append((part, f"no file in models/{folder} fits; install one"))
-                continue
-            names[part] = self._first(folder, fitting, preferred.get(part))
-            if len(fitting) > 1:
-                notes.append(f"{part}: {names[part]} was chosen of {', '.join(fitting)}; name one to be sure")
+        for part, loader in LOADERS.items():
+            name, listed = values[part], self._listed(*loader)
+            if name is None:
+                fitting = self._fitting(part, listed)
+                if part == "model":
+                    fitting = self._suited(fitting, end_image)
+                if not fitting and part != "clip_vision":
+                    errors.append((part, f"no file in models/{FOLDERS[part]} is {WANTED[part]}"))
+                name = self._first(part, fitting, preferred.get(part))
+                if len(fitting) > 1:
+                    notes.append(f"{part}: {name} was chosen of {', '.join(fitting)}; name one to be sure")
+            elif name not in listed:
+                errors.append((part, f"there is no {name!r} in models/{FOLDERS[part]}"))
+            elif part in KINDS and not self._fitting(part, [name]):
+                errors.append((part, f"{name!r} is not {WANTED[part]}"))
+            names[part] = name
         if errors:
             raise invalid(*errors)
         if values["clip_vision"] is None and not self.traits(names["model"]).reads_clip:
             names["clip_vision"] = None
             notes = [note for note in notes if not note.startswith("clip_vision")]
+        elif names["clip_vision"] is None:
+            notes.append("clip_vision: no ViT-H file is installed, so the model runs without image features")
         return names, notes
 
     def traits(self, model_name):
         """Return what an installed diffusion model is."""
         return self._traits_of(FOLDERS["model"], model_name)
 
-    def _fitting(self, part, folder, listed, end_image):
+    def _listed(self, node, name):
+        """The files that a loader of the graph offers."""
+        return (self._host.node_inputs(node) or {}).get(name, {}).get("options") or []
+
+    def _fitting(self, part, listed):
         if part == "clip_vision":
             return sorted(name for name in listed if "vision_h" in name.lower() or "vit-h" in name.lower())
-        found = {name: self._traits_of(folder, name) for name in sorted(listed)}
-        fitting = [name for name, traits in found.items() if traits.kind == _KINDS[part].name]
-        if part != "model":
-            return fitting
-        models = [name for name in fitting if found[name].channels == 36]
-        pairs = [name for name in models if found[name].first_last]
-        return (pairs if end_image else [name for name in models if name not in pairs]) or models
+        found = {name: self._traits_of(FOLDERS[part], name) for name in sorted(listed)}
+        return [
+            name
+            for name, traits in found.items()
+            if traits.kind == KINDS[part].name and (part != "model" or traits.channels == I2V_CHANNELS)
+        ]
 
-    def _first(self, folder, names, preferred):
+    def _suited(self, models, end_image):
+        """Of the models those for one image or for two, or all of them when there are none."""
+        return [name for name in models if self.traits(name).first_last == end_image] or models
+
+    def _first(self, part, names, preferred):
         if preferred in names:
             return preferred
-        own = [name for name in names if not self._host.model_path(folder, name).is_relative_to(BUNDLED)]
+        own = [n for n in names if not self._host.model_path(FOLDERS[part], n).is_relative_to(BUNDLED)]
         return next(iter(own or names), None)
 
     def _traits_of(self, folder, name):
-        path = self._host.model_path(folder, name)
         try:
+            path = self._host.model_path(folder, name)
             stat = path.stat()
         except OSError:
             return Traits()  # removed since the host listed it
@@ -108,7 +123,8 @@ class Installed:
 
 def _read_traits(path):
     try:
-        tensors = checkpoint.read_checkpoint(path).state_dict
+        gguf = path.suffix.lower() == ".gguf"
+        tensors = read_gguf(path) if gguf else read_checkpoint(path).state_dict
     except ValueError:
         return Traits()
     kind = detect_kind(tensors)

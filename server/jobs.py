@@ -7,10 +7,9 @@ import time
 import uuid
 from collections import Counter
 
-from .addresses import ForbiddenUrl, check_url
+from ..nodes.links import check_link
 from .fields import NODES, build_input_model, read_input
-from .graph import build_graph, load_workflow, preferred_names
-from .installed import FOLDERS
+from .graph import LOADERS, build_graph, load_workflow, preferred_names
 from .problems import Problem, invalid
 from .store import TaskRow
 from .tasks import PUBLIC_PREFIX
@@ -20,6 +19,9 @@ APP = "infsh/wan2-1-i2v"
 RETRY_SECONDS = 10
 SEEDS = 2**32  # drawn ones; larger ones may be given
 MAX_METADATA_BYTES = 4096
+FIXED = {"run_at": None, "setup": None, "function": "run"}  # the only value that is served
+PLACEMENT = ("infra", "workers")  # where to run: there is this machine only
+PARAMS = {"app", "input", "webhook", "session", "session_timeout", "metadata", *FIXED, *PLACEMENT}
 
 
 class Jobs:
@@ -60,7 +62,7 @@ class Jobs:
             Problem: 404 for another app, 422 for wrong fields, 429 when too many tasks wait. Nothing is
                 queued then.
         """
-        _check_params(params, self._settings.allow_private_urls)
+        _check_params(params)
         with self._place(owner):
             return await self._submit(owner, params, base_url)
 
@@ -87,7 +89,7 @@ class Jobs:
         workflow = load_workflow(bool(values["end_image"]))
         names, notes = await asyncio.to_thread(
             self._installed.choose,
-            {part: values[part] for part in FOLDERS},
+            {part: values[part] for part in LOADERS},
             preferred_names(workflow),
             bool(values["end_image"]) and not values["add_frames_for_end_image"],
         )
@@ -134,24 +136,29 @@ class Jobs:
         return row
 
 
-def _check_params(params, allow_private):
+def _check_params(params):
     if not isinstance(params, dict) or not isinstance(params.get("app"), str):
         raise Problem(422, "the body must be an object with app and input")
     name = params["app"].partition(":")[0].partition("@")[0]
     if name != APP:
         raise Problem(404, f"There is no app {params['app'][:100]!r} here; there is {APP}.")
-    for key, allowed in (("run_at", None), ("setup", {})):
-        if params.get(key) and params[key] != allowed:
-            raise Problem(422, f"{key} is not supported", [{"path": key, "message": "not supported"}])
+    for key, value in params.items():
+        if key not in PARAMS:
+            raise _wrong(key, "unknown field")
+        if value and key in FIXED and value != FIXED[key]:
+            raise _wrong(key, "not supported; leave it out")
     metadata = params.get("metadata")
     if metadata is not None and (not isinstance(metadata, dict) or len(str(metadata)) > MAX_METADATA_BYTES):
-        raise Problem(422, f"metadata must be an object of at most {MAX_METADATA_BYTES} characters")
+        raise _wrong("metadata", f"must be an object of at most {MAX_METADATA_BYTES} characters")
     if params.get("webhook") is not None:
         try:
-            check_url(params["webhook"], allow_private, SCHEMES)
-        except ForbiddenUrl as error:
-            detail = f"webhook: {error}"
-            raise Problem(422, detail, [{"path": "webhook", "message": str(error)}]) from error
+            check_link(params["webhook"], SCHEMES)
+        except (ValueError, TypeError, AttributeError) as error:  # the last two of what is no text
+            raise _wrong("webhook", str(error)) from error
+
+
+def _wrong(path, message):
+    return Problem(422, f"{path}: {message}", [{"path": path, "message": message}])
 
 
 def _by_field(problems, fields):

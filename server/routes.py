@@ -248,6 +248,12 @@ async def _json_body(request):
         if len(body) > MAX_BODY_BYTES:
             raise Problem(413, f"the body has more than {MAX_BODY_BYTES} bytes; upload files by POST /files")
     try:
-        return json.loads(body)
+        data = json.loads(body, parse_constant=_no_number)
+        json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError):
         raise Problem(400, "the body is not JSON") from None
+    return data
+
+
+def _no_number(text):
+    raise ValueError(f"{text} is not JSON")

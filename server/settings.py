@@ -1,4 +1,7 @@
-"""Settings of the job API, all from the environment; none is needed."""
+"""Settings of the job API, all from the environment; none is needed.
+
+What links may lead to is set in `nodes/links.py` and `nodes/fetch.py`.
+"""
 
 import os
 from dataclasses import dataclass, field
@@ -14,8 +17,6 @@ class Settings:
         public_url: base of the URLs handed out, such as `https://video.example.com/wan21`; by default the
             address that the client used.
         webhook_secret: key of the HMAC-SHA256 signature on webhooks; None sends them unsigned.
-        allow_private_urls: fetch from, and send webhooks to, private addresses and plain http.
-        no_downloads: fetch nothing from URLs.
         requests_per_minute: runs and uploads started per key.
         max_unfinished: tasks of one key that may wait or run at a time.
         max_upload_bytes: size of one file.
@@ -28,8 +29,6 @@ class Settings:
     keys: tuple[str, ...] = field(default=(), repr=False)
     public_url: str | None = None
     webhook_secret: str | None = field(default=None, repr=False)
-    allow_private_urls: bool = False
-    no_downloads: bool = False
     requests_per_minute: int = 120
     max_unfinished: int = 256
     max_upload_bytes: int = 64 * 2**20
@@ -50,8 +49,6 @@ class Settings:
             keys=_keys(environ),
             public_url=environ.get("WAN21_PUBLIC_URL", "").rstrip("/") or None,
             webhook_secret=environ.get("WAN21_WEBHOOK_SECRET") or None,
-            allow_private_urls=environ.get("WAN21_ALLOW_PRIVATE_URLS") == "1",
-            no_downloads=environ.get("WAN21_NO_DOWNLOADS") == "1",
             requests_per_minute=_number(environ, "WAN21_REQUESTS_PER_MINUTE", defaults.requests_per_minute),
             max_unfinished=_number(environ, "WAN21_MAX_UNFINISHED", defaults.max_unfinished),
             max_upload_bytes=_number(environ, "WAN21_MAX_UPLOAD_MB", defaults.max_upload_bytes >> 20) << 20,

@@ -121,11 +121,11 @@ class Store:
 
     async def add(self, *rows):
         """Insert copies of rows."""
-        values = [(type(row), _values(row)) for row in rows]
+        inserts = [_insert(row) for row in rows]
 
         def work(session):
-            for kind, columns in values:
-                session.execute(kind.__table__.insert().values(**columns))
+            for one in inserts:
+                session.execute(one)
 
         await self._run(work)
 
@@ -133,10 +133,16 @@ class Store:
         """Write the named columns of a row, as they are now; all without names."""
         await self.write(row, {k: v for k, v in _values(row).items() if not names or k in names})
 
-    async def write(self, row, values):
-        """Write new values of columns, and leave the row in memory as it is."""
+    async def write(self, row, values, *new_rows):
+        """Write new values of columns, and copies of new rows with them; the row in memory stays as it is."""
         statement = update(type(row)).where(type(row).id == row.id).values(**values)
-        await self._run(lambda session: session.execute(statement))
+        inserts = [_insert(new) for new in new_rows]
+
+        def work(session):
+            for one in (*inserts, statement):
+                session.execute(one)
+
+        await self._run(work)
 
     async def get(self, kind, row_id):
         """Return one row by its id, or None."""
@@ -180,6 +186,10 @@ class Store:
     async def stale_files(self, now):
         """Return uploads that were never finished or never used in time."""
         return await self.select(FileRow, FileRow.role == "upload", FileRow.expires_at <= now)
+
+
+def _insert(row):
+    return type(row).__table__.insert().values(**_values(row))
 
 
 def _values(row):

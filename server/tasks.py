@@ -200,12 +200,13 @@ class Tasks:
             await asyncio.sleep(CHECK_SECONDS)
             known = self._host.known()
             for live in list(self._live.values()):
-                if live.ending:
-                    continue
-                if live.row.prompt_id not in known:
-                    await self._conclude(live)
-                elif live.row.status == states.CANCELLING:
-                    self._host.cancel(live.row.prompt_id)
+                try:
+                    if live.row.prompt_id not in known:
+                        await self._conclude(live)
+                    elif live.row.status == states.CANCELLING:
+                        self._host.cancel(live.row.prompt_id)
+                except Exception:
+                    logging.exception("Wan2.1 jobs: the end of %s could not be noted", live.row.id)
 
     async def _conclude(self, live):
         """End a task as the host's history says."""
@@ -225,15 +226,13 @@ class Tasks:
             await self._complete(live, record["outputs"])
 
     async def _complete(self, live, outputs):
-        live.ending = True
         row = live.row
         try:
             files, output = self._collect(row, outputs)
         except (KeyError, IndexError, OSError) as error:
             logging.exception("Wan2.1 jobs: the outputs of %s could not be read", row.id)
             return await self._end(live, states.FAILED, f"the outputs could not be read: {error!r}")
-        await self._store.add(*files)
-        await self._end(live, states.COMPLETED, output=output, progress=100.0)
+        await self._end(live, states.COMPLETED, files=files, output=output, progress=100.0)
 
     def _collect(self, row, outputs):
         folder = self._host.output_directory
@@ -249,14 +248,18 @@ class Tasks:
         urls = {role: f"{base}/{file.id}/{file.filename}" for role, file in files.items()}
         return list(files.values()), urls | {"seed": row.graph[row.roles["sampler"]]["inputs"]["seed"]}
 
-    async def _end(self, live, status, error="", **changes):
+    async def _end(self, live, status, error="", files=(), **changes):
         live.ending = True
         row, now = live.row, time.time()
         live.log({states.COMPLETED: "completed", states.CANCELLED: "cancelled"}.get(status, "failed"))
         changes |= {"status": status, "error": error, "updated_at": now, "logs": row.logs}
         if row.webhook:
             changes |= {"hook_state": "pending", "hook_next": now}
-        await self._store.write(row, changes)  # before anybody hears of it
+        try:
+            await self._store.write(row, changes, *files)  # before anybody hears of it
+        except BaseException:
+            live.ending = False  # tried again by `_watch`
+            raise
         for name, value in changes.items():
             setattr(row, name, value)
         self._live.pop(row.id, None)

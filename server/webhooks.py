@@ -4,19 +4,20 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import http.client
 import json
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 
-import aiohttp
-
-from .addresses import ForbiddenUrl, check_url, guarded_session
+from ..nodes.links import open_link
 from .tasks import snapshot
 
 SCHEMES = ("https", "http")
 TIMEOUT_S = 15
 IDLE_SECONDS = 1
 MAX_ERROR = 300
+SENDERS = 8
 
 
 class Webhooks:
@@ -30,14 +31,18 @@ class Webhooks:
         self._settings = settings
         self._wake = asyncio.Event()
         self._task = None
+        self._sending = {}  # task id -> its delivery
+        self._senders = ThreadPoolExecutor(SENDERS, thread_name_prefix="wan21-webhook")
 
     async def start(self):
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self):
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        work = [self._task, *self._sending.values()]
+        for task in work:
+            task.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+        self._senders.shutdown(wait=False)
 
     def wake(self):
         """Look for due webhooks now."""
@@ -46,46 +51,53 @@ class Webhooks:
     async def _run(self):
         while True:
             try:
-                due = await self._store.due_webhooks(time.time())
-                await asyncio.gather(*(self._deliver(row) for row in due))
+                for row in await self._store.due_webhooks(time.time()):
+                    if row.id not in self._sending:
+                        sending = asyncio.get_running_loop().create_task(self._deliver(row))
+                        self._sending[row.id] = sending
             except Exception:
                 logging.exception("Wan2.1 jobs: webhooks could not be sent")
-                due = []
-            if not due:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), IDLE_SECONDS)
-                self._wake.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), IDLE_SECONDS)
+            self._wake.clear()
 
     async def _deliver(self, row):
-        error = await self._post(row)
-        row.hook_attempts += 1
-        row.hook_error = error[:MAX_ERROR]
-        delays = self._settings.webhook_delays
-        if not error:
-            row.hook_state = "delivered"
-        elif row.hook_attempts > len(delays):
-            row.hook_state = "failed"
-        else:
-            row.hook_next = time.time() + delays[row.hook_attempts - 1]
-        await self._store.save(row, "hook_state", "hook_attempts", "hook_error", "hook_next")
-
-    async def _post(self, row):
-        """Send it once. Returns what went wrong, empty when the receiver took it."""
-        body = json.dumps(payload(row)).encode()
-        headers = {"Content-Type": "application/json", "X-Wan21-Delivery": row.id}
-        if self._settings.webhook_secret:
-            headers |= signature(self._settings.webhook_secret, body, int(time.time()))
         try:
-            url = check_url(row.webhook, self._settings.allow_private_urls, SCHEMES)
-            async with (
-                guarded_session(self._settings.allow_private_urls, TIMEOUT_S) as session,
-                session.post(url, data=body, headers=headers, allow_redirects=False) as answer,
-            ):
-                return "" if answer.status < 300 else f"the receiver answered {answer.status}"
-        except asyncio.TimeoutError:
-            return f"the receiver did not answer within {TIMEOUT_S} s"
-        except (ForbiddenUrl, aiohttp.ClientError, OSError) as error:
-            return str(error)
+            loop = asyncio.get_running_loop()
+            error = await loop.run_in_executor(self._senders, post, row, self._settings.webhook_secret)
+            row.hook_attempts += 1
+            row.hook_error = error[:MAX_ERROR]
+            delays = self._settings.webhook_delays
+            if not error:
+                row.hook_state = "delivered"
+            elif row.hook_attempts > len(delays):
+                row.hook_state = "failed"
+            else:
+                row.hook_next = time.time() + delays[row.hook_attempts - 1]
+            await self._store.save(row, "hook_state", "hook_attempts", "hook_error", "hook_next")
+        except Exception:
+            logging.exception("Wan2.1 jobs: the webhook of %s could not be handled", row.id)
+        finally:
+            del self._sending[row.id]
+            self.wake()
+
+
+def post(row, secret):
+    """Send the event of a task once. Blocking.
+
+    Returns:
+        What went wrong, empty when the receiver took it.
+    """
+    body = json.dumps(payload(row)).encode()
+    headers = {"Content-Type": "application/json", "X-Wan21-Delivery": row.id}
+    if secret:
+        headers |= signature(secret, body, int(time.time()))
+    request = {"method": "POST", "body": body, "schemes": SCHEMES, "redirects": 0, "seconds": TIMEOUT_S}
+    try:
+        with open_link(row.webhook, headers, **request) as (response, _):
+            return "" if response.status < 300 else f"the receiver answered {response.status}"
+    except (ValueError, OSError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
 
 
 def payload(row):

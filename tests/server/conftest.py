@@ -4,16 +4,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from make_random_checkpoints import make_checkpoints
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers_server
 
 
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A `models` folder with the small random checkpoints."""
+    return make_checkpoints(tmp_path_factory.mktemp("models"))
+
+
 @pytest.fixture
-def host(tmp_path):
+def host(tmp_path, checkpoints):
     from helpers_server import FakeHost
 
-    return FakeHost(tmp_path)
+    return FakeHost(tmp_path, checkpoints)
 
 
 @pytest.fixture

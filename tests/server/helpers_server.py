@@ -10,8 +10,9 @@ import time
 
 import inferencesh
 from aiohttp import web
-from pack import ROOT
+from make_random_checkpoints import FLF2V, I2V, T2V, TEXT_ENCODER, VAE
 from wan21.nodes.image_to_video import Wan21ImageToVideo
+from wan21.nodes.lora import Wan21LoraLoader
 from wan21.nodes.sampler import Wan21Sampler
 from wan21.nodes.vae_decode import Wan21VAEDecode
 from wan21.server.app import create_app
@@ -20,11 +21,21 @@ APP = "infsh/wan2-1-i2v"
 STEPS = 3
 
 
+LISTS = {  # what the loaders offer: the random checkpoints
+    "Wan21ModelLoader": {"model_name": [FLF2V, I2V, T2V]},
+    "Wan21TextEncoderLoader": {"text_encoder_name": [TEXT_ENCODER]},
+    "Wan21VAELoader": {"vae_name": [VAE]},
+    "CLIPVisionLoader": {"clip_name": []},
+}
+
+
 def node_inputs(node_class):
     """Inputs of our real nodes, described as `server.host.Host` does."""
-    nodes = {node.__name__: node for node in (Wan21ImageToVideo, Wan21Sampler, Wan21VAEDecode)}
+    nodes = {n.__name__: n for n in (Wan21ImageToVideo, Wan21LoraLoader, Wan21Sampler, Wan21VAEDecode)}
     if node_class == "CreateVideo":
         return {"images": {"type": "IMAGE"}, "fps": {"type": "FLOAT", "min": 1.0, "max": 120.0}}
+    if node_class in LISTS:
+        return {name: {"type": "COMBO", "options": names} for name, names in LISTS[node_class].items()}
     if node_class not in nodes:
         return None
     groups = nodes[node_class].INPUT_TYPES()
@@ -47,7 +58,8 @@ class FakeHost:
 
     node_inputs = staticmethod(node_inputs)
 
-    def __init__(self, folder):
+    def __init__(self, folder, models):
+        self._models = models
         self.data_directory = folder / "data"
         self.input_directory = folder / "input"
         self.output_directory = folder / "output"
@@ -83,11 +95,8 @@ class FakeHost:
         self.finish(prompt_id, [("execution_interrupted", {"prompt_id": prompt_id})])
         return "interrupted"
 
-    def model_names(self, folder):
-        return [path.name for path in (ROOT / "models" / folder).glob("*.safetensors")]
-
     def model_path(self, folder, name):
-        return ROOT / "models" / folder / name
+        return self._models / folder / name
 
     def node(self, prompt_id, kind):
         """Id of the node of a class in a queued graph."""

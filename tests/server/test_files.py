@@ -46,8 +46,10 @@ def test_texts_that_the_client_takes_for_base64_come_back(api, job):
         ("../../secret.png", "uploaded file or an https URL"),
         ("wan21://files/../../etc/passwd", "upload it again"),
         ("wan21://files/none", "upload it again"),
-        ("https://127.0.0.1/a.png", "private address"),
-        ("http://example.com/a.png", "begin with https"),
+        ("https://127.0.0.1/a.png", "a private or local address"),
+        ("https://127.1/a.png", "a private or local address"),
+        ("https://localhost/a.png", "a private or local address"),
+        ("http://example.com/a.png", "must be an https link"),
         ("file:///etc/passwd", "uploaded file or an https URL"),
     ],
 )

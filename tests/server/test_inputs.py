@@ -4,6 +4,7 @@ import pytest
 import requests
 from helpers_server import APP
 from inferencesh import APIError
+from make_random_checkpoints import FLF2V, I2V, T2V
 
 
 def refused(api, params):
@@ -30,7 +31,8 @@ def test_schema(api):
     assert all("description" in field for field in fields.values())
     assert (fields["num_frames"]["minimum"], fields["num_frames"]["default"]) == (1, 81)
     assert fields["solver"]["enum"][:2] == ["unipc", "dpm++"]
-    assert fields["lora_url"]["const"] == ""
+    assert fields["spatial_upsampling"]["const"] == "none"
+    assert fields["attention"]["enum"][0] == "auto" and fields["teacache"]["maximum"] == 10
 
 
 def test_each_wrong_field_is_named(api, job):
@@ -49,14 +51,7 @@ def test_each_wrong_field_is_named(api, job):
     assert refused(api, {"app": APP, "input": {}}).keys() == {"input.prompt", "input.image"}
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("lora_url", "https://example.com/a.safetensors"),
-        ("temporal_upsampling", "rife2"),
-        ("spatial_upsampling", "lanczos2"),
-    ],
-)
+@pytest.mark.parametrize("field, value", [("temporal_upsampling", "x2"), ("spatial_upsampling", "lanczos2")])
 def test_what_this_version_lacks_is_said(api, job, field, value):
     [(path, message)] = refused(api, job(**{field: value})).items()
     assert path == f"input.{field}" and "not available" in message
@@ -67,7 +62,10 @@ def test_other_requests_are_refused(api, job):
         ({"app": "infsh/other"}, 404),
         ({"run_at": "2030-01-01T00:00:00Z"}, 422),
         ({"setup": {"a": 1}}, 422),
+        ({"function": "other"}, 422),
+        ({"webhok": "https://example.com"}, 422),
         ({"metadata": "x"}, 422),
+        ({"webhook": 5}, 422),
         ({"webhook": "ftp://example.com"}, 422),
         ({"webhook": "http://127.0.0.1/"}, 422),
         ({"session_timeout": 0, "session": "new"}, 422),
@@ -75,7 +73,8 @@ def test_other_requests_are_refused(api, job):
         with pytest.raises(APIError) as raised:
             api.client.run(job(params), wait=False)
         assert raised.value.status_code == status, params
-    assert requests.post(f"{api.url}/apps/run", data="{").status_code == 400
+    for body in ("{", '{"fps": NaN}', r'{"app": "\ud800"}', "[" * 100_000, "1" * 10_000, b"\xff"):
+        assert requests.post(f"{api.url}/apps/run", data=body).status_code == 400, body[:20]
     assert requests.post(f"{api.url}/apps/run", data=b" " * (2**20 + 1)).status_code == 413
     assert api.host.queue == []
 
@@ -105,7 +104,7 @@ def test_the_graph_is_what_was_asked_for(api, job):
     assert nodes["LoadImage"]["image"] == f"wan21/{task['id']}/image.png"
     assert (api.host.input_directory / nodes["LoadImage"]["image"]).is_file()
     assert nodes["SaveVideo"]["filename_prefix"] == f"wan21/{task['id']}/video"
-    assert "CLIPVisionLoader" not in nodes  # the bundled model reads no features
+    assert "CLIPVisionLoader" not in nodes  # no file of it is installed
     assert sampler["flow_shift"] == 3.0
     assert task["input"]["prompt"] == "pan left"
 
@@ -142,60 +141,96 @@ def test_the_negative_prompt_of_the_release_is_the_default(api, job):
     assert texts == [release["inputs"]["text"], "rain"]
 
 
-def test_options_of_coming_nodes_reach_them(api, job):
-    """With nodes of the contract on the host, the same fields fill their inputs."""
-    real = api.host.node_inputs
-    coming = {
-        "Wan21LoraLoader": {
-            "model": {"type": "MODEL"},
-            "lora_name": {"type": "COMBO", "options": ["none", "a"]},
-            "strength": {"type": "FLOAT", "default": 1.0, "min": -10.0, "max": 10.0},
-            "lora_url": {"type": "STRING", "default": ""},
-            "strict": {"type": "BOOLEAN", "default": False},
-        },
-        "Wan21TemporalUpsample": {
-            "images": {"type": "IMAGE"},
-            "fps": {"type": "FLOAT"},
-            "method": {"type": "COMBO", "options": ["none", "rife2"], "default": "none"},
-        },
-        "Wan21SpatialUpsample": {
-            "images": {"type": "IMAGE"},
-            "method": {"type": "COMBO", "options": ["none", "lanczos2"], "default": "none"},
-        },
-    }
-    options = {
-        "teacache_multiplier": {"type": "FLOAT", "default": 0.0, "min": 0.0, "max": 10.0},
-        "riflex": {"type": "COMBO", "options": ["auto", "on", "off"], "default": "off"},
-        "joint_pass": {"type": "BOOLEAN", "default": True},
-    }
-
-    def node_inputs(kind):
-        found = coming.get(kind) or real(kind)
-        return found | options if kind == "Wan21Sampler" else found
-
-    api.host.node_inputs = node_inputs
+def test_every_option_reaches_its_node(api, job):
     url = "https://example.com/a.safetensors"
     nodes, _ = graph_of(
         api,
         job(
-            teacache=2.0, enable_riflex=True, joint_pass=False, lora_url=url, lora_multiplier=0.5,
-            temporal_upsampling="rife2", spatial_upsampling="lanczos2", fps=12.0,
+            teacache=2.0, teacache_start_percent=10, enable_riflex=True, joint_pass=False, attention="sdpa",
+            cfg_star=True, cfg_star_step=2, shift=7.5, lora_url=url, lora_multiplier=0.5,
         ),
     )  # fmt: skip
     sampler = nodes["Wan21Sampler"]
-    assert (sampler["teacache_multiplier"], sampler["riflex"], sampler["joint_pass"]) == (2.0, "on", False)
+    expected = {
+        "teacache_multiplier": 2.0, "teacache_start_percent": 10, "riflex": "on", "joint_pass": False,
+        "attention": "sdpa", "cfg_star": True, "cfg_star_start_step": 2, "flow_shift": 7.5,
+    }  # fmt: skip
+    assert {name: sampler[name] for name in expected} == expected
     lora = nodes["Wan21LoraLoader"]
-    assert (lora["lora_url"], lora["strength"], lora["lora_name"], lora["strict"]) == (
-        url,
-        0.5,
-        "none",
-        False,
-    )
+    assert (lora["lora_url"], lora["strength"], lora["lora_name"]) == (url, 0.5, "none")
     graph = api.host.graphs[api.host.queue[-1]]
     assert graph[sampler["model"][0]]["class_type"] == "Wan21LoraLoader"
     assert graph[lora["model"][0]]["class_type"] == "Wan21ModelLoader"
-    assert nodes["Wan21TemporalUpsample"]["fps"] == 12.0
-    assert graph[nodes["CreateVideo"]["fps"][0]]["class_type"] == "Wan21TemporalUpsample"
-    assert graph[nodes["CreateVideo"]["images"][0]]["class_type"] == "Wan21SpatialUpsample"
-    assert graph[nodes["Wan21SpatialUpsample"]["images"][0]]["class_type"] == "Wan21TemporalUpsample"
-    assert graph[nodes["ImageFromBatch"]["image"][0]]["class_type"] == "Wan21SpatialUpsample"
+    plain, _ = graph_of(api, job())
+    assert "Wan21LoraLoader" not in plain and plain["Wan21Sampler"]["riflex"] == "off"
+
+
+UPSAMPLERS = {
+    "Wan21TemporalUpsample": {
+        "images": {"type": "IMAGE"},
+        "fps": {"type": "FLOAT"},
+        "method": {"type": "COMBO", "options": ["x2", "x4"]},
+    },
+    "Wan21SpatialUpsample": {
+        "images": {"type": "IMAGE"},
+        "method": {"type": "COMBO", "options": ["none", "lanczos2", "model"], "default": "none"},
+    },
+    "UpscaleModelLoader": {"model_name": {"type": "COMBO", "options": ["4x.pth"]}},
+}
+
+
+def test_upsampling_on_a_host_that_has_its_nodes(api, job):
+    real = api.host.node_inputs
+    api.host.node_inputs = lambda kind: UPSAMPLERS.get(kind) or real(kind)
+    nodes, _ = graph_of(api, job(temporal_upsampling="x2", spatial_upsampling="model", fps=12.0))
+    graph = api.host.graphs[api.host.queue[-1]]
+    temporal, spatial, video = (
+        nodes[name] for name in ("Wan21TemporalUpsample", "Wan21SpatialUpsample", "CreateVideo")
+    )
+    assert (temporal["fps"], temporal["method"], spatial["method"]) == (12.0, "x2", "model")
+    assert nodes["UpscaleModelLoader"]["model_name"] == "4x.pth"
+    sources = {
+        "fps": (video["fps"], "Wan21TemporalUpsample"),
+        "video": (video["images"], "Wan21SpatialUpsample"),
+        "last frame": (nodes["ImageFromBatch"]["image"], "Wan21SpatialUpsample"),
+        "larger": (spatial["images"], "Wan21TemporalUpsample"),
+        "more": (temporal["images"], "Wan21VAEDecode"),
+        "model": (spatial["upscale_model"], "UpscaleModelLoader"),
+    }
+    for name, (link, kind) in sources.items():
+        assert graph[link[0]]["class_type"] == kind, name
+    plain, _ = graph_of(api, job(temporal_upsampling="none", spatial_upsampling="none"))
+    assert "Wan21TemporalUpsample" not in plain and "Wan21SpatialUpsample" not in plain
+
+
+def test_models_are_chosen_by_what_they_are(api, job, image):
+    nodes, task = graph_of(api, job())
+    assert nodes["Wan21ModelLoader"]["model_name"] == I2V
+    assert any("clip_vision: no ViT-H file" in entry["content"] for entry in task["logs"])
+    pair = {"end_image": image}
+    assert graph_of(api, job(**pair))[0]["Wan21ModelLoader"]["model_name"] == FLF2V
+    behind = graph_of(api, job(**pair, add_frames_for_end_image=True))[0]
+    assert behind["Wan21ModelLoader"]["model_name"] == I2V
+    assert behind["Wan21ImageToVideo"]["add_frames_for_end_image"] is True
+    for part, name, message in (
+        ("model", T2V, "not a Wan2.1 image-to-video model"),
+        ("vae", "x.pt", "there is no"),
+    ):
+        with pytest.raises(APIError, match=message):
+            api.client.run(job(**{part: name}), wait=False)
+
+
+@pytest.mark.parametrize(
+    "fields, path, message",
+    [
+        ({"num_frames": 1, "end_image": True}, "num_frames", "at least 5"),
+        ({"add_frames_for_end_image": True}, "add_frames_for_end_image", "there is none"),
+        ({"lora_url": "http://example.com/a.safetensors"}, "lora_url", "must be an https link"),
+        ({"lora_url": "https://10.0.0.1/a.safetensors"}, "lora_url", "private"),
+    ],
+)
+def test_fields_that_do_not_fit(api, job, image, fields, path, message):
+    if "end_image" in fields:
+        fields = fields | {"end_image": image}
+    errors = refused(api, job(**fields))
+    assert errors.keys() == {f"input.{path}"} and message in errors[f"input.{path}"]
