@@ -34,7 +34,7 @@ class Gate:
 
     def _key_owner(self, header):
         scheme, _, key = header.partition(" ")
-        given = hashlib.sha256(key.strip().encode()).digest()
+        given = hashlib.sha256(key.strip().encode(errors="surrogateescape")).digest()
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all, in constant time
         if scheme.lower() != "bearer" or not any(matches):
             raise Problem(401, "A valid API key is needed.", headers={"WWW-Authenticate": "Bearer"})

@@ -49,6 +49,7 @@ def create_app(host):
     app = web.Application(middlewares=[life.readiness, routes.guard])
     app.add_routes(routes.table())
     app.cleanup_ctx.append(life.run)
+    app.on_shutdown.append(life.end_streams)  # which the web server waits for
     return app
 
 
@@ -89,6 +90,9 @@ class _Life:
             await self._tasks.stop()
         self._store.close()
         self._lock.release()
+
+    async def end_streams(self, _):
+        self._tasks.release()
 
     async def _clean(self):
         while True:

@@ -19,7 +19,7 @@ from .store import FileRow
 
 URI = "wan21://files/"
 IMAGE_FIELDS = ("image", "end_image")
-FETCH_SECONDS = 20  # the client waits 30 s for the answer to a run
+FETCH_SECONDS = 12  # each of two; the client waits 30 s for the answer to a run
 MAX_FILES_PER_REQUEST = 16
 MAX_TEXT_BYTES = 64 * 1024
 _TOKEN = re.compile(r"[\w-]{43}")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import secrets
 import struct
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import folder_paths
 import nodes
 from server import PromptServer
 
-OBSERVER = "wan21-jobs"  # our client id at the host: progress of our jobs comes to us alone
+# Our client id at the host: progress of our jobs comes to us alone. Not to be guessed, because a websocket
+# that gives the same id takes our place.
+OBSERVER = f"wan21-jobs-{secrets.token_hex(16)}"
 PREVIEW_WITH_METADATA = 4  # the host's type of a binary message
 _WORD = struct.Struct(">I")
 

@@ -86,10 +86,13 @@ class Tasks:
         self._spawn(self._watch())
 
     async def stop(self):
-        """End background work and let readers go."""
+        """End background work."""
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+
+    def release(self):
+        """Let all readers go."""
         for live in self._live.values():
             live.release()
 

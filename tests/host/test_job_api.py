@@ -70,6 +70,19 @@ def test_stream_has_states_steps_progress_and_previews(jobs):
     assert Image.open(io.BytesIO(preview)).format == "JPEG"
 
 
+def test_options_reach_a_graph_that_the_host_runs(jobs):
+    options = {
+        "fps": 24, "guidance_scale": 4.5, "solver": "dpm++", "shift": 4, "enable_riflex": True,
+        "joint_pass": False, "attention": "sdpa", "cfg_star": True, "cfg_star_step": 1, "vae_tile_size": 128,
+    }  # fmt: skip
+    result = jobs.run(request(**options))
+    report = requests.get(result["output"]["report"]).text
+    assert "dpm++" in report and "CFG-Zero*" in report
+    url = "https://lora.invalid/style.safetensors"
+    with pytest.raises(RuntimeError, match=r"Wan21LoraLoader: .*lora\.invalid/style\.safetensors could not"):
+        jobs.run(request(lora_url=url, lora_multiplier=0.5))
+
+
 def test_cancel_of_a_running_and_a_waiting_task(jobs):
     running, waiting = (jobs.run(request(num_inference_steps=1000), wait=False) for _ in range(2))
     for update in jobs.stream_task(running["id"]):

@@ -121,6 +121,7 @@ def test_one_key_does_not_see_what_is_anothers(limited, job):
     file = first.tasks.files(task["id"]).data[0]
     assert requests.get(file["url"], headers=other).status_code == 404
     assert requests.get(file["url"]).status_code == 401
+    assert requests.get(file["url"], headers={"Authorization": b"Bearer \xff"}).status_code == 401
     assert requests.get(f"{limited.url}/apps/infsh/wan2-1-i2v").status_code == 401
     assert first.get_task(task["id"]).data["status"] == 2
 

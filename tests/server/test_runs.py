@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 import requests
@@ -140,6 +141,16 @@ def test_restart_queues_waiting_tasks_again_and_fails_running_ones(host, job):
         assert api.client.get_task(second).data["output"]["seed"] == 2 and host.queue == []
 
 
+def test_streams_end_with_the_server(host, job):
+    with serve(host) as api:
+        task = api.client.run(job(), wait=False)
+        answer = requests.get(f"{api.url}/tasks/{task['id']}/stream", stream=True)
+        lines = answer.iter_lines()
+        assert json.loads(next(lines))["status"] == TaskStatus.QUEUED
+        begin = time.monotonic()
+    assert list(lines) == [] and time.monotonic() - begin < 20
+
+
 def test_two_servers_do_not_share_a_folder(api, host):
     from wan21.server.app import create_app
 
@@ -148,7 +159,7 @@ def test_two_servers_do_not_share_a_folder(api, host):
 
 
 def test_unknown_things_are_problems(api):
-    for path in ("/tasks/none", "/tasks/none/stream", "/files/none", "/sessions/none", "/nothing"):
+    for path in ("/tasks/none", "/tasks/none/stream", "/tasks/%ff", "/files/none", "/sessions/no", "/no"):
         answer = requests.get(api.url + path)
         assert answer.status_code == 404, path
         assert answer.headers["Content-Type"].startswith("application/problem+json")

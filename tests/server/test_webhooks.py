@@ -3,47 +3,14 @@
 import hashlib
 import hmac
 import json
-import threading
 import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from helpers_server import serve, wait_until
+from helpers_server import Receiver, serve, wait_until
 from wan21.server.settings import Settings
 
 SECRET = "a secret of the receiver"
-
-
-class Receiver:
-    """A web server that keeps what it is sent, and answers with the statuses it was given, then 200.
-
-    Attributes:
-        events: (headers, body) of each request.
-    """
-
-    def __init__(self, *statuses):
-        self.events = []
-        remaining = list(statuses)
-        events = self.events
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                events.append((self.headers, body))
-                self.send_response(remaining.pop(0) if remaining else 200)
-                self.end_headers()
-
-            def log_message(self, *_):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}/hook"
-
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
