@@ -13,12 +13,12 @@ from .sampler import Wan21Sampler
 from .upsample import Wan21SpatialUpsample, Wan21TemporalUpsample
 from .vae_decode import Wan21VAEDecode
 
-MODELS = Path(__file__).parents[1] / "models"  # where `make train-tiny` writes
+MODELS = Path(__file__).parents[1] / "models"  # the bundled small checkpoint
 
 
 class Wan21Extension(ComfyExtension):
     async def on_load(self):
-        """Show the pack's checkpoints in the host's lists, after the user's own folders; serve jobs."""
+        """Show the bundled checkpoint in the host's lists, after the user's own folders; serve jobs."""
         for folder in sorted(path for path in MODELS.glob("*") if path.is_dir()):
             folder_paths.add_model_folder_path(folder.name, str(folder))
         server.mount()

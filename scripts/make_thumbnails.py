@@ -11,7 +11,6 @@ from pathlib import Path
 
 from contact_sheet import contact_sheet, read_frames
 from host_server import HostServer
-from make_random_checkpoints import make_checkpoints
 from pack import ROOT, comfyui_path
 from small_graphs import panning_clip, small_graph
 
@@ -28,7 +27,7 @@ def main():
     names = sys.argv[1:] or sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        with HostServer(folder, models_directory=make_checkpoints(folder / "models")) as server:
+        with HostServer(folder) as server:
             picture = comfyui_path() / "input" / "example.png"
             image = server.client.upload_image(picture)
             video = server.client.upload_image(panning_clip(picture, SIZE, NUM_FRAMES, 16), name="clip.mp4")

@@ -1,4 +1,4 @@
-"""Train the small VAE: pictures, then clips, then its scaling folded in; later its decoder once more.
+"""Train the bundled VAE: pictures, then clips, then its scaling folded in; later its decoder once more.
 
     python scripts/train_tiny/train_vae.py            # an hour on two CPU cores; killed, it goes on
     python scripts/train_tiny/train_vae.py --refine   # decoder only: latents made so far stay valid

@@ -1,4 +1,4 @@
-"""Training of the small checkpoint: the model is trained on exactly what the nodes feed it."""
+"""Training of the bundled checkpoint: the model is trained on exactly what the nodes feed it."""
 
 import random
 
