@@ -21,7 +21,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import requests
 from host_server import HostServer
-from make_random_checkpoints import make_checkpoints
 from pack import comfyui_path
 
 APP = "infsh/wan2-1-i2v"
@@ -142,7 +141,6 @@ def main():
     os.environ["WAN21_MAX_UNFINISHED"] = str(10 * options.queued + 1000)
     receiver, good = Receiver(), True
     with tempfile.TemporaryDirectory() as folder:
-        make_checkpoints(f"{folder}/models")
         if options.queued:
             with HostServer(folder, start_timeout_s=SLOW_START_S) as server:
                 times = measure(Api(server, None), options.queued, options.streams, options.seconds)

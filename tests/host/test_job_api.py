@@ -1,4 +1,4 @@
-"""The job API on a real host, with the unmodified client and the random checkpoints."""
+"""The job API on a real host, with the unmodified client and the bundled checkpoint."""
 
 import io
 import json
@@ -115,7 +115,7 @@ def test_wrong_fields_queue_nothing(jobs, server):
     assert server.client.get("/queue")["queue_pending"] == []
 
 
-def test_a_killed_server_loses_no_task(tmp_path, monkeypatch, checkpoints):
+def test_a_killed_server_loses_no_task(tmp_path, monkeypatch):
     """kill -9 while one runs and one waits: the first has failed and its webhook comes, the second runs."""
     monkeypatch.setenv("WAN21_ALLOW_PRIVATE_URLS", "1")
     events = []
@@ -132,7 +132,7 @@ def test_a_killed_server_loses_no_task(tmp_path, monkeypatch, checkpoints):
     receiver = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=receiver.serve_forever, daemon=True).start()
     hook = {"webhook": f"http://127.0.0.1:{receiver.server_port}/"}
-    with HostServer(tmp_path, checkpoints, start_timeout_s=SLOW_START_S) as server:
+    with HostServer(tmp_path, start_timeout_s=SLOW_START_S) as server:
         jobs = connect(server)
         running = jobs.run(request(num_inference_steps=1000) | hook, wait=False)["id"]
         waiting = jobs.run(request(seed=3) | hook, wait=False)["id"]
@@ -141,7 +141,7 @@ def test_a_killed_server_loses_no_task(tmp_path, monkeypatch, checkpoints):
                 break
         server.process.kill()
         server.process.wait()
-    with HostServer(tmp_path, checkpoints, start_timeout_s=SLOW_START_S) as server:
+    with HostServer(tmp_path, start_timeout_s=SLOW_START_S) as server:
         jobs = connect(server)
         failed = jobs.get_task(running).data
         assert failed["status"] == TaskStatus.FAILED and "stopped while the task ran" in failed["error"]
