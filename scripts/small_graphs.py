@@ -32,7 +32,6 @@ def small_graph(graph, size=(64, 64), num_frames=5, steps=2, image=None, video=N
         "num_frames": num_frames,
         "length": num_frames,
         "steps": steps,
-        "teacache_profile": "i2v_480p",  # the random checkpoints have no coefficients of their own
     }
     values |= {name: value for name, value in (("image", image), ("file", video)) if value is not None}
     graph = copy.deepcopy(without_clip_vision(graph))
