@@ -9,15 +9,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+from comfy_client import fill
 from contact_sheet import contact_sheet, read_frames
 from host_server import HostServer
 from pack import ROOT, comfyui_path
 from small_graphs import panning_clip, small_graph
 
 WORKFLOWS = ROOT / "workflows"
-SIZE = (160, 112)
-NUM_FRAMES = 25
-STEPS = 8
+SIZE = (128, 96)
+NUM_FRAMES = 17
+STEPS = 20
+SAMPLING = {"guidance_scale": 3, "flow_shift": 3}  # what suits the bundled checkpoint
+PROMPT = "pan left"
+PROMPTS = {"t2v": "a red circle moves right", "long_video": "rotate clockwise", "fast": "zoom in"}
 PICTURES = 9
 WIDTH = 512
 
@@ -34,6 +38,8 @@ def main():
             for name in names:
                 graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
                 small = small_graph(graph, SIZE, NUM_FRAMES, STEPS, image, video)
+                small = fill(small, "Positive prompt", text=PROMPTS.get(name, PROMPT))
+                small = fill(small, "Wan21Sampler", **SAMPLING)
                 clip = folder / f"{name}.mp4"
                 clip.write_bytes(_run(server.client, small))
                 _thumbnail(clip).save(WORKFLOWS / f"{name}.jpg", quality=85)
