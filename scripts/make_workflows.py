@@ -62,7 +62,7 @@ SIZES = {  # (width, least height) in pixels; a node is never lower than its inp
     "Report": (WIDE, 280),
     "Save video": (420, 460),
 }
-PREVIEW_HEIGHT = {"Sampler": 220}  # room below the inputs for the picture that appears while it runs
+PREVIEW_HEIGHT = {"Sampler": 220, "Decode": 90}  # room below the inputs for the picture or text of a run
 NOTE_SIZE = (440, 480)
 TITLE_HEIGHT = 30  # the bar above a node, and a group's own title
 COLUMN_GAP = 50
