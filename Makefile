@@ -4,7 +4,8 @@
 #   make demo IMAGE=cat.jpg PROMPT="a cat"     one's own; also SEED, STEPS, WIDTH, HEIGHT, FRAMES
 #   make test                                  all tests, the real host included; ARGS="-k vae" picks
 #   make bench                                 our model and VAE beside the host's and diffusers'
-#   make train-tiny                            trains a small checkpoint into models/, hours without a GPU
+#   make train-tiny                            trains the bundled checkpoint anew, hours without a GPU
+#   make eval-tiny                             measures it through a real ComfyUI; ARGS="--cases 18" is quick
 #   make lint                                  ruff
 #   make clean                                 removes what demo, tests and benchmark wrote
 #
@@ -13,7 +14,7 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 
-.PHONY: setup demo test bench train-tiny lint clean
+.PHONY: setup demo test bench train-tiny eval-tiny lint clean
 
 setup: .venv/created
 	$(VENV_PYTHON) scripts/setup_host.py
@@ -36,6 +37,9 @@ bench: setup
 
 train-tiny: setup
 	$(VENV_PYTHON) scripts/train_tiny/train.py $(ARGS)
+
+eval-tiny: setup
+	$(VENV_PYTHON) scripts/eval_tiny.py $(ARGS)
 
 lint: setup
 	$(VENV_PYTHON) -m ruff check .

@@ -5,6 +5,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
+from .. import server
 from .image_to_video import Wan21ImageToVideo
 from .load import Wan21ModelLoader, Wan21TextEncoderLoader, Wan21VAELoader
 from .lora import Wan21LoraLoader
@@ -12,14 +13,15 @@ from .sampler import Wan21Sampler
 from .upsample import Wan21SpatialUpsample, Wan21TemporalUpsample
 from .vae_decode import Wan21VAEDecode
 
-MODELS = Path(__file__).parents[1] / "models"  # where `make train-tiny` writes
+MODELS = Path(__file__).parents[1] / "models"  # the bundled small checkpoint
 
 
 class Wan21Extension(ComfyExtension):
     async def on_load(self):
-        """Show the pack's own checkpoints in the host's model lists, after the user's own folders."""
+        """Show the bundled checkpoint in the host's lists, after the user's own folders; serve jobs."""
         for folder in sorted(path for path in MODELS.glob("*") if path.is_dir()):
             folder_paths.add_model_folder_path(folder.name, str(folder))
+        server.mount()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -1,37 +1,27 @@
-"""Downloads of links that people give: from public addresses only, bounded, resumable, checked before use.
+"""Downloads of links that people give: bounded, resumable, checked before use.
 
-A link is text from anyone who can queue a job, so it must not reach what only this machine can reach. Each
-host name is resolved once, every address it has is checked, and the connection goes to a checked address,
-so that a second answer of the name server cannot lead it elsewhere; redirects are followed by hand under the
-same rule. Proxies of the environment are not used, since they would resolve the name again.
-
-Settings of the server's owner, read at each call: WAN21_NO_DOWNLOADS=1 turns downloads off;
-WAN21_ALLOW_PRIVATE_URLS=1 allows private and loopback addresses and plain http; WAN21_MAX_DOWNLOAD_GB (16)
-bounds one file.
+Where a link may lead is the rule of `links`. Settings of the server's owner, read at each call:
+WAN21_NO_DOWNLOADS=1 turns downloads off; WAN21_MAX_DOWNLOAD_GB (16) bounds one file.
 """
 
 import hashlib
 import http.client
-import ipaddress
 import json
 import os
 import re
 import shutil
-import socket
-import ssl
 import threading
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 
-MAX_REDIRECTS = 5
-TIMEOUT_S = 30.0  # to connect, and for each piece of the body
+from .links import check_link, open_link, shown
+
+HEADERS = {"User-Agent": "wan21-i2v"}
 PIECE_BYTES = 1 << 20
 HEAD_BYTES = 1 << 16  # what `check_head` sees
 MAX_NAME = 120
 DEFAULT_MAX_GB = 16.0
-PUBLIC_SCHEMES = ("https",)
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _LOCK = threading.Lock()  # one download at a time: two jobs with one link must not share a partial file
 
 Progress = Callable[[int, int], None]
@@ -65,12 +55,9 @@ def fetch(
         ValueError: the link is not allowed, cannot be reached or is not what it should be; says which.
             Queries of links, where access tokens stand, are not repeated in it.
     """
-    if os.environ.get("WAN21_NO_DOWNLOADS") == "1":
-        raise ValueError(
-            "downloads are turned off on this server (WAN21_NO_DOWNLOADS). Put the file into its folder"
-        )
+    _check_allowed()
     url, folder = url.strip(), Path(folder)
-    _split(url)
+    check_link(url)
     mark = hashlib.sha256(url.encode()).hexdigest()[:12]
     with _LOCK:
         present = next(folder.glob(f"*-{mark}{suffix}"), None)
@@ -97,29 +84,34 @@ def fetch(
         return whole
 
 
-def shown(url: str) -> str:
-    """A link as it may be shown: host and path, without the query, where tokens stand."""
-    parts = urllib.parse.urlsplit(url)
-    return f"{parts.hostname}{parts.path}"
+def fetch_bytes(url: str, max_bytes: int, seconds: float) -> bytes:
+    """The body behind a link, for small files such as pictures; nothing is kept.
+
+    Args:
+        url: https link; its redirects may lead to other hosts.
+        max_bytes: bound of the size.
+        seconds: for the whole transfer.
+
+    Raises:
+        ValueError: as in `fetch`.
+    """
+    _check_allowed()
+    try:
+        with open_link(url, HEADERS, seconds=seconds) as (response, _):
+            _check_status(response.status, url)
+            body = response.read(max_bytes + 1)
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(f"{shown(url)} could not be read ({type(error).__name__}: {error})") from error
+    if len(body) > max_bytes:
+        raise ValueError(f"{shown(url)} has more than {max_bytes / 1e6:.2f} MB, the most that is fetched")
+    return body
 
 
-def is_public(address: str) -> bool:
-    """Whether an IP address can be reached from everywhere, in whatever form IPv6 wraps it."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if ip.version == 6:
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if ip in NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner:
-            return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast
-
-
-# --- one request --------------------------------------------------------------------------------------
-
-
-def _private_allowed():
-    return os.environ.get("WAN21_ALLOW_PRIVATE_URLS") == "1"
+def _check_allowed():
+    if os.environ.get("WAN21_NO_DOWNLOADS") == "1":
+        raise ValueError(
+            "downloads are turned off on this server (WAN21_NO_DOWNLOADS). Put the file into its folder"
+        )
 
 
 def _max_bytes():
@@ -130,73 +122,6 @@ def _max_bytes():
         raise ValueError(f"WAN21_MAX_DOWNLOAD_GB is {text!r}; it must be a number of gigabytes") from error
 
 
-def _split(url):
-    """(scheme, host, port, target) of a link that is allowed by its form."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise ValueError(f"the link cannot be read ({error}). Copy it again") from error
-    schemes = (*PUBLIC_SCHEMES, "http") if _private_allowed() else PUBLIC_SCHEMES
-    if parts.scheme not in schemes or not parts.hostname or parts.username is not None:
-        raise ValueError(
-            f"the link leads to {parts.scheme or 'no scheme'}://{parts.hostname or ''}; it must be an https "
-            "link without a user name. Copy the download link of the file"
-        )
-    target = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
-    if parts.query:
-        target += "?" + urllib.parse.quote(parts.query, safe="=&%/:?@!$'()*+,;~")
-    return parts.scheme, parts.hostname, port or {"https": 443, "http": 80}[parts.scheme], target
-
-
-def _addresses(host, port):
-    """Addresses of a host, all of them checked."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = list(dict.fromkeys(entry[4][0] for entry in found))
-    private = [address for address in addresses if not is_public(address)]
-    if private and not _private_allowed():
-        raise ValueError(
-            f"{host} is at {private[0]}, a private or local address, which links must not reach. Use a "
-            "public link; the server's owner may set WAN21_ALLOW_PRIVATE_URLS=1"
-        )
-    return addresses
-
-
-def _connect(scheme, host, port):
-    """A connection to a checked address, with TLS for the name."""
-    error = OSError(f"{host} has no address")
-    for address in _addresses(host, port):
-        try:
-            sock = socket.create_connection((address, port), timeout=TIMEOUT_S)
-        except OSError as failed:
-            error = failed
-            continue
-        connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
-        tls = ssl.create_default_context() if scheme == "https" else None
-        connection.sock = tls.wrap_socket(sock, server_hostname=host) if tls else sock
-        return connection
-    raise error
-
-
-def _open(url, headers):
-    """The response behind a link after its redirects, and the last link."""
-    for _ in range(MAX_REDIRECTS + 1):
-        scheme, host, port, target = _split(url)
-        connection = _connect(scheme, host, port)
-        shown_port = "" if port == {"https": 443, "http": 80}[scheme] else f":{port}"
-        own = {"Host": (f"[{host}]" if ":" in host else host) + shown_port, "Accept-Encoding": "identity"}
-        connection.request("GET", target, headers=headers | own)
-        response = connection.getresponse()
-        if response.status not in (301, 302, 303, 307, 308):
-            return connection, response, url
-        place = response.getheader("Location", "")
-        connection.close()
-        url = urllib.parse.urljoin(url, place)
-    raise ValueError(
-        f"{shown(url)} redirects more than {MAX_REDIRECTS} times. Copy the link of the file itself"
-    )
-
-
 # --- the body -----------------------------------------------------------------------------------------
 
 
@@ -204,11 +129,10 @@ def _download(url, part, suffix, check_head, progress, limit):
     """Fill the partial file, from where it stands if the server can; the file's name, without suffix."""
     state = _state(part)
     done = part.stat().st_size if part.is_file() and state.get("etag") else 0
-    headers = {"User-Agent": "wan21-i2v"}
+    headers = HEADERS
     if done:
-        headers |= {"Range": f"bytes={done}-", "If-Range": state["etag"]}
-    connection, response, last = _open(url, headers)
-    try:
+        headers = headers | {"Range": f"bytes={done}-", "If-Range": state["etag"]}
+    with open_link(url, headers) as (response, last):
         if response.status == 416 and done == state.get("total"):  # everything is there already
             return state["name"]
         _check_status(response.status, url)
@@ -225,8 +149,6 @@ def _download(url, part, suffix, check_head, progress, limit):
             _forget(part)
             raise
         return name
-    finally:
-        connection.close()
 
 
 def _check_status(status, url):

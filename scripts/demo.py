@@ -12,10 +12,10 @@ import signal
 import sys
 from pathlib import Path
 
+import bundled
 from comfy_client import GraphRejected, JobFailed, fill, without
 from contact_sheet import contact_sheet, read_frames
 from host_server import HostServer
-from make_random_checkpoints import I2V, TEXT_ENCODER, VAE, make_checkpoints
 from pack import ROOT, comfyui_path
 
 WORKFLOW = ROOT / "workflows" / "api" / "i2v.json"
@@ -23,11 +23,6 @@ WORK_FOLDER = ROOT / "build" / "demo"
 VIDEO = ROOT / "demo.mp4"
 SHEET = ROOT / "demo.jpg"
 TIMEOUT_S = 3600
-
-# The checkpoints of the demo. Their weights are random for now, so the video is noise that follows
-# the image only faintly; a trained small checkpoint takes their place in these two lines.
-CHECKPOINTS = {"model_name": I2V, "text_encoder_name": TEXT_ENCODER, "vae_name": VAE}
-prepare_checkpoints = make_checkpoints
 
 
 def main():
@@ -77,9 +72,8 @@ def _check_image(path):
 def _run_on_server(options):
     """Return the bytes of the mp4 that the graph writes."""
     shutil.rmtree(WORK_FOLDER, ignore_errors=True)
-    models = prepare_checkpoints(ROOT / "build" / "models")
     print("Starting ComfyUI")
-    with HostServer(WORK_FOLDER, models_directory=models) as server:
+    with HostServer(WORK_FOLDER) as server:
         image = server.client.upload_image(options.image)
         graph = _filled_graph(options, image)
         job = server.client.run(graph, on_event=_ProgressBars(graph), timeout_s=TIMEOUT_S)
@@ -90,9 +84,9 @@ def _run_on_server(options):
 def _filled_graph(options, image):
     graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     graph = without(graph, "CLIPVisionLoader", "CLIPVisionEncode")  # 1.3 GB; their features are optional
-    graph = fill(graph, "Wan21ModelLoader", model_name=CHECKPOINTS["model_name"])
-    graph = fill(graph, "Wan21TextEncoderLoader", text_encoder_name=CHECKPOINTS["text_encoder_name"])
-    graph = fill(graph, "Wan21VAELoader", vae_name=CHECKPOINTS["vae_name"])
+    graph = fill(graph, "Wan21ModelLoader", model_name=bundled.FILES["model_name"])
+    graph = fill(graph, "Wan21TextEncoderLoader", text_encoder_name=bundled.FILES["text_encoder_name"])
+    graph = fill(graph, "Wan21VAELoader", vae_name=bundled.FILES["vae_name"])
     graph = fill(graph, "LoadImage", image=image)
     graph = fill(graph, "Positive prompt", text=options.prompt)
     size = {"width": options.width, "height": options.height, "num_frames": options.frames}

@@ -49,7 +49,7 @@ class HostServer:
     the thread that started it, so that not even `kill -9` of the parent leaves one behind.
     """
 
-    def __init__(self, base_directory, models_directory=None, extra_args=(), link=True, start_timeout_s=180):
+    def __init__(self, base_directory, models_directory=None, extra_args=(), link=True, start_timeout_s=600):
         self.base_directory = Path(base_directory).resolve()
         self.models_directory = Path(models_directory or self.base_directory / "models").resolve()
         self.output_directory = self.base_directory / "output"

@@ -9,16 +9,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+from comfy_client import fill
 from contact_sheet import contact_sheet, read_frames
 from host_server import HostServer
-from make_random_checkpoints import make_checkpoints
 from pack import ROOT, comfyui_path
 from small_graphs import panning_clip, small_graph
 
 WORKFLOWS = ROOT / "workflows"
-SIZE = (160, 112)
-NUM_FRAMES = 25
-STEPS = 8
+SIZE = (128, 96)
+NUM_FRAMES = 17
+STEPS = 20
+SAMPLING = {"guidance_scale": 3, "flow_shift": 3}  # what suits the bundled checkpoint
+PROMPT = "pan left"
+PROMPTS = {"t2v": "a red circle moves right", "long_video": "rotate clockwise", "fast": "zoom in"}
 PICTURES = 9
 WIDTH = 512
 
@@ -28,13 +31,15 @@ def main():
     names = sys.argv[1:] or sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        with HostServer(folder, models_directory=make_checkpoints(folder / "models")) as server:
+        with HostServer(folder) as server:
             picture = comfyui_path() / "input" / "example.png"
             image = server.client.upload_image(picture)
             video = server.client.upload_image(panning_clip(picture, SIZE, NUM_FRAMES, 16), name="clip.mp4")
             for name in names:
                 graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
                 small = small_graph(graph, SIZE, NUM_FRAMES, STEPS, image, video)
+                small = fill(small, "Positive prompt", text=PROMPTS.get(name, PROMPT))
+                small = fill(small, "Wan21Sampler", **SAMPLING)
                 clip = folder / f"{name}.mp4"
                 clip.write_bytes(_run(server.client, small))
                 _thumbnail(clip).save(WORKFLOWS / f"{name}.jpg", quality=85)

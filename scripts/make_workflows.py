@@ -13,6 +13,7 @@ import sys
 import tempfile
 import uuid
 
+import bundled
 from editor import api_graph, editor_graph, load_api_graph, open_editor
 from host_server import HostServer
 from pack import ROOT
@@ -61,7 +62,7 @@ SIZES = {  # (width, least height) in pixels; a node is never lower than its inp
     "Report": (WIDE, 280),
     "Save video": (420, 460),
 }
-PREVIEW_HEIGHT = {"Sampler": 220}  # room below the inputs for the picture that appears while it runs
+PREVIEW_HEIGHT = {"Sampler": 220, "Decode": 90}  # room below the inputs for the picture or text of a run
 NOTE_SIZE = (440, 480)
 TITLE_HEIGHT = 30  # the bar above a node, and a group's own title
 COLUMN_GAP = 50
@@ -76,6 +77,16 @@ FILES = {
 SIDES_AND_FRAMES = "Sides are multiples of 16; frames are 4n+1 (5, 9 … 81) at 16 a second."
 TEXT_ENCODER = "**Text encoder**: set `device` to `cpu` to keep it out of GPU memory."
 NOTES = {
+    "quick_start": (
+        "# Quick start\nA still image moves, on any machine, in about a minute: the small model that comes "
+        "with these nodes. Press **Run**.",
+        "**Start image**: your picture. It is cropped to 128x128; the model was made for 64 to 128 pixels.",
+        "**Positive prompt**: one motion. `pan left`, `pan right`, `pan up`, `pan down`, `zoom in`, "
+        "`zoom out`, `rotate clockwise`, `rotate counterclockwise`, `still`; or a shape of the picture that "
+        "moves: `a red circle moves left`.",
+        "**Image to video**: sides of 64 to 128 in steps of 16, 5 to 33 frames (4n+1).",
+        "For real pictures open the graph **i2v**, whose note names the files to download.",
+    ),
     "i2v": (
         "# Image to video\nA still image becomes five seconds of video.",
         "**Start image**: your picture. **Positive prompt**: what moves in it, and how the camera does.",
@@ -195,6 +206,7 @@ def arranged(graph, name, node_heights):
     for index, group in enumerate(groups):
         group["id"] = index + 1
     files = [_offer_download(node) for node in graph["nodes"] if node["type"] in FILES]
+    files = [file for file in files if file is not None]
     note = _note(name, files, graph["last_node_id"] + 1)
     return graph | {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"wan21/{name}")),
@@ -231,10 +243,16 @@ def _place_group(name, columns, left, top):
 
 
 def _offer_download(node):
-    """Let the editor offer the file of a loader that lacks it. Returns (folder, name, address)."""
+    """Let the editor offer the file of a loader that lacks it.
+
+    Returns:
+        (folder, name, address), or None for a file that the pack brings.
+    """
     input_name, folder = FILES[node["type"]]
     widgets = [slot["name"] for slot in node["inputs"] if "widget" in slot]
     name = node["widgets_values"][widgets.index(input_name)]
+    if name in bundled.FILES.values():
+        return None
     url = f"{REPOSITORY}/resolve/main/split_files/{folder}/{name}"
     node["properties"]["models"] = [{"name": name, "url": url, "directory": folder}]
     return folder, name, url
@@ -242,15 +260,15 @@ def _offer_download(node):
 
 def _note(name, files, node_id):
     title, *changes = NOTES[name]
-    text = [
-        title,
-        "## Files",
-        f"From [Comfy-Org/Wan_2.1_ComfyUI_repackaged]({REPOSITORY}/tree/main/split_files) into these folders "
-        "of ComfyUI; then press `R`.",
-        "\n".join(f"- `models/{folder}`: [{file}]({url})" for folder, file, url in files),
-        "## What to change",
-        "\n".join(f"- {change}" for change in changes),
-    ]
+    text = [title]
+    if files:
+        text += [
+            "## Files",
+            f"From [Comfy-Org/Wan_2.1_ComfyUI_repackaged]({REPOSITORY}/tree/main/split_files) into these "
+            "folders of ComfyUI; then press `R`.",
+            "\n".join(f"- `models/{folder}`: [{file}]({url})" for folder, file, url in files),
+        ]
+    text += ["## What to change", "\n".join(f"- {change}" for change in changes)]
     return {
         "id": node_id,
         "type": "MarkdownNote",

@@ -1,10 +1,10 @@
-"""Make a workflow small enough for a CPU: random checkpoints, few pixels, frames and steps."""
+"""Make a workflow small enough for a CPU: the bundled checkpoint, few pixels, frames and steps."""
 
 import copy
 import io
 
+import bundled
 from comfy_client import without
-from make_random_checkpoints import FLF2V, I2V, T2V, TEXT_ENCODER, VAE
 
 
 def without_clip_vision(graph):
@@ -17,7 +17,7 @@ def without_clip_vision(graph):
 
 
 def small_graph(graph, size=(64, 64), num_frames=5, steps=2, image=None, video=None):
-    """Return a small copy of an API graph that `make_checkpoints` has the files for.
+    """Return a small copy of an API graph on the bundled checkpoint, which serves all kinds of graph.
 
     Args:
         graph: a graph of `workflows/api`.
@@ -26,14 +26,12 @@ def small_graph(graph, size=(64, 64), num_frames=5, steps=2, image=None, video=N
         image, video: names in the host's input folder for LoadImage and LoadVideo; None keeps the graph's.
     """
     values = {
-        "text_encoder_name": TEXT_ENCODER,
-        "vae_name": VAE,
+        **bundled.FILES,
         "width": size[0],
         "height": size[1],
         "num_frames": num_frames,
         "length": num_frames,
         "steps": steps,
-        "teacache_profile": "i2v_480p",  # the random checkpoints have no coefficients of their own
     }
     values |= {name: value for name, value in (("image", image), ("file", video)) if value is not None}
     graph = copy.deepcopy(without_clip_vision(graph))
@@ -41,19 +39,9 @@ def small_graph(graph, size=(64, 64), num_frames=5, steps=2, image=None, video=N
         for name, value in node["inputs"].items():
             if isinstance(value, list):
                 continue  # linked
-            if name == "model_name":
-                node["inputs"][name] = _checkpoint_like(value)
-            elif name in values:
+            if name in values:
                 node["inputs"][name] = values[name]
     return graph
-
-
-def _checkpoint_like(model_name):
-    """Return the random checkpoint of the kind that a published file's name says."""
-    for kind, checkpoint in (("flf2v", FLF2V), ("i2v", I2V), ("t2v", T2V)):
-        if kind in model_name:
-            return checkpoint
-    raise ValueError(f"{model_name} says neither flf2v, i2v nor t2v: add its kind to small_graphs.py.")
 
 
 def panning_clip(image_path, size, num_frames, fps):

@@ -29,7 +29,7 @@ class WanConfig:
         out_dim: output channels.
         eps: epsilon of every norm.
         empty_start: an image model that was also trained without any image (mask and image latent zero),
-            so that it serves as text-to-video too. No release is; what `make train-tiny` makes is.
+            so that it serves as text-to-video too. No release is; the bundled one is.
     """
 
     in_dim: int

@@ -11,7 +11,8 @@ import torch
 from ...wan import checkpoint
 from ...wan.config import detect_config
 from ...wan.dit import WanModel
-from ...wan.gguf import Packed, dequantize, read_gguf
+from ...wan.gguf import Packed, dequantize
+from ..gguf_file import read_gguf
 
 PLAIN = ("F32", "F16", "BF16")
 

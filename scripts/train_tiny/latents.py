@@ -23,6 +23,9 @@ WITH_END = 5  # one clip in so many is also encoded with its last frame at the e
 SHARD_PIXELS = 64 * 17 * 64 * 64
 ENCODE_PIXELS = 8 * 17 * 64 * 64  # at once; more is not faster on a CPU
 
+HARD = ("zoom", "rotate")  # learnt last: their content moves differently at each place
+HARD_WEIGHT = 2.5  # how much more often such a clip is drawn
+
 to_model = Wan21().process_in  # the host's own mean and standard deviation per channel
 
 
@@ -153,20 +156,21 @@ class Latents:
 
     def __init__(self, folder, plan):
         self.buckets = list(dict.fromkeys(bucket for bucket, _, _ in plan))
-        self.parts, self.motions = {}, {}
+        self.parts, self.motions, self.chances = {}, {}, {}
         for bucket in self.buckets:
             names = [f"{b.name}-{seed}.pt" for b, _, seed in plan if b == bucket]
             shards = [torch.load(Path(folder) / name, weights_only=True) for name in names]
             self.motions[bucket] = [data.Motion(**m) for s in shards for m in s["motions"]]
             self.parts[bucket] = join_shards(shards)
+            hard = [m.name.startswith(HARD) for m in self.motions[bucket]]
+            self.chances[bucket] = [HARD_WEIGHT if h else 1 for h in hard]
         self.weights = [len(self.motions[b]) * b.tokens for b in self.buckets]
 
     def draw(self, rng, tokens):
         """A random batch of about `tokens` tokens: (clip, conditioning, motions) of `batch`."""
         bucket = rng.choices(self.buckets, self.weights)[0]
         count = max(1, tokens // bucket.tokens)
-        total = len(self.motions[bucket])
-        rows = rng.sample(range(total), count) if count <= total else rng.choices(range(total), k=count)
+        rows = rng.choices(range(len(self.motions[bucket])), self.chances[bucket], k=count)
         alone = rng.random() < 0.1  # one frame longer, hence a whole batch of them
         kinds = ["alone"] * count if alone else rng.choices(("start", "end", "empty"), (75, 16, 9), k=count)
         return self.batch(bucket, rows, kinds)

@@ -1,4 +1,4 @@
-"""Train a small checkpoint from nothing to the files in `models/`: `make train-tiny`.
+"""Train the bundled checkpoint from nothing to the files in `models/`: `make train-tiny`.
 
 Stages that are done are skipped, and an interrupted one goes on where it was last saved, at most two
 minutes back. Delete a stage's files in the work folder to do it again.

@@ -1,4 +1,4 @@
-"""Train the small VAE: pictures, then clips, then its scaling folded in; later its decoder once more.
+"""Train the bundled VAE: pictures, then clips, then its scaling folded in; later its decoder once more.
 
     python scripts/train_tiny/train_vae.py            # an hour on two CPU cores; killed, it goes on
     python scripts/train_tiny/train_vae.py --refine   # decoder only: latents made so far stay valid
@@ -66,7 +66,7 @@ class Schedule:
     dim: int = 16
 
 
-CPU = Schedule(image_steps=1300, video_steps=450, refine_steps=150, batch=1)
+CPU = Schedule(image_steps=1300, video_steps=450, refine_steps=60, batch=1)
 CUDA = Schedule(image_steps=6000, video_steps=8000, refine_steps=3000, batch=16)  # a guess, never run
 
 
@@ -104,11 +104,11 @@ def per_channel(vector):
 
 def encode(vae, video):
     """Means [B, 16, T, H/8, W/8]; the whole clip is one chunk, so that a gradient can pass."""
-    return torch.cat([z for _, z in vae._encode_chunks(video, video.device, video.shape[2])], 2)
+    return torch.cat([z for _, z in vae._encode_chunks(video, video.device, video.shape[2], None)], 2)
 
 
 def decode(vae, z):
-    return torch.cat([x for _, x in vae._decode_chunks(z, 4 * z.shape[2])], 2)
+    return torch.cat([x for _, x in vae.decode_part(z, chunk_frames=4 * z.shape[2])], 2)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ import shutil
 import pytest
 from editor import BROWSERS, find_browser, open_editor
 from host_server import HostServer
-from make_random_checkpoints import make_checkpoints
 from pack import comfyui_path
 
 
@@ -14,8 +13,7 @@ def server(tmp_path_factory):
     if find_browser() is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     base = tmp_path_factory.mktemp("host")
-    models = make_checkpoints(base / "models")
-    with HostServer(base, models_directory=models, extra_args=["--preview-method", "auto"]) as running:
+    with HostServer(base, extra_args=["--preview-method", "auto"]) as running:
         shutil.copy(comfyui_path() / "input" / "example.png", running.input_directory)
         yield running
 

@@ -1,5 +1,6 @@
 """The client that demo and tests use says clearly how a job ended."""
 
+import bundled
 import pytest
 from comfy_client import GraphRejected, JobFailed, JobInterrupted, fill
 
@@ -14,7 +15,7 @@ GRAPH = {
 # Encoding and decoding a long video with the native VAE takes far longer than a test.
 LONG_GRAPH = {
     "1": {"class_type": "EmptyImage", "inputs": {"width": 512, "height": 512, "batch_size": 33, "color": 1}},
-    "2": {"class_type": "VAELoader", "inputs": {"vae_name": "wan21-random-vae.safetensors"}},
+    "2": {"class_type": "VAELoader", "inputs": {"vae_name": bundled.VAE}},
     "3": {"class_type": "VAEEncode", "inputs": {"pixels": ["1", 0], "vae": ["2", 0]}},
     "4": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["2", 0]}},
     "5": {"class_type": "PreviewImage", "inputs": {"images": ["4", 0]}},
@@ -33,8 +34,10 @@ def test_rejected_graph_names_node_and_reason(client):
         client.run(fill(GRAPH, "EmptyImage", width=-1))
 
 
-def test_failed_node_is_named(client, checkpoints):
-    (checkpoints / "vae" / "broken.safetensors").write_bytes(b"not a checkpoint")
+def test_failed_node_is_named(client, server):
+    folder = server.models_directory / "vae"
+    folder.mkdir(exist_ok=True)
+    (folder / "broken.safetensors").write_bytes(b"not a checkpoint")
     graph = fill(LONG_GRAPH, "VAELoader", vae_name="broken.safetensors")
     with pytest.raises(JobFailed, match=r"VAELoader \(node 2\)"):
         client.run(graph)

@@ -94,8 +94,7 @@ def test_bad_values_are_refused_before_anything_runs(client, graph, node, inputs
 
 def test_a_failed_check_names_the_node_to_the_client(client, graph):
     wrong = copy.deepcopy(graph)
-    sampler, prompt = find_node(graph, "Wan21Sampler"), find_node(graph, "Positive prompt")
-    wrong[sampler]["inputs"]["positive"] = [prompt, 0]
-    with pytest.raises(JobFailed, match=r"Wan21Sampler: .*carries no image.*Wan21ImageToVideo") as failed:
+    wrong[find_node(graph, "Wan21Sampler")]["inputs"]["skip_layers"] = "99"
+    with pytest.raises(JobFailed, match=r"Wan21Sampler: .*block 99.*0 to 5") as failed:
         client.run(wrong)
     assert not failed.value.job.previews

@@ -3,9 +3,11 @@
 import http.server
 import socket
 import threading
+import time
 
 import pytest
 from wan21.nodes import fetch as f
+from wan21.nodes import links
 
 BODY = bytes(range(256)) * 1200  # 300 KB
 
@@ -40,9 +42,9 @@ def server(monkeypatch):
     server.asked, server.answer = [], send
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    monkeypatch.setattr(f, "PUBLIC_SCHEMES", ("http",))
-    real = f.is_public
-    monkeypatch.setattr(f, "is_public", lambda ip: ip == "127.0.0.1" or real(ip))
+    monkeypatch.setattr(links, "PUBLIC_SCHEMES", ("https", "http"))
+    real = links.is_public
+    monkeypatch.setattr(links, "is_public", lambda ip: ip == "127.0.0.1" or real(ip))
     server.url = f"http://127.0.0.1:{server.server_port}"
     yield server
     server.shutdown()
@@ -162,18 +164,18 @@ def test_links_that_are_refused_before_anything_is_sent(url, message, tmp_path):
 PRIVATE = (
     "10.1.2.3", "172.16.0.1", "192.168.1.1", "127.0.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
     "224.0.0.1", "255.255.255.255", "::", "::1", "fe80::1%eth0", "fd00::1", "ff02::1", "::ffff:127.0.0.1",
-    "64:ff9b::7f00:1", "64:ff9b::a00:1", "2002:7f00:1::", "2001:0:0:0:0:0:80ff:fffe",
+    "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "2002:7f00:1::", "2001:0:0:0:0:0:80ff:fffe",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("address", PRIVATE)
 def test_private_addresses_in_every_form(address):
-    assert not f.is_public(address)
+    assert not links.is_public(address)
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
 def test_public_addresses(address):
-    assert f.is_public(address)
+    assert links.is_public(address)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_a_redirect_to_a_private_place(server, tmp_path, place, monkeypatch):
     names = {"localhost2": "127.0.0.3"}
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: real(names.get(host, host), *a, **k))
     server.answer = lambda request: send(request, b"", 302, Location=place.format(port=server.server_port))
-    with pytest.raises(ValueError, match=r"a private or local address|must be an https link"):
+    with pytest.raises(ValueError, match=r"a private or local address|must be an https or http link"):
         fetch(f"{server.url}/x.safetensors", tmp_path)
     assert len(server.asked) == 1 and list(tmp_path.iterdir()) == []
 
@@ -299,9 +301,37 @@ def test_answers_that_are_no_file(server, tmp_path, answer, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_small_body_at_once(server):
+    url = f"{server.url}/a.png"
+    assert f.fetch_bytes(url, len(BODY), 10) == BODY
+    with pytest.raises(ValueError, match=r"127\.0\.0\.1/a\.png has more than 0\.31 MB"):
+        f.fetch_bytes(url + "?token=secret", len(BODY) - 1, 10)
+    with pytest.raises(ValueError, match="a private or local address"):
+        f.fetch_bytes("https://127.0.0.2/a.png", 10, 10)
+
+
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_server_that_drips_is_cut_off(server, part):
+    def answer(request):
+        if part == "body":
+            send(request, b"", length=False)
+        try:
+            while not stop.wait(0.02):
+                request.wfile.write(b"x")
+        except OSError:
+            pass
+
+    server.answer, stop = answer, threading.Event()
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="took too long"):
+        f.fetch_bytes(f"{server.url}/a.png", 1_000_000, 0.3)
+    stop.set()
+    assert time.monotonic() - begin < 5
+
+
 def test_the_owner_allows_private_addresses_or_turns_downloads_off(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(f, "PUBLIC_SCHEMES", ("https",))
-    monkeypatch.setattr(f, "is_public", lambda ip: False)
+    monkeypatch.setattr(links, "PUBLIC_SCHEMES", ("https",))
+    monkeypatch.setattr(links, "is_public", lambda ip: False)
     url = f"{server.url}/x.safetensors"
     with pytest.raises(ValueError, match="must be an https link"):
         fetch(url, tmp_path)

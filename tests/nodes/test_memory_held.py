@@ -22,7 +22,7 @@ def tensor_bytes():
     gc.collect()
     storages = {}
     for found in gc.get_objects():
-        if isinstance(found, torch.Tensor) and found.device.type == "cpu":
+        if type(found) in (torch.Tensor, torch.nn.Parameter) and found.device.type == "cpu":  # no fake ones
             storage = found.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

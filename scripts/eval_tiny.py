@@ -1,0 +1,341 @@
+"""Measure the bundled checkpoint on pictures it has never seen, through a real ComfyUI and our nodes.
+
+    python scripts/eval_tiny.py                      # all of it, about 20 minutes on two CPU cores
+    python scripts/eval_tiny.py --cases 18           # a quick look
+    python scripts/eval_tiny.py --only camera lora --json eval.json
+
+Prints a table of what was reached beside what was to be reached; ends with status 1 if anything is missed.
+Contact sheets of the cases are left in build/eval_tiny.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import bundled
+import pack
+
+pack.load_pack()
+pack.load_host()
+
+import torch  # noqa: E402
+from comfy_client import GraphRejected, JobFailed, fill, find_node  # noqa: E402
+from host_server import HostServer  # noqa: E402
+from train_tiny import captions, data, metrics  # noqa: E402
+from train_tiny.host import Host, to_picture  # noqa: E402
+
+WORK = pack.ROOT / "build" / "eval_tiny"
+CLIPS = data.HELD_OUT + 10**6  # seeds of their own: training measures itself on others
+
+
+@dataclass
+class Row:
+    """One line of the table. `passed` is None where nothing was agreed."""
+
+    what: str
+    value: str
+    target: str = ""
+    passed: bool | None = None
+
+
+def held_out(seed, count, size, motions):
+    """Clips never trained on, [count, F, 3, H, W] in [0, 1], rounded to 8 bits; and their motions."""
+    video, motions = data.clips(CLIPS + seed, count, *size, motions=motions)
+    return ((video.movedim(1, 2) + 1) * 127.5).round().clamp(0, 255) / 255, motions
+
+
+def pictures(seed, count, size):
+    """Start images on which the nine camera motions can be told apart at all."""
+    kept = []
+    for batch in range(100):
+        video, _ = held_out(seed + batch, 8, (1, *size[1:]), ["still"])
+        kept += [clip[0] for clip in video if metrics.tells_motions_apart(clip[0], size[0])]
+        if len(kept) >= count:
+            break
+    return kept[:count]
+
+
+def sheet(name, videos):
+    """Some videos as rows of five frames each, to look at."""
+    rows = []
+    for video in videos[:18]:
+        picked = video[torch.linspace(0, len(video) - 1, 5).round().long()]
+        rows.append(torch.cat([*picked], dim=2))
+    to_picture(torch.cat(rows, dim=1)).save(WORK / f"{name}.png")
+
+
+# Each measurement takes (host, number of cases) and returns rows.
+
+
+def measure_time(host, cases):
+    """The whole graph with its video file, on a server that has loaded nothing yet."""
+    size = (17, 96, 96)
+    graph = host.graph("quick_start", "pan left", size, 0, Start_image=pictures(0, 1, size)[0])
+    seconds = []
+    for seed in (0, 1):
+        started = time.perf_counter()
+        host.run(fill(graph, "Wan21Sampler", seed=seed))
+        seconds.append(time.perf_counter() - started)
+    return [
+        Row("17 frames at 96x96, loading included", f"{seconds[0]:.1f} s", "<= 20 s", seconds[0] <= 20),
+        Row("the same again, models loaded", f"{seconds[1]:.1f} s"),
+    ]
+
+
+def measure_vae(host, cases):
+    rows = []
+    for size, target in (((17, 64, 64), 26), ((17, 96, 96), None), ((17, 128, 128), None)):
+        count = max(4, cases // 6) if target else max(2, cases // 25)
+        clips, _ = held_out(1000, count, size, None)
+        values = [metrics.psnr(clip, host.reconstructed(clip)) for clip in clips]
+        mean = statistics.mean(values)
+        what = f"VAE on {count} clips, {size_name(size)}"
+        if target:
+            rows.append(Row(what, f"{mean:.1f} dB", f">= {target} dB", mean >= target))
+        else:
+            rows.append(Row(what, f"{mean:.1f} dB"))
+    return rows
+
+
+def measure_camera(host, cases):
+    """Nine prompts on each picture; at 64 pixels also in free wording, and the first frames."""
+    rows = []
+    for side, count in ((64, cases), (96, max(9, cases // 4)), (128, max(9, cases // 6))):
+        videos = camera_videos(host, (17, side, side), count, captions.canonical)
+        rows.append(recognised(f"camera motion, 17x{side}x{side}", videos))
+        sheet(f"camera_{side}", [video for _, _, video in videos])
+        if side == 64:
+            rows += first_frames(host, videos)
+    for size in ((17, 64, 96), (9, 64, 64), (33, 64, 64)):
+        videos = camera_videos(host, size, max(9, cases // 8), captions.canonical)
+        rows.append(recognised(f"camera motion, {size_name(size)}", videos, agreed=False))
+    rng = random.Random(0)
+    videos = camera_videos(host, (17, 64, 64), max(9, cases // 3), lambda m: captions.caption(m, rng))
+    rows.append(recognised("camera motion in free wording", videos, agreed=False))
+    return rows
+
+
+def camera_videos(host, size, count, wording):
+    """[(picture, motion, video)]: each picture with all nine prompts, up to `count` cases."""
+    images = pictures(2000 + size[0] + 7 * size[1], -(-count // len(data.CAMERA)), size)
+    result = []
+    for case in range(count):
+        image, name = images[case // len(data.CAMERA)], data.CAMERA[case % len(data.CAMERA)]
+        prompt = wording(data.Motion("camera", name))
+        video = host.frames(host.graph("quick_start", prompt, size, case, Start_image=image))
+        result.append((image, name, video))
+    return result
+
+
+def recognised(what, videos, agreed=True):
+    found = [metrics.camera_motion(image, video) for image, _, video in videos]
+    missed = [f"{name} as {f}" for f, (_, name, _) in zip(found, videos) if f != name]
+    if missed:
+        print(f"  {what}: {', '.join(missed)}")
+    share = 1 - len(missed) / len(videos)
+    value = f"{len(videos) - len(missed)} of {len(videos)} ({100 * share:.0f} %)"
+    return Row(what, value, ">= 95 %", share >= 0.95) if agreed else Row(what, value)
+
+
+def first_frames(host, videos):
+    """Against the VAE's own reconstruction, and between prompts: the picture stays, the end differs."""
+    loss, same, different = [], [], []
+    for image, name, video in videos:
+        if name == data.CAMERA[0]:
+            alone, reference = metrics.psnr(image, host.reconstructed(image[None])[0]), video
+        loss.append(alone - metrics.psnr(image, video[0]))
+        if video is not reference:
+            same.append(metrics.psnr(reference[0], video[0]))
+            different.append(metrics.psnr(reference[-1], video[-1]))
+    worst, mean = max(loss), statistics.mean(loss)
+    return [
+        Row("first frame less than the VAE alone, mean", f"{mean:.2f} dB", "<= 1 dB", mean <= 1),
+        Row("first frame less than the VAE alone, worst", f"{worst:.2f} dB"),
+        Row(
+            "first frames of one picture, other prompts",
+            f"{statistics.mean(same):.1f} dB",
+            ">= 30 dB",
+            statistics.mean(same) >= 30,
+        ),
+        Row(
+            "last frames of one picture, other prompts",
+            f"{statistics.mean(different):.1f} dB",
+            "<= 25 dB",
+            statistics.mean(different) <= 25,
+        ),
+    ]
+
+
+def measure_object(host, cases):
+    """A shape moves as told; then each shape with all four directions from one and the same picture."""
+    rows = []
+    rng = random.Random(1)
+    size, count = (17, 64, 64), max(8, cases // 2)
+    motions = [
+        data.Motion("object", "move", rng.choice([*data.COLOURS]), rng.choice(data.SHAPES), way)
+        for way in data.DIRECTIONS * (count // 4)
+    ]
+    clips, _ = held_out(3000, len(motions), size, motions)
+    videos = [
+        host.frames(host.graph("quick_start", captions.canonical(m), size, i, Start_image=clip[0]))
+        for i, (m, clip) in enumerate(zip(motions, clips))
+    ]
+    sheet("object", videos)
+    found = [metrics.object_direction(video, m.colour) for video, m in zip(videos, motions)]
+    rows.append(share("object direction", found, [m.direction for m in motions], 0.95))
+    # the middle: from here a shape can go anywhere
+    found, told, kept = [], [], []
+    for i, m in enumerate(motions[: max(2, count // 8)]):
+        middle = data.Motion("object", "grow", m.colour, m.shape)
+        image = held_out(4000 + i, 1, size, [middle])[0][0, 8]
+        for way in data.DIRECTIONS:
+            prompt = captions.canonical(data.Motion("object", "move", m.colour, m.shape, way))
+            kept.append(host.frames(host.graph("quick_start", prompt, size, i, Start_image=image)))
+            found.append(metrics.object_direction(kept[-1], m.colour))
+            told.append(way)
+    sheet("object_four_ways", kept)
+    return [*rows, share("object from one picture in four ways", found, told)]
+
+
+def share(what, found, told, least=None):
+    right = sum(f == t for f, t in zip(found, told))
+    value = f"{right} of {len(told)} ({100 * right / len(told):.0f} %)"
+    if least is None:
+        return Row(what, value)
+    return Row(what, value, f">= {100 * least:.0f} %", right >= least * len(told))
+
+
+def measure_end(host, cases):
+    """First and last frame given, in both forms: the video ends where it was told to."""
+    size, count = (17, 64, 64), max(3, cases // 10)
+    clips, motions = held_out(5000, count, size, [*data.CAMERA])
+    rows = []
+    for alone, what in ((False, "last frame"), (True, "end image as latent of its own")):
+        values, reached, videos = [], [], []
+        for i, (clip, motion) in enumerate(zip(clips, motions)):
+            prompt = captions.canonical(motion)
+            graph = host.graph("first_last_frame", prompt, size, i, Start_image=clip[0], End_image=clip[-1])
+            graph = fill(graph, "Image to video", add_frames_for_end_image=alone)
+            videos.append(host.frames(graph))
+            values.append(metrics.psnr(clip[-1], videos[-1][-1]))
+            reached.append(metrics.psnr(clip[-1], host.reconstructed(clip)[-1]))
+        sheet(f"end_{'alone' if alone else 'frame'}", videos)
+        mean, best = statistics.mean(values), statistics.mean(reached)
+        value = f"{mean:.1f} dB (VAE {best:.1f})"
+        rows.append(Row(f"{what}, against the end image", value, "VAE - 4 dB", mean >= best - 4))
+    return rows
+
+
+def measure_text_only(host, cases):
+    """No image at all: a shape appears and moves as told."""
+    size, count = (17, 64, 64), max(4, cases // 8)
+    found, told, videos = [], [], []
+    for i in range(count):
+        colour, way = [*data.COLOURS][i % 6], data.DIRECTIONS[i % 4]
+        prompt = f"a {colour} circle moves {way}"
+        try:
+            videos.append(host.frames(host.graph("t2v", prompt, size, i)))
+        except (GraphRejected, JobFailed) as error:
+            return [Row("without image", f"refused: {str(error)[:60]}", ">= 75 %", False)]
+        found.append(metrics.object_direction(videos[-1], colour))
+        told.append(way)
+    sheet("text_only", videos)
+    return [share("without image: shape moves as told", found, told, 0.75)]
+
+
+def measure_lora(host, cases):
+    """Loaded by the host's own node: the colours drain, and with strength 0 nothing changes."""
+    size = (17, 64, 64)
+    ratios, equal, videos = [], True, []
+    for i, image in enumerate(pictures(6000, 3, size)):
+        graph = host.graph("quick_start", ("pan left", "zoom in", "still")[i], size, i, Start_image=image)
+        plain = host.frames(graph)
+        strong, none = (host.frames(with_lora(graph, strength)) for strength in (1.0, 0.0))
+        ratios.append(metrics.saturation(strong[-1]) / metrics.saturation(plain[-1]))
+        equal = equal and torch.equal(plain, none)
+        videos += [plain, strong]
+    sheet("lora", videos)
+    mean = statistics.mean(ratios)
+    return [
+        Row("LoRA: colour left in the last frame", f"{100 * mean:.0f} %", "<= 20 %", mean <= 0.2),
+        Row("LoRA of strength 0: the same pixels", str(equal), "True", equal),
+    ]
+
+
+def with_lora(graph, strength):
+    graph = fill(graph, "Wan21Sampler", model=["lora", 0])
+    inputs = {
+        "model": [find_node(graph, "Wan21ModelLoader"), 0],
+        "lora_name": bundled.LORA,
+        "strength_model": strength,
+    }
+    graph["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
+    return graph
+
+
+MEASUREMENTS = {
+    "time": measure_time,
+    "vae": measure_vae,
+    "camera": measure_camera,
+    "object": measure_object,
+    "end": measure_end,
+    "text_only": measure_text_only,
+    "lora": measure_lora,
+}
+
+
+def size_name(size):
+    return "x".join(map(str, size))
+
+
+def main():
+    """Run what was asked for and print the table."""
+    options = arguments()
+    shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True)
+    rows = []
+    with HostServer(WORK / "host", models_directory=options.models) as server:
+        host = Host(server, **options.sampler)
+        for name in options.only or MEASUREMENTS:
+            started = time.perf_counter()
+            rows += MEASUREMENTS[name](host, options.cases)
+            print(f"  {name}: {time.perf_counter() - started:.0f} s", flush=True)
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    sys.exit(any(row.passed is False for row in rows))
+
+
+def table(rows):
+    """Markdown, so that it can go into a README as it is."""
+    lines = ["| measured | reached | to reach | |", "|---|---|---|---|"]
+    mark = {True: "yes", False: "**NO**", None: ""}
+    lines += [f"| {r.what} | {r.value} | {r.target} | {mark[r.passed]} |" for r in rows]
+    return "\n".join(lines)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", type=Path, help="another `models` folder than the pack's own")
+    parser.add_argument(
+        "--cases", type=int, default=100, help="camera cases at 64 pixels; the rest in proportion"
+    )
+    parser.add_argument("--only", nargs="+", choices=[*MEASUREMENTS])
+    parser.add_argument(
+        "--sampler",
+        type=json.loads,
+        default={},
+        help='inputs of Wan21Sampler in place of the graph\'s: {"steps": 9}',
+    )
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

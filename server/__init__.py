@@ -1,0 +1,18 @@
+"""The job API on the host's own web server: submit, stream, webhook, files, keys."""
+
+import logging
+
+
+def mount():
+    """Serve the API below /wan21; where that is not possible, the log says why and the nodes still load."""
+    try:
+        from .app import create_app
+        from .host import Host
+        from .routes import PREFIX
+
+        host = Host()
+        host.mount(PREFIX, create_app(host))
+    except Exception as error:
+        logging.warning("Wan2.1 jobs: the API is not served: %s: %s", type(error).__name__, error)
+    else:
+        logging.info("Wan2.1 jobs: the API is served at %s", PREFIX)

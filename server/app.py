@@ -1,0 +1,103 @@
+"""Puts the parts of the API together and ties them to the life of the web server."""
+
+import asyncio
+import contextlib
+import logging
+
+from aiohttp import web
+from filelock import FileLock, Timeout
+
+from .access import Gate, RateLimit
+from .files import Files
+from .installed import Installed
+from .jobs import Jobs
+from .problems import Problem
+from .routes import Routes
+from .sessions import Sessions
+from .settings import Settings
+from .store import Store
+from .tasks import Tasks
+from .webhooks import Webhooks
+
+CLEAN_SECONDS = 3600
+
+
+def create_app(host):
+    """Return the aiohttp application of the API.
+
+    Raises:
+        ValueError: a setting is wrong.
+        RuntimeError: another server of this user folder has the API open.
+    """
+    settings = Settings.from_environment()
+    folder = host.data_directory
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RuntimeError(f"another server uses {folder}; give each a user folder of its own") from None
+    store = Store(folder / "jobs.sqlite")
+    files = Files(store, settings, folder / "uploads", host.input_directory)
+    hooks = Webhooks(store, settings)
+    tasks = Tasks(store, host, hooks.wake)
+    sessions = Sessions(store)
+    jobs = Jobs(host, settings, files, tasks, sessions, Installed(host))
+    limit = RateLimit(settings.requests_per_minute)
+    routes = Routes(settings, Gate(settings), limit, files, tasks, sessions, jobs)
+    life = _Life(lock, store, files, hooks, tasks)
+    app = web.Application(middlewares=[life.readiness, routes.guard])
+    app.add_routes(routes.table())
+    app.cleanup_ctx.append(life.run)
+    app.on_shutdown.append(life.end_streams)  # which the web server waits for
+    return app
+
+
+class _Life:
+    """Starts and stops the parts; a failure here must not keep the host from starting."""
+
+    def __init__(self, lock, store, files, hooks, tasks):
+        self._lock = lock
+        self._store = store
+        self._files = files
+        self._hooks = hooks
+        self._tasks = tasks
+        self._failure = "it has not started yet"
+
+    @web.middleware
+    async def readiness(self, request, handler):
+        if self._failure:
+            return Problem(503, f"The job API does not run: {self._failure}").response()
+        return await handler(request)
+
+    async def run(self, _):
+        cleaning = None
+        try:
+            await self._store.open()
+            await self._tasks.start()
+            await self._hooks.start()
+            cleaning = asyncio.get_running_loop().create_task(self._clean())
+            self._failure = None
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            logging.exception("Wan2.1 jobs: the API does not run")
+        yield
+        if cleaning is not None:
+            cleaning.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await cleaning
+            await self._hooks.stop()
+            await self._tasks.stop()
+        self._store.close()
+        self._lock.release()
+
+    async def end_streams(self, _):
+        self._tasks.release()
+
+    async def _clean(self):
+        while True:
+            try:
+                await self._files.remove_stale()
+            except Exception:
+                logging.exception("Wan2.1 jobs: old uploads could not be removed")
+            await asyncio.sleep(CLEAN_SECONDS)

@@ -1,0 +1,42 @@
+"""Pictures from clients, decoded within limits and written as PNG for the graph."""
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+MAX_PIXELS = 64_000_000
+MAX_SIDE = 16_384
+
+
+def write_png(source, target):
+    """Write a picture, turned the way its EXIF data says, as an 8-bit RGB PNG without metadata.
+
+    Of an animation the first frame is taken; transparency is laid over black. Blocking.
+
+    Args:
+        source: path of a file in one of `FORMATS`, or its bytes as a file object.
+        target: path to write.
+
+    Raises:
+        ValueError: not such a picture, damaged, or more than `MAX_PIXELS`; told from the header, before
+            any pixel is decoded.
+    """
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+                raise ValueError(
+                    f"the picture has {width}x{height} pixels; the most are {MAX_PIXELS:,} in all "
+                    f"and {MAX_SIDE:,} a side"
+                )
+            upright = ImageOps.exif_transpose(image)
+            if upright.has_transparency_data:
+                rgba = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            clean = Image.new("RGB", upright.size)
+            clean.paste(upright.convert("RGB"))  # without the metadata of the original
+            clean.save(target, "PNG", compress_level=1)
+    except UnidentifiedImageError:
+        raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the picture cannot be decoded: {error}") from error

@@ -1,0 +1,61 @@
+"""What goes wrong, told as problem+json (RFC 9457) with the keys that every version of the client reads."""
+
+from aiohttp import web
+
+_TITLES = {
+    400: "invalid_request",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    409: "conflict",
+    410: "gone",
+    413: "too_large",
+    422: "validation_error",
+    429: "rate_limited",
+    500: "internal_error",
+    503: "unavailable",
+}
+
+
+class Problem(Exception):
+    """An error for the client.
+
+    Args:
+        status: HTTP status, one of those above.
+        detail: one sentence for the person.
+        errors: for a 422, [{"path": "input.field", "message": ...}].
+        headers: further response headers.
+    """
+
+    def __init__(self, status, detail, errors=(), headers=None):
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.errors = list(errors)
+        self.headers = dict(headers or {})
+
+    def response(self):
+        """Return the problem as an HTTP response."""
+        code = _TITLES[self.status]
+        body = {
+            "type": f"https://inference.sh/errors/{code}",  # the client takes its error code from here
+            "title": code,
+            "status": self.status,
+            "detail": self.detail,
+            "success": False,
+            "error": {"code": code, "message": self.detail},
+        }
+        if self.errors:
+            body["errors"] = self.errors
+        return web.json_response(
+            body, status=self.status, headers=self.headers, content_type="application/problem+json"
+        )
+
+
+def invalid(*errors):
+    """Return the 422 for (field, message) pairs; an empty field is the input as a whole."""
+    listed = [
+        {"path": f"input.{field}" if field else "input", "message": message} for field, message in errors
+    ]
+    detail = "; ".join(f"{error['path']}: {error['message']}" for error in listed)
+    return Problem(422, detail, listed)

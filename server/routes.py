@@ -1,0 +1,259 @@
+"""The routes, in the wire protocol of the client `inferencesh`."""
+
+import asyncio
+import json
+import logging
+from pathlib import Path
+
+from aiohttp import web
+
+from . import states
+from .files import described
+from .jobs import APP
+from .problems import Problem
+from .sessions import state_of
+from .tasks import iso_time, snapshot, snapshot_line
+
+PREFIX = "/wan21"
+MAX_BODY_BYTES = 2**20
+SNAPSHOT_SECONDS = 8  # the client leaves a stream without a snapshot for 30 s
+UPLOAD = "upload"
+MEDIA = ("image/", "video/", "text/plain")  # shown by a browser; anything else is a download
+
+
+class Routes:
+    """Handlers over the parts of the API.
+
+    Args:
+        settings, gate, limit, files, tasks, sessions, jobs: the parts.
+    """
+
+    def __init__(self, settings, gate, limit, files, tasks, sessions, jobs):
+        self._settings = settings
+        self._gate = gate
+        self._limit = limit
+        self._files = files
+        self._tasks = tasks
+        self._sessions = sessions
+        self._jobs = jobs
+
+    def table(self):
+        """Return the routes, without the prefix."""
+        return [
+            web.get(f"/apps/{APP}", self.schema),
+            web.post("/apps/run", self.run),
+            web.get("/tasks/{id}", self.task),
+            web.get("/tasks/{id}/status", self.status),
+            web.get("/tasks/{id}/stream", self.stream),
+            web.get("/tasks/{id}/preview", self.preview),
+            web.post("/tasks/{id}/cancel", self.cancel),
+            web.delete("/tasks/{id}", self.delete),
+            web.get("/tasks/{id}/files", self.task_files),
+            web.delete("/tasks/{id}/files", self.delete_task_files),
+            web.post("/files", self.announce),
+            web.put("/upload/{token}", self.upload, name=UPLOAD),
+            web.get("/files/{id}", self.download),
+            web.get("/files/{id}/{name}", self.download),
+            web.get("/sessions", self.session_list),
+            web.get("/sessions/{id}", self.session),
+            web.delete("/sessions/{id}", self.end_session),
+            web.post("/sessions/{id}/keepalive", self.keep_session),
+        ]
+
+    @web.middleware
+    async def guard(self, request, handler):
+        """Refuse who may not call, and answer every error as a problem."""
+        try:
+            if request.match_info.route.name != UPLOAD:
+                self._owner(request)
+            return await handler(request)
+        except Problem as problem:
+            return problem.response()
+        except web.HTTPException as error:
+            if error.status < 400:
+                raise
+            known = error.status if error.status in (404, 413) else 400
+            return Problem(known, error.reason).response()
+        except (ConnectionResetError, asyncio.CancelledError):
+            raise  # the client has gone
+        except Exception:
+            logging.exception("Wan2.1 jobs: %s %s failed", request.method, request.path)
+            return Problem(500, "The server made an error; its log says which.").response()
+
+    # --- runs and tasks --------------------------------------------------------------------------------
+
+    async def schema(self, request):
+        """The JSON Schema of the input."""
+        schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+        return web.json_response(schema | self._jobs.input_model().model_json_schema())
+
+    async def run(self, request):
+        self._limit.take(self._owner(request))
+        params = await _json_body(request)
+        row = await self._jobs.submit(self._owner(request), params, self._base_url(request))
+        return _answer(snapshot(row))
+
+    async def task(self, request):
+        return _answer(snapshot(await self._task(request)))
+
+    async def status(self, request):
+        whole = snapshot(await self._task(request))
+        return _answer({name: whole[name] for name in ("id", "status", "updated_at")})
+
+    async def stream(self, request):
+        """Snapshots as lines of JSON: the present one at once, one per change, and one now and then."""
+        row = await self._task(request)
+        response = web.StreamResponse(
+            headers={
+                "Content-Type": "application/x-ndjson; charset=utf-8",
+                "Cache-Control": "no-store",
+                "X-Accel-Buffering": "no",
+            }
+        )
+        await response.prepare(request)
+        with self._tasks.follow(row.id) as reader:
+            if reader is None:
+                row = await self._task(request)  # it may have ended since
+            await response.write(snapshot_line(row))
+            while reader is not None:
+                try:
+                    line = await asyncio.wait_for(reader.get(), SNAPSHOT_SECONDS)
+                except asyncio.TimeoutError:
+                    line = snapshot_line(row)
+                if line is None:
+                    break
+                await response.write(line)
+        await response.write_eof()
+        return response
+
+    async def preview(self, request):
+        preview = self._tasks.preview((await self._task(request)).id)
+        if preview is None:
+            raise Problem(404, "There is no preview; the task is over, or the host makes none.")
+        return web.Response(
+            body=preview["image"], content_type=preview["type"], headers={"Cache-Control": "no-store"}
+        )
+
+    async def cancel(self, request):
+        row = await self._task(request)
+        await self._tasks.cancel(row)
+        return _answer(snapshot(row))
+
+    async def delete(self, request):
+        row = await self._task(request)
+        await self._tasks.delete(row)
+        if request.query.get("files") == "true":
+            await self._files.remove(await self._files.of_task(row.id))
+        return web.Response(status=204)
+
+    def _owner(self, request):
+        return self._gate.owner(request)
+
+    async def _task(self, request):
+        return await self._tasks.get(self._owner(request), request.match_info["id"])
+
+    # --- files -----------------------------------------------------------------------------------------
+
+    async def task_files(self, request):
+        rows = await self._rows_of_task(request)
+        return _answer([described(row) | {"url": self._file_url(row, request)} for row in rows])
+
+    async def delete_task_files(self, request):
+        row = await self._task(request)
+        if row.status not in states.TERMINAL:
+            raise Problem(409, "The task is not over; cancel it first.")
+        deleted, skipped = await self._files.remove(await self._rows_of_task(request))
+        return _answer({"deleted": deleted, "skipped": skipped})
+
+    async def _rows_of_task(self, request):
+        row = await self._task(request)
+        role = request.query.get("role")
+        if role not in (None, "input", "output"):
+            raise Problem(422, "role must be input or output")
+        return await self._files.of_task(row.id, role)
+
+    async def announce(self, request):
+        self._limit.take(self._owner(request))
+        body = await _json_body(request)
+        base = self._base_url(request)
+        wanted = body.get("files") if isinstance(body, dict) else None
+        files = await self._files.announce(
+            self._owner(request), wanted, lambda token: f"{base}/upload/{token}"
+        )
+        return _answer(files)
+
+    async def upload(self, request):
+        receiving = self._files.receive(request.match_info["token"], request.content)
+        try:
+            await asyncio.wait_for(receiving, self._settings.upload_seconds)
+        except asyncio.TimeoutError:
+            raise Problem(400, "The upload took too long.") from None
+        return web.Response(status=204)
+
+    async def download(self, request):
+        row = await self._files.find(self._owner(request), request.match_info["id"])
+        shown = row.role != UPLOAD and row.content_type.startswith(MEDIA)
+        kind = row.content_type if shown else "application/octet-stream"
+        headers = {
+            "Content-Type": kind,
+            "Content-Disposition": "inline" if shown else "attachment",
+            "X-Content-Type-Options": "nosniff",
+        }
+        return web.FileResponse(Path(row.path), headers=headers)
+
+    def _file_url(self, row, request):
+        return f"{self._base_url(request)}/files/{row.id}"
+
+    # --- sessions --------------------------------------------------------------------------------------
+
+    async def session_list(self, request):
+        return _answer([_session(row) for row in await self._sessions.list(self._owner(request))])
+
+    async def session(self, request):
+        return _answer(_session(await self._sessions.get(self._owner(request), request.match_info["id"])))
+
+    async def keep_session(self, request):
+        return _answer(
+            _session(await self._sessions.keep_alive(self._owner(request), request.match_info["id"]))
+        )
+
+    async def end_session(self, request):
+        await self._sessions.end(self._owner(request), request.match_info["id"])
+        return web.Response(status=204)
+
+    def _base_url(self, request):
+        return self._settings.public_url or f"{request.scheme}://{request.host}{PREFIX}"
+
+
+def _answer(data):
+    return web.json_response({"success": True, "status": 200, "data": data})
+
+
+def _session(row):
+    return {
+        "id": row.id,
+        "status": state_of(row),
+        "expires_at": iso_time(row.expires_at),
+        "created_at": iso_time(row.created_at),
+        "idle_timeout": row.idle_seconds,
+        "call_count": row.calls,
+    }
+
+
+async def _json_body(request):
+    """Read a JSON body of limited size."""
+    body = b""
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise Problem(413, f"the body has more than {MAX_BODY_BYTES} bytes; upload files by POST /files")
+    try:
+        data = json.loads(body, parse_constant=_no_number)
+        json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError):
+        raise Problem(400, "the body is not JSON") from None
+    return data
+
+
+def _no_number(text):
+    raise ValueError(f"{text} is not JSON")

@@ -1,0 +1,82 @@
+"""Sessions, as far as the client needs them: a name that runs share, with an end."""
+
+import secrets
+import time
+
+from .problems import Problem
+from .store import SessionRow
+
+DEFAULT_SECONDS, MAX_SECONDS = 300, 3600
+NEW = "new"
+
+
+class Sessions:
+    def __init__(self, store):
+        self._store = store
+
+    async def enter(self, owner, name, timeout):
+        """Return the id of the session of a run, or None.
+
+        Args:
+            name: "new", the id of an active session, or None.
+            timeout: seconds without a run after which a new session expires, in [1, 3600]; or None.
+
+        Raises:
+            Problem: 422 for a wrong timeout, 404 or 410 for a session that is unknown or over.
+        """
+        if name is None:
+            return None
+        if name != NEW:
+            row = await self.get(owner, name)
+            await self._renew(row, calls=1)
+            return row.id
+        seconds = DEFAULT_SECONDS if timeout is None else timeout
+        if not isinstance(seconds, int) or isinstance(seconds, bool) or not 1 <= seconds <= MAX_SECONDS:
+            raise Problem(422, f"session_timeout must be a whole number from 1 to {MAX_SECONDS}")
+        now = time.time()
+        row = SessionRow(f"sess_{secrets.token_hex(16)}", owner, seconds, now, now + seconds, calls=1)
+        await self._store.add(row)
+        return row.id
+
+    async def get(self, owner, session_id):
+        """Return the row of an active session.
+
+        Raises:
+            Problem: 404 for one that is unknown, 410 for one that is over.
+        """
+        row = isinstance(session_id, str) and await self._store.get(SessionRow, session_id)
+        if not row or row.owner != owner:
+            raise Problem(404, "There is no such session.")
+        if state_of(row) != "active":
+            raise Problem(410, f"The session is {state_of(row)}.")
+        return row
+
+    async def list(self, owner):
+        """Return the active sessions of an owner."""
+        now = time.time()
+        conditions = (SessionRow.owner == owner, SessionRow.ended.is_(False), SessionRow.expires_at > now)
+        return await self._store.select(SessionRow, *conditions, order=SessionRow.created_at)
+
+    async def keep_alive(self, owner, session_id):
+        """Start the idle time of a session again."""
+        row = await self.get(owner, session_id)
+        await self._renew(row, calls=0)
+        return row
+
+    async def end(self, owner, session_id):
+        """End a session; its tasks go on."""
+        row = await self.get(owner, session_id)
+        row.ended = True
+        await self._store.save(row)
+
+    async def _renew(self, row, calls):
+        row.calls += calls
+        row.expires_at = time.time() + row.idle_seconds
+        await self._store.save(row)
+
+
+def state_of(row):
+    """Return "active", "ended" or "expired"."""
+    if row.ended:
+        return "ended"
+    return "active" if row.expires_at > time.time() else "expired"

@@ -1,0 +1,86 @@
+"""Settings of the job API, all from the environment; none is needed.
+
+What links may lead to is set in `nodes/links.py` and `nodes/fetch.py`.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits and secrets.
+
+    Attributes:
+        keys: API keys; when there are none, only loopback clients are served.
+        public_url: base of the URLs handed out, such as `https://video.example.com/wan21`; by default the
+            address that the client used.
+        webhook_secret: key of the HMAC-SHA256 signature on webhooks; None sends them unsigned.
+        requests_per_minute: runs and uploads started per key.
+        max_unfinished: tasks of one key that may wait or run at a time.
+        max_upload_bytes: size of one file.
+        max_stored_bytes: uploads of one key that are kept at a time.
+        upload_seconds: how long an upload URL is valid.
+        keep_uploads_seconds: after which an uploaded file is removed.
+        webhook_delays: seconds before each further attempt to deliver a webhook.
+    """
+
+    keys: tuple[str, ...] = field(default=(), repr=False)
+    public_url: str | None = None
+    webhook_secret: str | None = field(default=None, repr=False)
+    requests_per_minute: int = 120
+    max_unfinished: int = 256
+    max_upload_bytes: int = 64 * 2**20
+    max_stored_bytes: int = 2 * 2**30
+    upload_seconds: int = 900
+    keep_uploads_seconds: int = 24 * 3600
+    webhook_delays: tuple[float, ...] = (1, 5, 30, 120, 600, 1800, 7200)
+
+    @classmethod
+    def from_environment(cls, environ=os.environ):
+        """Read the `WAN21_*` variables.
+
+        Raises:
+            ValueError: a number is not one, a key is too short, or the keys file cannot be read.
+        """
+        defaults = cls()
+        return cls(
+            keys=_keys(environ),
+            public_url=environ.get("WAN21_PUBLIC_URL", "").rstrip("/") or None,
+            webhook_secret=environ.get("WAN21_WEBHOOK_SECRET") or None,
+            requests_per_minute=_number(environ, "WAN21_REQUESTS_PER_MINUTE", defaults.requests_per_minute),
+            max_unfinished=_number(environ, "WAN21_MAX_UNFINISHED", defaults.max_unfinished),
+            max_upload_bytes=_number(environ, "WAN21_MAX_UPLOAD_MB", defaults.max_upload_bytes >> 20) << 20,
+            max_stored_bytes=_number(environ, "WAN21_MAX_STORED_MB", defaults.max_stored_bytes >> 20) << 20,
+        )
+
+
+MIN_KEY_LENGTH = 16
+
+
+def _keys(environ):
+    """Keys of WAN21_API_KEYS (separated by commas) and of the file WAN21_API_KEYS_FILE (one a line)."""
+    text = environ.get("WAN21_API_KEYS", "").replace(",", "\n")
+    path = environ.get("WAN21_API_KEYS_FILE")
+    if path:
+        try:
+            text += "\n" + Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"WAN21_API_KEYS_FILE cannot be read: {error}") from error
+    lines = [line.strip() for line in text.splitlines()]
+    keys = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if any(len(key) < MIN_KEY_LENGTH for key in keys):
+        raise ValueError(f"an API key has fewer than {MIN_KEY_LENGTH} characters; draw longer ones")
+    if not keys and (environ.get("WAN21_API_KEYS") or path):
+        raise ValueError("API keys are configured, and there is none among them")
+    return keys
+
+
+def _number(environ, name, default):
+    text = environ.get(name)
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{name} is {text!r}; set a whole number of 1 or more")
+    return int(text)

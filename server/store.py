@@ -1,0 +1,202 @@
+"""Tasks, files and sessions in SQLite, written by one thread in the order of the calls.
+
+Rows are plain classes, used on the event loop as well: `Store` copies, it never hands out rows that are
+attached to a database session.
+"""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from sqlalchemy import JSON, create_engine, delete, event, select, update
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
+
+RECEIVE_SECONDS = 3600  # for the transfer of one upload
+
+
+class Base(MappedAsDataclass, DeclarativeBase):
+    """A row. Times are seconds since 1970."""
+
+
+class TaskRow(Base):
+    """One job.
+
+    Attributes:
+        prompt_id: the host's name for it.
+        base_url: address under which the client reached this API, for the URLs it gets.
+        graph: the API graph, kept to queue the job again after a restart.
+        roles: what nodes of the graph do, see `graph.JobGraph`.
+        hook_state: "none", "pending", "delivered" or "failed".
+    """
+
+    __tablename__ = "tasks"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(index=True)
+    prompt_id: Mapped[str] = mapped_column(unique=True)
+    status: Mapped[int] = mapped_column(index=True)
+    app: Mapped[str]
+    base_url: Mapped[str]
+    input: Mapped[dict] = mapped_column(JSON)
+    graph: Mapped[dict] = mapped_column(JSON)
+    roles: Mapped[dict] = mapped_column(JSON)
+    created_at: Mapped[float] = mapped_column(index=True)
+    updated_at: Mapped[float]
+    output: Mapped[dict | None] = mapped_column(JSON, default=None)
+    error: Mapped[str] = mapped_column(default="")
+    logs: Mapped[list] = mapped_column(JSON, default_factory=list)
+    progress: Mapped[float] = mapped_column(default=0.0)
+    session_id: Mapped[str | None] = mapped_column(default=None)
+    meta: Mapped[dict | None] = mapped_column(JSON, default=None)
+    webhook: Mapped[str | None] = mapped_column(default=None)
+    hook_state: Mapped[str] = mapped_column(default="none", index=True)
+    hook_attempts: Mapped[int] = mapped_column(default=0)
+    hook_next: Mapped[float] = mapped_column(default=0.0)
+    hook_error: Mapped[str] = mapped_column(default="")
+
+
+class FileRow(Base):
+    """One file.
+
+    Attributes:
+        role: "upload" (not used by a task yet), "input" or "output".
+        path: on disk.
+        token: secret part of the upload URL; None once the file is there.
+        expires_at: when an unfinished or unused upload is removed.
+    """
+
+    __tablename__ = "files"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(index=True)
+    role: Mapped[str]
+    filename: Mapped[str | None]
+    content_type: Mapped[str]
+    size: Mapped[int]
+    path: Mapped[str]
+    created_at: Mapped[float]
+    task_id: Mapped[str | None] = mapped_column(index=True, default=None)
+    token: Mapped[str | None] = mapped_column(index=True, default=None)
+    expires_at: Mapped[float | None] = mapped_column(default=None)
+
+
+class SessionRow(Base):
+    """A session of the client: a name that its runs share."""
+
+    __tablename__ = "sessions"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(index=True)
+    idle_seconds: Mapped[int]
+    created_at: Mapped[float]
+    expires_at: Mapped[float]
+    calls: Mapped[int] = mapped_column(default=0)
+    ended: Mapped[bool] = mapped_column(default=False)
+
+
+class Store:
+    """Asynchronous access to the database file at `path`, which is created.
+
+    Every method returns when the change is committed, and so outlives a killed process.
+    """
+
+    def __init__(self, path):
+        self._engine = create_engine(f"sqlite:///{path}", connect_args={"check_same_thread": False})
+        event.listen(self._engine, "connect", _on_connect)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan21-store")
+
+    async def _run(self, work):
+        def in_session():
+            with Session(self._engine, expire_on_commit=False) as session, session.begin():
+                return work(session)
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, in_session)
+
+    async def open(self):
+        """Create missing tables."""
+        await asyncio.get_running_loop().run_in_executor(
+            self._thread, lambda: Base.metadata.create_all(self._engine)
+        )
+
+    def close(self):
+        """Finish what was asked for and close the file."""
+        self._thread.shutdown()
+        self._engine.dispose()
+
+    async def add(self, *rows):
+        """Insert copies of rows."""
+        inserts = [_insert(row) for row in rows]
+
+        def work(session):
+            for one in inserts:
+                session.execute(one)
+
+        await self._run(work)
+
+    async def save(self, row, *names):
+        """Write the named columns of a row, as they are now; all without names."""
+        await self.write(row, {k: v for k, v in _values(row).items() if not names or k in names})
+
+    async def write(self, row, values, *new_rows):
+        """Write new values of columns, and copies of new rows with them; the row in memory stays as it is."""
+        statement = update(type(row)).where(type(row).id == row.id).values(**values)
+        inserts = [_insert(new) for new in new_rows]
+
+        def work(session):
+            for one in (*inserts, statement):
+                session.execute(one)
+
+        await self._run(work)
+
+    async def get(self, kind, row_id):
+        """Return one row by its id, or None."""
+        return await self._run(lambda session: session.get(kind, row_id))
+
+    async def select(self, kind, *conditions, order=None, limit=None):
+        """Return the rows of a kind that fulfil all conditions."""
+        statement = select(kind).where(*conditions).order_by(order).limit(limit)
+        return await self._run(lambda session: list(session.scalars(statement)))
+
+    async def delete(self, row):
+        """Remove one row."""
+        await self._run(lambda session: session.execute(delete(type(row)).where(type(row).id == row.id)))
+
+    async def claim_upload(self, token, now):
+        """Take the upload that belongs to a secret, so that nobody else can; None if there is none."""
+
+        def work(session):
+            row = session.scalar(select(FileRow).where(FileRow.token == token, FileRow.expires_at > now))
+            if row is not None:
+                row.token, row.expires_at = None, now + RECEIVE_SECONDS
+            return row
+
+        return await self._run(work)
+
+    async def stored_bytes(self, owner):
+        """Return the bytes of one owner's uploads, announced and received."""
+        rows = await self.select(FileRow, FileRow.owner == owner, FileRow.role == "upload")
+        return sum(row.size for row in rows)
+
+    async def due_webhooks(self, now):
+        """Return tasks whose webhook is to be sent by now, the longest due first."""
+        return await self.select(
+            TaskRow,
+            TaskRow.hook_state == "pending",
+            TaskRow.hook_next <= now,
+            order=TaskRow.hook_next,
+            limit=20,
+        )
+
+    async def stale_files(self, now):
+        """Return uploads that were never finished or never used in time."""
+        return await self.select(FileRow, FileRow.role == "upload", FileRow.expires_at <= now)
+
+
+def _insert(row):
+    return type(row).__table__.insert().values(**_values(row))
+
+
+def _values(row):
+    return {column.key: getattr(row, column.key) for column in row.__table__.columns}
+
+
+def _on_connect(connection, _):
+    """Readers beside the writer, and every commit on disk before it is acknowledged."""
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")

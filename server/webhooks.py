@@ -1,0 +1,116 @@
+"""One POST at the end of a task, retried until it is taken, signed when there is a secret."""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import http.client
+import json
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from ..nodes.links import open_link
+from .tasks import snapshot
+
+SCHEMES = ("https", "http")
+TIMEOUT_S = 15
+IDLE_SECONDS = 1
+MAX_ERROR = 300
+SENDERS = 8
+
+
+class Webhooks:
+    """Delivers what is due in the store, so that a restart changes nothing.
+
+    A receiver may get the same event twice and can tell by `X-Wan21-Delivery`, which is the task's id.
+    """
+
+    def __init__(self, store, settings):
+        self._store = store
+        self._settings = settings
+        self._wake = asyncio.Event()
+        self._task = None
+        self._sending = {}  # task id -> its delivery
+        self._senders = ThreadPoolExecutor(SENDERS, thread_name_prefix="wan21-webhook")
+
+    async def start(self):
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self):
+        work = [self._task, *self._sending.values()]
+        for task in work:
+            task.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+        self._senders.shutdown(wait=False)
+
+    def wake(self):
+        """Look for due webhooks now."""
+        self._wake.set()
+
+    async def _run(self):
+        while True:
+            try:
+                for row in await self._store.due_webhooks(time.time()):
+                    if row.id not in self._sending:
+                        sending = asyncio.get_running_loop().create_task(self._deliver(row))
+                        self._sending[row.id] = sending
+            except Exception:
+                logging.exception("Wan2.1 jobs: webhooks could not be sent")
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), IDLE_SECONDS)
+            self._wake.clear()
+
+    async def _deliver(self, row):
+        try:
+            loop = asyncio.get_running_loop()
+            error = await loop.run_in_executor(self._senders, post, row, self._settings.webhook_secret)
+            row.hook_attempts += 1
+            row.hook_error = error[:MAX_ERROR]
+            delays = self._settings.webhook_delays
+            if not error:
+                row.hook_state = "delivered"
+            elif row.hook_attempts > len(delays):
+                row.hook_state = "failed"
+            else:
+                row.hook_next = time.time() + delays[row.hook_attempts - 1]
+            await self._store.save(row, "hook_state", "hook_attempts", "hook_error", "hook_next")
+        except Exception:
+            logging.exception("Wan2.1 jobs: the webhook of %s could not be handled", row.id)
+        finally:
+            del self._sending[row.id]
+            self.wake()
+
+
+def post(row, secret):
+    """Send the event of a task once. Blocking.
+
+    Returns:
+        What went wrong, empty when the receiver took it.
+    """
+    body = json.dumps(payload(row)).encode()
+    headers = {"Content-Type": "application/json", "X-Wan21-Delivery": row.id}
+    if secret:
+        headers |= signature(secret, body, int(time.time()))
+    request = {"method": "POST", "body": body, "schemes": SCHEMES, "redirects": 0, "seconds": TIMEOUT_S}
+    try:
+        with open_link(row.webhook, headers, **request) as (response, _):
+            return "" if response.status < 300 else f"the receiver answered {response.status}"
+    except (ValueError, OSError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
+
+
+def payload(row):
+    """Return the event, a part of the task."""
+    whole = snapshot(row)
+    names = ("id", "status", "output", "error", "session_id", "created_at", "updated_at")
+    return {name: whole[name] for name in names}
+
+
+def signature(secret, body, timestamp):
+    """Return the headers that let a receiver check where an event is from, and when it was sent.
+
+    The signature is the HMAC-SHA256 of `timestamp.body` under the secret, in hexadecimal.
+    """
+    mac = hmac.new(secret.encode(), f"{timestamp}.".encode() + body, hashlib.sha256)
+    return {"X-Wan21-Timestamp": str(timestamp), "X-Wan21-Signature": f"sha256={mac.hexdigest()}"}

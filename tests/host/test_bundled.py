@@ -1,0 +1,115 @@
+"""What the bundled checkpoint does, through the real graphs: the picture stays and the prompt moves it."""
+
+import bundled
+import pytest
+import torch
+from comfy_client import fill, find_node
+from safetensors import safe_open
+from train_tiny import data, metrics
+from train_tiny.host import Host
+
+SIZE = (17, 64, 64)  # frames, height, width
+SEED = data.HELD_OUT + 5 * 10**6  # pictures that neither training nor evaluation has seen
+LARGEST_BYTES = 40 * 2**20
+
+
+@pytest.fixture(scope="module")
+def host(server):
+    return Host(server)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """A picture on which the camera motions can be told apart."""
+    for seed in range(SEED, SEED + 100):
+        [image] = eight_bits(data.images(seed, 1, *SIZE[1:]))
+        if metrics.tells_motions_apart(image):
+            return image
+    raise AssertionError("no such picture")
+
+
+@pytest.fixture(scope="module")
+def panned(host, picture):
+    return host.frames(host.graph("quick_start", "pan left", SIZE, 1, Start_image=picture))
+
+
+def eight_bits(pixels):
+    """[-1, 1] -> [0, 1] as a file holds it."""
+    return ((pixels + 1) * 127.5).round().clamp(0, 255) / 255
+
+
+def grey(pixels):
+    return pixels.mean(-3, keepdim=True).expand_as(pixels)
+
+
+def test_files_are_small_and_say_what_they_are():
+    files = list(bundled.MODELS.rglob("*.safetensors"))
+    assert {path.name for path in files} == set(bundled.FILES.values())
+    assert sum(path.stat().st_size for path in files) <= LARGEST_BYTES
+    for path in files:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        assert metadata["license"] == "Apache-2.0"
+        assert all(metadata[key] for key in ("title", "description", "trained", "training_commit"))
+
+
+def test_dropdowns_offer_them(client):
+    known = client.object_info()
+    for node, name in (
+        ("Wan21ModelLoader", "model_name"),
+        ("Wan21TextEncoderLoader", "text_encoder_name"),
+        ("Wan21VAELoader", "vae_name"),
+        ("LoraLoaderModelOnly", "lora_name"),
+    ):
+        spec = known[node]["input"]["required"][name]
+        options = spec[0] if isinstance(spec[0], list) else spec[1]["options"]
+        assert bundled.FILES[name] in options
+
+
+def test_first_frame_is_the_picture(host, picture, panned):
+    alone = metrics.psnr(picture, host.reconstructed(picture[None])[0])
+    assert alone > 22  # dB; below, the next line would prove little
+    assert metrics.psnr(picture, panned[0]) > alone - 2
+
+
+def test_motion_follows_the_prompt_and_the_picture_stays(host, picture, panned):
+    videos = {"pan left": panned}
+    for seed, name in enumerate(("pan up", "zoom in", "rotate clockwise", "still")):
+        graph = host.graph("quick_start", name, SIZE, seed, Start_image=picture)
+        videos[name] = host.frames(graph)
+    assert {name: metrics.camera_motion(picture, video) for name, video in videos.items()} == {
+        name: name for name in videos
+    }
+    firsts = [video[0] for video in videos.values()]
+    assert min(metrics.psnr(firsts[0], first) for first in firsts[1:]) > 28
+
+
+def test_other_words_mean_the_same(host, picture):
+    prompt = "The camera slowly moves to the LEFT."
+    video = host.frames(host.graph("quick_start", prompt, SIZE, 2, Start_image=picture))
+    assert metrics.camera_motion(picture, video) == "pan left"
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["last frame", "latent of its own"])
+def test_end_image_is_reached(host, alone):
+    clip = eight_bits(data.clips(SEED, 1, *SIZE, motions=["zoom in"])[0])[0].movedim(1, 0)  # [F, 3, H, W]
+    graph = host.graph("first_last_frame", "zoom in", SIZE, 3, Start_image=clip[0], End_image=clip[-1])
+    graph = fill(graph, "Image to video", add_frames_for_end_image=alone)
+    video = host.frames(fill(graph, "Wan21Sampler", steps=20, guidance_scale=3, flow_shift=3))
+    to_end, to_start = metrics.psnr(clip[-1], video[-1]), metrics.psnr(clip[0], video[-1])
+    assert to_end > 20 and to_end > to_start + 3
+
+
+def test_lora_drains_the_colours_and_strength_zero_changes_nothing(host, picture, panned):
+    def with_lora(strength):
+        graph = host.graph("quick_start", "pan left", SIZE, 1, Start_image=picture)
+        graph = fill(graph, "Wan21Sampler", model=["lora", 0])
+        inputs = {"model": [find_node(graph, "Wan21ModelLoader"), 0], "lora_name": bundled.LORA}
+        inputs["strength_model"] = strength
+        graph["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
+        return host.frames(graph)
+
+    drained = with_lora(1.0)
+    assert metrics.saturation(drained[-1]) < 0.7 * metrics.saturation(panned[-1])
+    assert metrics.camera_motion(grey(picture), grey(drained)) == "pan left"
+    assert torch.equal(with_lora(0.0), panned)

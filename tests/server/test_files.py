@@ -1,0 +1,140 @@
+"""Uploads in all forms of the client, and what does not get through."""
+
+import base64
+import io
+
+import pytest
+import requests
+from inferencesh import APIError
+from PIL import Image
+
+
+def png(size=(80, 64), **options):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "teal").save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def announce(api, data, key="x"):
+    request = {"files": [{"uri": "", "filename": "a.png", "content_type": "image/png", "size": len(data)}]}
+    answer = requests.post(f"{api.url}/files", json=request, headers={"Authorization": f"Bearer {key}"})
+    return answer.json()["data"][0] if answer.ok else answer
+
+
+@pytest.mark.parametrize("form", ["path", "data", "base64"])
+def test_the_forms_that_the_client_takes(api, job, image, form):
+    text = base64.b64encode(png()).decode()
+    given = {"path": image, "data": f"data:image/png;base64,{text}", "base64": text}[form]
+    task = api.client.run(job(image=given), wait=False)
+    with Image.open(api.host.input_directory / "wan21" / task["id"] / "image.png") as stored:
+        assert stored.size == (80, 64)
+    assert task["input"]["image"].startswith("wan21://files/")
+    again = api.client.run(job(image=task["input"]["image"]), wait=False)
+    assert again["id"] != task["id"]
+
+
+def test_texts_that_the_client_takes_for_base64_come_back(api, job):
+    task = api.client.run(job(prompt="photorealistic42"), wait=False)
+    assert task["input"]["prompt"] == "photorealistic42"
+    with pytest.raises(APIError, match="is a file"):
+        api.client.run(job(prompt=job()["input"]["image"]), wait=False)
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("../../secret.png", "uploaded file or an https URL"),
+        ("wan21://files/../../etc/passwd", "upload it again"),
+        ("wan21://files/none", "upload it again"),
+        ("https://127.0.0.1/a.png", "a private or local address"),
+        ("https://127.1/a.png", "a private or local address"),
+        ("https://localhost/a.png", "a private or local address"),
+        ("http://example.com/a.png", "must be an https link"),
+        ("file:///etc/passwd", "uploaded file or an https URL"),
+    ],
+)
+def test_images_from_elsewhere_are_refused(api, job, value, message):
+    with pytest.raises(APIError, match=message) as raised:
+        api.client.run(job(image=value), wait=False)
+    assert raised.value.status_code == 422 and "input.image" in raised.value.response_body
+
+
+def test_what_is_no_picture_is_refused(api, job):
+    text = base64.b64encode(b"no picture, only some words").decode()
+    with pytest.raises(APIError, match="not a picture"):
+        api.client.run(job(end_image=f"data:image/png;base64,{text}"), wait=False)
+    assert api.host.queue == [] and not list(api.host.input_directory.rglob("*.png"))
+
+
+def test_an_upload_url_works_once_for_the_announced_size(api):
+    data = png()
+    for sent, status in ((data[:-1], 400), (data + b"x", 413)):
+        file = announce(api, data)
+        assert requests.put(file["upload_url"], data=sent).status_code == status
+        assert requests.put(file["upload_url"], data=data).status_code == 404
+    file = announce(api, data)
+    assert len(file["upload_url"].rpartition("/")[2]) == 43
+    assert requests.put(file["upload_url"], data=data).ok
+    assert requests.put(file["upload_url"], data=data).status_code == 404
+    answer = requests.get(f"{api.url}/files/{file['id']}")
+    assert answer.content == data and answer.headers["Content-Disposition"] == "attachment"
+    assert requests.put(f"{api.url}/upload/..%2f..%2fx", data=b"x").status_code == 404
+
+
+@pytest.fixture
+def limited(host, monkeypatch):
+    from helpers_server import serve
+
+    for name, value in {
+        "WAN21_API_KEYS": "a" * 32 + "," + "b" * 32,
+        "WAN21_MAX_UPLOAD_MB": "1",
+        "WAN21_MAX_STORED_MB": "2",
+        "WAN21_MAX_UNFINISHED": "2",
+        "WAN21_REQUESTS_PER_MINUTE": "30",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with serve(host) as running:
+        yield running
+
+
+def test_sizes_are_limited_before_bytes_arrive(limited):
+    assert announce(limited, b"x" * (2**20 + 1), "a" * 32).status_code == 413
+    for _ in range(2):
+        assert announce(limited, b"x" * 2**20, "a" * 32)["id"]
+    assert announce(limited, b"x", "a" * 32).status_code == 413
+    assert announce(limited, b"x", "b" * 32)["id"]
+
+
+def test_one_key_does_not_see_what_is_anothers(limited, job):
+    first, second = limited.client_of("a" * 32), limited.client_of("b" * 32)
+    task = first.run(job(), wait=False)
+    other = {"Authorization": f"Bearer {'b' * 32}"}
+    for method, path in (
+        ("GET", ""), ("GET", "/stream"), ("GET", "/status"), ("GET", "/preview"), ("GET", "/files"),
+        ("POST", "/cancel"), ("DELETE", ""), ("DELETE", "/files"),
+    ):  # fmt: skip
+        url = f"{limited.url}/tasks/{task['id']}{path}"
+        assert requests.request(method, url, headers=other).status_code == 404, (method, path)
+        assert requests.request(method, url).status_code == 401, (method, path)
+    with pytest.raises(APIError, match="upload it again"):
+        second.run(job(image=task["input"]["image"]), wait=False)
+    file = first.tasks.files(task["id"]).data[0]
+    assert requests.get(file["url"], headers=other).status_code == 404
+    assert requests.get(file["url"]).status_code == 401
+    assert requests.get(file["url"], headers={"Authorization": b"Bearer \xff"}).status_code == 401
+    assert requests.get(f"{limited.url}/apps/infsh/wan2-1-i2v").status_code == 401
+    assert first.get_task(task["id"]).data["status"] == 2
+
+
+def test_queue_and_rate_are_limited_per_key(limited, job):
+    first, second = limited.client_of("a" * 32), limited.client_of("b" * 32)
+    given = first.run(job(), wait=False)["input"]
+    first.run({"app": "infsh/wan2-1-i2v", "input": given}, wait=False)
+    headers = {"Authorization": f"Bearer {'a' * 32}"}
+    body = {"app": "infsh/wan2-1-i2v", "input": given}
+    full = requests.post(f"{limited.url}/apps/run", json=body, headers=headers)
+    assert full.status_code == 429 and int(full.headers["Retry-After"]) > 0 and "queue" in full.text
+    second.run(job(), wait=False)
+    answers = [requests.post(f"{limited.url}/apps/run", json=body, headers=headers) for _ in range(40)]
+    assert any("Too many requests" in answer.text for answer in answers)
+    assert all(answer.status_code == 429 and answer.headers["Retry-After"] for answer in answers)

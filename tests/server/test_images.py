@@ -1,0 +1,52 @@
+"""Pictures from clients."""
+
+import io
+
+import pytest
+from PIL import Image
+from wan21.server import images
+from wan21.server.images import write_png
+
+
+def save(path, image, kind, **options):
+    image.save(path, kind, **options)
+    return path
+
+
+def test_exif_turns_the_picture_and_metadata_go(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right by 90 degrees
+    exif[0x010E] = "secret"
+    source = save(tmp_path / "a.jpg", Image.new("RGB", (30, 20), "red"), "JPEG", exif=exif)
+    write_png(source, tmp_path / "out" / "a.png")
+    with Image.open(tmp_path / "out" / "a.png") as written:
+        assert (
+            written.size == (20, 30) and written.mode == "RGB" and not written.info and not written.getexif()
+        )
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    kind = "JPEG" if mode == "CMYK" else "PNG"
+    write_png(save(tmp_path / "a", Image.new(mode, (4, 4)), kind), tmp_path / "b.png")
+    with Image.open(tmp_path / "b.png") as written:
+        assert written.mode == "RGB"
+
+
+def test_too_many_pixels_are_refused_by_the_header(tmp_path, monkeypatch):
+    source = save(tmp_path / "a.png", Image.new("L", (200, 100)), "PNG")
+    monkeypatch.setattr(images, "MAX_PIXELS", 19_999)
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("pixels were decoded"))
+    with pytest.raises(ValueError, match="200x100"):
+        write_png(source, tmp_path / "b.png")
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "PNG")
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"
+    for data in (b"", b"<svg/>", b"GIF89a", buffer.getvalue()[:60], postscript):
+        (tmp_path / "a").write_bytes(data)
+        with pytest.raises(ValueError):
+            write_png(tmp_path / "a", tmp_path / "b.png")
+        assert not (tmp_path / "b.png").exists()

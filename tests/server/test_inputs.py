@@ -1,0 +1,236 @@
+"""The input: schema, checks, and the graph that is queued."""
+
+import pytest
+import requests
+from helpers_server import APP
+from inferencesh import APIError
+from make_random_checkpoints import FLF2V, I2V, T2V
+
+
+def refused(api, params):
+    """The errors of a refused run, by path; nothing may be queued."""
+    with pytest.raises(APIError) as raised:
+        api.client.run(params, wait=False)
+    assert raised.value.status_code == 422
+    assert api.host.queue == [] and not list(api.host.input_directory.glob("wan21/*/*"))
+    body = requests.models.complexjson.loads(raised.value.response_body)
+    return {error["path"]: error["message"] for error in body["errors"]}
+
+
+def graph_of(api, params):
+    """(graph by class, task) of a run."""
+    task = api.client.run(params, wait=False)
+    graph = api.host.graphs[api.host.queue[-1]]
+    return {node["class_type"]: node["inputs"] for node in graph.values()}, task
+
+
+def test_schema(api):
+    schema = requests.get(f"{api.url}/apps/{APP}").json()
+    assert set(schema["required"]) == {"prompt", "image"} and schema["additionalProperties"] is False
+    fields = schema["properties"]
+    assert all("description" in field for field in fields.values())
+    assert (fields["num_frames"]["minimum"], fields["num_frames"]["default"]) == (1, 81)
+    assert fields["solver"]["enum"][:2] == ["unipc", "dpm++"]
+    assert fields["spatial_upsampling"]["const"] == "none"
+    assert fields["attention"]["enum"][0] == "auto" and fields["teacache"]["maximum"] == 10
+
+
+def test_each_wrong_field_is_named(api, job):
+    errors = refused(
+        api,
+        job(
+            size="70*64", num_frames=80, solver="ddim", guidance_scale=-1, seed="x", bogus=1, model="none.pt"
+        ),
+    )
+    assert errors.keys() == {
+        f"input.{name}" for name in ("size", "num_frames", "solver", "guidance_scale", "seed", "bogus")
+    }
+    assert "such as 77" in errors["input.num_frames"] and errors["input.bogus"] == "unknown field"
+    assert refused(api, job(model="none.pt")).keys() == {"input.model"}
+    assert refused(api, {"app": APP}).keys() == {"input"}
+    assert refused(api, {"app": APP, "input": {}}).keys() == {"input.prompt", "input.image"}
+
+
+@pytest.mark.parametrize("field, value", [("temporal_upsampling", "x2"), ("spatial_upsampling", "lanczos2")])
+def test_what_this_version_lacks_is_said(api, job, field, value):
+    [(path, message)] = refused(api, job(**{field: value})).items()
+    assert path == f"input.{field}" and "not available" in message
+
+
+def test_other_requests_are_refused(api, job):
+    for params, status in (
+        ({"app": "infsh/other"}, 404),
+        ({"run_at": "2030-01-01T00:00:00Z"}, 422),
+        ({"setup": {"a": 1}}, 422),
+        ({"function": "other"}, 422),
+        ({"webhok": "https://example.com"}, 422),
+        ({"metadata": "x"}, 422),
+        ({"webhook": 5}, 422),
+        ({"webhook": "ftp://example.com"}, 422),
+        ({"webhook": "http://127.0.0.1/"}, 422),
+        ({"session_timeout": 0, "session": "new"}, 422),
+    ):
+        with pytest.raises(APIError) as raised:
+            api.client.run(job(params), wait=False)
+        assert raised.value.status_code == status, params
+    for body in ("{", '{"fps": NaN}', r'{"app": "\ud800"}', "[" * 100_000, "1" * 10_000, b"\xff"):
+        assert requests.post(f"{api.url}/apps/run", data=body).status_code == 400, body[:20]
+    assert requests.post(f"{api.url}/apps/run", data=b" " * (2**20 + 1)).status_code == 413
+    assert api.host.queue == []
+
+
+def test_complaints_of_the_host_are_told_by_field(api, job):
+    api.host.refuses = [("10", "steps", "Value too large"), ("99", "", "something else")]
+    errors = refused(api, job())
+    assert errors == {"input.num_inference_steps": "Value too large", "input": "something else"}
+
+
+def test_the_graph_is_what_was_asked_for(api, job):
+    nodes, task = graph_of(
+        api,
+        job(
+            size="96x64", num_frames=9, fps=24.0, guidance_scale=2, seed=5, solver="dpm++", vae_tile_size=128
+        ),
+    )
+    sampler, video = nodes["Wan21Sampler"], nodes["Wan21ImageToVideo"]
+    assert (sampler["seed"], sampler["steps"], sampler["solver"], sampler["guidance_scale"]) == (
+        5,
+        3,
+        "dpm++",
+        2,
+    )
+    assert (video["width"], video["height"], video["num_frames"], video["tile_size"]) == (96, 64, 9, "128")
+    assert nodes["Wan21VAEDecode"]["tile_size"] == "128" and nodes["CreateVideo"]["fps"] == 24.0
+    assert nodes["LoadImage"]["image"] == f"wan21/{task['id']}/image.png"
+    assert (api.host.input_directory / nodes["LoadImage"]["image"]).is_file()
+    assert nodes["SaveVideo"]["filename_prefix"] == f"wan21/{task['id']}/video"
+    assert "CLIPVisionLoader" not in nodes  # no file of it is installed
+    assert sampler["flow_shift"] == 3.0
+    assert task["input"]["prompt"] == "pan left"
+
+
+def test_an_end_image_takes_the_other_graph(api, job, image):
+    task = api.client.run(job(end_image=image), wait=False)
+    graph = api.host.graphs[api.host.queue[-1]]
+    images = {
+        node["_meta"]["title"]: node["inputs"]["image"]
+        for node in graph.values()
+        if node["class_type"] == "LoadImage"
+    }
+    assert images == {
+        "Start image": f"wan21/{task['id']}/image.png",
+        "End image": f"wan21/{task['id']}/end_image.png",
+    }
+
+
+def test_a_seed_is_drawn_each_time(api, job):
+    seeds = {graph_of(api, job())[0]["Wan21Sampler"]["seed"] for _ in range(4)}
+    assert len(seeds) == 4 and all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_the_negative_prompt_of_the_release_is_the_default(api, job):
+    from wan21.server.graph import load_workflow
+
+    release = next(n for n in load_workflow(False).values() if n["_meta"]["title"] == "Negative prompt")
+    graph_of(api, job())
+    graph_of(api, job(negative_prompt="rain"))
+    texts = [
+        next(n["inputs"]["text"] for n in graph.values() if n["_meta"]["title"] == "Negative prompt")
+        for graph in api.host.graphs.values()
+    ]
+    assert texts == [release["inputs"]["text"], "rain"]
+
+
+def test_every_option_reaches_its_node(api, job):
+    url = "https://example.com/a.safetensors"
+    nodes, _ = graph_of(
+        api,
+        job(
+            teacache=2.0, teacache_start_percent=10, enable_riflex=True, joint_pass=False, attention="sdpa",
+            cfg_star=True, cfg_star_step=2, shift=7.5, lora_url=url, lora_multiplier=0.5,
+        ),
+    )  # fmt: skip
+    sampler = nodes["Wan21Sampler"]
+    expected = {
+        "teacache_multiplier": 2.0, "teacache_start_percent": 10, "riflex": "on", "joint_pass": False,
+        "attention": "sdpa", "cfg_star": True, "cfg_star_start_step": 2, "flow_shift": 7.5,
+    }  # fmt: skip
+    assert {name: sampler[name] for name in expected} == expected
+    lora = nodes["Wan21LoraLoader"]
+    assert (lora["lora_url"], lora["strength"], lora["lora_name"]) == (url, 0.5, "none")
+    graph = api.host.graphs[api.host.queue[-1]]
+    assert graph[sampler["model"][0]]["class_type"] == "Wan21LoraLoader"
+    assert graph[lora["model"][0]]["class_type"] == "Wan21ModelLoader"
+    plain, _ = graph_of(api, job())
+    assert "Wan21LoraLoader" not in plain and plain["Wan21Sampler"]["riflex"] == "off"
+
+
+UPSAMPLERS = {
+    "Wan21TemporalUpsample": {
+        "images": {"type": "IMAGE"},
+        "fps": {"type": "FLOAT"},
+        "method": {"type": "COMBO", "options": ["x2", "x4"]},
+    },
+    "Wan21SpatialUpsample": {
+        "images": {"type": "IMAGE"},
+        "method": {"type": "COMBO", "options": ["none", "lanczos2", "model"], "default": "none"},
+    },
+    "UpscaleModelLoader": {"model_name": {"type": "COMBO", "options": ["4x.pth"]}},
+}
+
+
+def test_upsampling_on_a_host_that_has_its_nodes(api, job):
+    real = api.host.node_inputs
+    api.host.node_inputs = lambda kind: UPSAMPLERS.get(kind) or real(kind)
+    nodes, _ = graph_of(api, job(temporal_upsampling="x2", spatial_upsampling="model", fps=12.0))
+    graph = api.host.graphs[api.host.queue[-1]]
+    temporal, spatial, video = (
+        nodes[name] for name in ("Wan21TemporalUpsample", "Wan21SpatialUpsample", "CreateVideo")
+    )
+    assert (temporal["fps"], temporal["method"], spatial["method"]) == (12.0, "x2", "model")
+    assert nodes["UpscaleModelLoader"]["model_name"] == "4x.pth"
+    sources = {
+        "fps": (video["fps"], "Wan21TemporalUpsample"),
+        "video": (video["images"], "Wan21SpatialUpsample"),
+        "last frame": (nodes["ImageFromBatch"]["image"], "Wan21SpatialUpsample"),
+        "larger": (spatial["images"], "Wan21TemporalUpsample"),
+        "more": (temporal["images"], "Wan21VAEDecode"),
+        "model": (spatial["upscale_model"], "UpscaleModelLoader"),
+    }
+    for name, (link, kind) in sources.items():
+        assert graph[link[0]]["class_type"] == kind, name
+    plain, _ = graph_of(api, job(temporal_upsampling="none", spatial_upsampling="none"))
+    assert "Wan21TemporalUpsample" not in plain and "Wan21SpatialUpsample" not in plain
+
+
+def test_models_are_chosen_by_what_they_are(api, job, image):
+    nodes, task = graph_of(api, job())
+    assert nodes["Wan21ModelLoader"]["model_name"] == I2V
+    assert any("clip_vision: no ViT-H file" in entry["content"] for entry in task["logs"])
+    pair = {"end_image": image}
+    assert graph_of(api, job(**pair))[0]["Wan21ModelLoader"]["model_name"] == FLF2V
+    behind = graph_of(api, job(**pair, add_frames_for_end_image=True))[0]
+    assert behind["Wan21ModelLoader"]["model_name"] == I2V
+    assert behind["Wan21ImageToVideo"]["add_frames_for_end_image"] is True
+    for part, name, message in (
+        ("model", T2V, "not a Wan2.1 image-to-video model"),
+        ("vae", "x.pt", "there is no"),
+    ):
+        with pytest.raises(APIError, match=message):
+            api.client.run(job(**{part: name}), wait=False)
+
+
+@pytest.mark.parametrize(
+    "fields, path, message",
+    [
+        ({"num_frames": 1, "end_image": True}, "num_frames", "at least 5"),
+        ({"add_frames_for_end_image": True}, "add_frames_for_end_image", "there is none"),
+        ({"lora_url": "http://example.com/a.safetensors"}, "lora_url", "must be an https link"),
+        ({"lora_url": "https://10.0.0.1/a.safetensors"}, "lora_url", "private"),
+    ],
+)
+def test_fields_that_do_not_fit(api, job, image, fields, path, message):
+    if "end_image" in fields:
+        fields = fields | {"end_image": image}
+    errors = refused(api, job(**fields))
+    assert errors.keys() == {f"input.{path}"} and message in errors[f"input.{path}"]

@@ -1,0 +1,91 @@
+"""Webhooks: sent once taken, retried, signed, and after a restart too."""
+
+import hashlib
+import hmac
+import json
+import time
+from dataclasses import replace
+
+import pytest
+from helpers_server import Receiver, serve, wait_until
+from wan21.server.settings import Settings
+
+SECRET = "a secret of the receiver"
+
+
+@pytest.fixture
+def receive():
+    """Makes receivers."""
+    made = []
+
+    def make(*statuses):
+        made.append(Receiver(*statuses))
+        return made[-1]
+
+    yield make
+    for receiver in made:
+        receiver.close()
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    monkeypatch.setenv("WAN21_ALLOW_PRIVATE_URLS", "1")
+    monkeypatch.setenv("WAN21_WEBHOOK_SECRET", SECRET)
+    read = Settings.from_environment
+    monkeypatch.setattr(Settings, "from_environment", lambda: replace(read(), webhook_delays=(0.1, 0.1)))
+
+
+def delivery(api, task):
+    return api.client.get_task(task["id"]).data["webhook_delivery"]
+
+
+def test_one_event_at_the_end_retried_and_signed(api, job, receive):
+    receiver = receive(500, 302)
+    task = api.client.run(job({"webhook": receiver.url}), wait=False)
+    api.play_next()
+    wait_until(lambda: delivery(api, task)["state"] == "delivered")
+    assert delivery(api, task)["attempts"] == len(receiver.events) == 3
+    headers, body = receiver.events[-1]
+    event = json.loads(body)
+    assert event.keys() == {"id", "status", "output", "error", "session_id", "created_at", "updated_at"}
+    assert event["id"] == task["id"] == headers["X-Wan21-Delivery"] and event["status"] == 10
+    assert event["output"]["video"].endswith(".mp4")
+    stamp = headers["X-Wan21-Timestamp"]
+    expected = hmac.new(SECRET.encode(), f"{stamp}.".encode() + body, hashlib.sha256).hexdigest()
+    assert headers["X-Wan21-Signature"] == f"sha256={expected}" and abs(int(stamp) - time.time()) < 60
+
+
+def test_cancelled_tasks_are_told_and_a_dead_receiver_shows(api, job, receive):
+    receiver = receive(*[503] * 9)
+    task = api.client.run(job({"webhook": receiver.url}), wait=False)
+    api.client.cancel(task["id"])
+    wait_until(lambda: delivery(api, task)["state"] == "failed")
+    assert delivery(api, task) == {"state": "failed", "attempts": 3, "error": "the receiver answered 503"}
+    assert json.loads(receiver.events[0][1])["status"] == 12
+
+
+def test_private_receivers_are_not_contacted(host, job, receive, monkeypatch):
+    """One that was accepted under a looser setting is judged again when it is sent."""
+    receiver = receive()
+    with serve(host) as api:
+        task = api.client.run(job({"webhook": receiver.url}), wait=False)
+    host.queue.clear()
+    monkeypatch.setenv("WAN21_ALLOW_PRIVATE_URLS", "0")
+    with serve(host) as api:
+        api.client.cancel(task["id"])
+        wait_until(lambda: delivery(api, task)["state"] == "failed")
+        assert "a private or local address" in delivery(api, task)["error"] and receiver.events == []
+
+
+def test_a_restart_delivers_what_is_due(host, job, receive):
+    receiver = receive()
+    with serve(host) as api:
+        task = api.client.run(job({"webhook": receiver.url}), wait=False)
+        api.do(host.start, host.queue[0])
+        wait_until(lambda: api.client.get_task(task["id"]).data["status"] == 4)
+        time.sleep(0.2)  # for the state to be written
+    host.queue.clear()
+    with serve(host) as api:
+        wait_until(lambda: receiver.events)
+        event = json.loads(receiver.events[0][1])
+        assert event["status"] == 11 and "stopped while the task ran" in event["error"]
