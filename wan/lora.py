@@ -59,15 +59,15 @@ def delta(patch: Patch, shape, device=None, dtype=torch.float32) -> Tensor:
     return (product(*parts) * patch.scale).reshape(shape)
 
 
-def apply_patch(patch: Patch, weight: Tensor, strength: float, dtype=torch.float32) -> Tensor:
-    """Change `weight` in place and return it; products are taken in `dtype`."""
+def apply_patch(patch: Patch, weight: Tensor, strength: float | Tensor, dtype=torch.float32) -> Tensor:
+    """Change `weight` in place and return it; products are taken in `dtype`. A tensor `strength` is 0-D."""
     change = delta(patch, weight.shape, weight.device, dtype)
     if patch.magnitude is not None:
         whole = change.add_(weight)
         axes = [i for i, side in enumerate(patch.magnitude.shape) if side == 1]
         norm = torch.linalg.vector_norm(whole, dim=axes, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
         change = whole.mul_(patch.magnitude.to(whole) / norm).sub_(weight)
-    return weight.add_(change.to(weight.dtype), alpha=strength)
+    return weight.add_((change * strength).to(weight.dtype))
 
 
 def _low_rank(up, down, mid):

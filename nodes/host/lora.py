@@ -4,7 +4,9 @@ from functools import partial
 
 import comfy.patcher_extension
 import comfy.utils
+import torch
 from comfy.patcher_extension import WrappersMP
+from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 
 from ...wan import checkpoint
@@ -45,9 +47,12 @@ def read_lora(path, model):
     """
     state = model.model.state_dict()
     shapes = {k.removeprefix(PREFIX): tuple(v.shape) for k, v in state.items() if k.startswith(PREFIX)}
-    for name, layer in model.model.named_modules():
+    for name, layer in model.model.named_modules():  # in the state dict these may have their packed shapes
+        weight = getattr(layer, "weight", None)
         if getattr(layer, "packed", None):
             shapes[name.removeprefix(PREFIX) + ".weight"] = layer.packed[1]
+        elif isinstance(weight, QuantizedTensor):
+            shapes[name.removeprefix(PREFIX) + ".weight"] = tuple(weight.shape)
     if "blocks.0.self_attn.q.weight" not in shapes:
         raise ValueError(
             f"the MODEL is a {type(model.model).__name__}, not a Wan2.1 model. Load one with Wan21ModelLoader"
@@ -59,9 +64,9 @@ def read_lora(path, model):
 def add_lora(model, lora, strength, schedule=()):
     """A clone of a MODEL with a LoRA on it; `schedule` multiplies the strength over the steps of a run.
 
-    One strength throughout is the host's to merge. What it cannot merge is changed for the run, as under a
-    schedule: parameters that belong to no layer (modulation), which its patch system passes over, and
-    packed GGUF weights.
+    One strength throughout is the host's to merge. What it cannot merge, or not without loss, is changed for
+    the run, as under a schedule: parameters that belong to no layer (modulation), which its patch system
+    passes over, and weights of 8 bits and fewer, where a merged LoRA would be rounded away.
     """
     model = model.clone()
     strengths = [strength * value for value in schedule or (1,)]
@@ -81,8 +86,9 @@ def add_lora(model, lora, strength, schedule=()):
 
 def _is_merged(model, key):
     layer = comfy.utils.get_attr(model, (PREFIX + key).rpartition(".")[0])
-    is_packed = key.endswith(".weight") and getattr(layer, "packed", None) is not None
-    return not (is_packed or _is_bare(model, key))
+    weight = getattr(layer, key.rpartition(".")[2])
+    is_quantised = isinstance(weight, QuantizedTensor) or (weight is not None and weight.itemsize == 1)
+    return not (is_quantised or _is_bare(model, key))
 
 
 def _is_bare(model, key):
@@ -120,6 +126,9 @@ class _Run:
         self.loras = loras
         self.sigmas = sigmas
         self.strengths = [0.0] * len(loras)  # of the step under way
+        self.tensors = [
+            torch.zeros(()) for _ in loras
+        ]  # the same: compiled code would hold a number as given
         self.functions = []  # (layer, name of its list, function)
         self.bare = {}  # parameters that no layer fetches -> (value without LoRA, [(LoRA, patch)])
 
@@ -145,9 +154,7 @@ class _Run:
             comfy.utils.set_attr_param(self.model, key, value)
 
     def patched(self, i, patch, weight):
-        if not self.strengths[i]:
-            return weight
-        return apply_patch(patch, weight.clone(), self.strengths[i], weight.dtype)
+        return apply_patch(patch, weight.clone(), self.tensors[i], weight.dtype)
 
     def apply_model(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         steps = len(self.sigmas) - 1
@@ -155,6 +162,7 @@ class _Run:
         strengths = [scheduled(values, step, steps) for _, values in self.loras]
         if strengths != self.strengths:
             self.strengths = strengths
+            self.tensors = [torch.tensor(strength) for strength in strengths]
             for key, (value, patches) in self.bare.items():
                 changed = value.detach().clone()
                 for i, patch in patches:

@@ -107,6 +107,37 @@ def test_the_hosts_quantised_formats(files, models, job, sample, tmp_path, name)
     assert relative(ours, expected) < limit
 
 
+@pytest.mark.parametrize("name", sorted(comfy.quant_ops.QUANT_ALGOS))
+def test_a_lora_is_not_rounded_to_quantised_weights(files, job, sample, tmp_path, name):
+    """It is added to a weight when that is unpacked; merged and quantised again, a small one would vanish."""
+    stored, unpacked = quantise(load_file(files["t2v"]), name)
+    layers = [key for key in stored if key.endswith("comfy_quant")]
+    lora, changed = {}, dict(unpacked)
+    for key in (f"{layer.removesuffix('comfy_quant')}weight" for layer in layers):
+        down, up = torch.randn(4, unpacked[key].shape[1]) / 100, torch.randn(unpacked[key].shape[0], 4) / 100
+        lora |= {
+            f"diffusion_model.{key.removesuffix('weight')}lora_{k}.weight": v
+            for k, v in zip("AB", (down, up))
+        }
+        changed[key] = unpacked[key].float() + 0.5 * up @ down
+    save_file(lora, tmp_path / "lora.safetensors")
+    model = host.load_model(save(stored, tmp_path / "stored.safetensors"))
+    matched = host.read_lora(tmp_path / "lora.safetensors", model)
+    assert len(matched.patches) == len(layers)
+    patched = host.add_lora(model, matched, 0.5)
+    exact, plain = (
+        host.load_model(save(state, tmp_path / f"{len(state)}{i}.safetensors"))
+        for i, state in enumerate((changed, unpacked))
+    )
+    ours, expected, without = (sample(m, *job, steps=1)[0]["samples"] for m in (patched, exact, plain))
+    assert relative(expected, without) > 1e-4
+    assert relative(ours, expected) < 1e-5
+    assert (
+        model.model.diffusion_model.blocks[1].ffn[0].weight._qdata.dtype
+        == (comfy.quant_ops.QUANT_ALGOS[name]["storage_t"])
+    )
+
+
 def test_a_format_that_the_host_lacks_is_named(files, tmp_path):
     stored, _ = quantise(load_file(files["t2v"]), "int8_tensorwise")
     for key in stored:
