@@ -53,7 +53,7 @@ class Wan21ModelLoader(io.ComfyNode):
                     "weight_dtype",
                     options=["default", *host.WEIGHT_DTYPES],
                     default="default",
-                    tooltip="default keeps what suits the file and the device. fp8 halves the memory of the "
+                    tooltip="How weights are kept. default: as in the file. fp8 halves the memory of the "
                     "blocks; _fast also multiplies in fp8, on NVIDIA GPUs from RTX 40 on.",
                 ),
             ],
