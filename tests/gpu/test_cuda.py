@@ -7,7 +7,7 @@ from wan21.wan.config import WanConfig
 from wan21.wan.dit import WanModel
 from wan21.wan.memory import LATENT_COPIES, Load, MemoryPlan, step_bytes
 from wan21.wan.vae import WanVAE
-from wan21.wan.vae_memory import decode_bytes
+from wan21.wan.vae_memory import decode_bytes, encode_bytes
 from wan21.wan.vae_retreat import decode_within_memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -81,6 +81,19 @@ def test_vae_takes_what_is_estimated(tile):
     decode_within_memory(vae, z, out, tile)
     taken = torch.cuda.max_memory_allocated() - before
     assert 0.4 < taken / decode_bytes(vae, 60, 104, z.device, tile) <= 1
+
+
+@pytest.mark.parametrize("frames", [1, 17])
+def test_vae_encode_takes_what_is_estimated(frames):
+    vae = fill_randomly(WanVAE(dtype=torch.bfloat16)).cuda()
+    x = torch.zeros(1, 3, frames, 480, 832, device="cuda", dtype=torch.bfloat16)
+    vae.encode(x)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    vae.encode(x)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert 0.4 < taken / encode_bytes(vae, frames, 480, 832, x.device) <= 1
 
 
 def test_vae_goes_on_when_memory_really_runs_out():

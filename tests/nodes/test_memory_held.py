@@ -50,9 +50,9 @@ def test_twenty_jobs_leave_memory_flat(files, prompts, sample, tmp_path):
     assert max(tensors[3:]) < 1.05 * max(tensors[:3]), tensors
 
 
-@pytest.mark.parametrize("weight_dtype", ["default", "fp8_e4m3fn"])
-def test_loading_holds_no_second_copy(weight_dtype):
+@pytest.mark.parametrize("weight_dtype, at_most", [("default", 0.1), ("fp8_e4m3fn", 1.15)])
+def test_loading_holds_no_second_copy(weight_dtype, at_most):
     """Of a bf16 file: mapped as it is, or converted tensor by tensor."""
     most, size = bench_load.measure(0.2, weight_dtype)
-    assert most["RssAnon"] < {"default": 0.1, "fp8_e4m3fn": 0.6}[weight_dtype] * size, most
-    assert most["weights"] < {"default": 1.01, "fp8_e4m3fn": 0.6}[weight_dtype] * size
+    assert most["RssAnon"] < at_most * most["weights"], most
+    assert most["weights"] < 1.01 * size

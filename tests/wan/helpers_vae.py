@@ -40,7 +40,10 @@ class PeakBytes(TorchDispatchMode):
         self.live, self.foreign, self.now, self.peak = {}, set(), 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.foreign |= {key for key, _ in storages((args, kwargs)) if key not in self.live}
+        for key, storage in storages((args, kwargs)):
+            if key not in self.live and key not in self.foreign:
+                self.foreign.add(key)
+                weakref.finalize(storage, self.foreign.discard, key)  # its address may be taken again
         result = func(*args, **(kwargs or {}))
         for key, storage in storages(result):
             if key not in self.live and key not in self.foreign:

@@ -5,7 +5,7 @@ import torch
 from helpers_vae import latents, peak_bytes, randomise, relative_error
 from wan21.wan import vae_cpu
 from wan21.wan.vae import WanVAE
-from wan21.wan.vae_memory import choose_tile, decode_bytes
+from wan21.wan.vae_memory import choose_tile, decode_bytes, encode_bytes
 from wan21.wan.vae_retreat import decode_within_memory, on_cpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -226,3 +226,16 @@ def test_auto_takes_the_largest_tile_that_fits():
     sizes = [choose_tile(vae, 60, 104, CUDA, free * 2**20) for free in range(4096, 0, -64)]
     assert sizes == sorted(sizes, key=lambda tile: -(tile or 9999))
     assert set(sizes) == {None, 256, 128, 64}
+
+
+@pytest.mark.parametrize("frames", [1, 17, 33])
+def test_the_estimate_of_an_encode_is_near_what_is_taken(vae, frames, monkeypatch):
+    monkeypatch.setattr(vae_cpu, "STRIP_BYTES", 0)
+    monkeypatch.setattr("wan21.wan.vae_memory.STRIP_BYTES", 0)
+    x = torch.zeros(1, 3, frames, 160, 24)
+    taken = peak_bytes(vae.encode, x)
+    half = WanVAE(dim=8, dtype=torch.bfloat16)
+    half.load_state_dict(vae.state_dict())
+    taken_half = peak_bytes(half.encode, x.bfloat16(), chunk_frames=2)
+    assert 0.6 < taken / encode_bytes(vae, frames, 160, 24, CPU) < 1.1, taken
+    assert 0.6 < taken_half / encode_bytes(half, frames, 160, 24, CUDA) <= 1, taken_half
