@@ -57,6 +57,7 @@ def main():
     add_job_arguments(parser, steps=20)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_grad_enabled(False)
     local = LocalJob(files_in(args.models), args)
     sums = dict.fromkeys(CASES, 0)
     prompts = args.prompt or [PROMPT]
