@@ -19,8 +19,9 @@ from .links import check_link, open_link, shown
 
 HEADERS = {"User-Agent": "wan21-i2v"}
 PIECE_BYTES = 1 << 20
+FETCH_SECONDS = 6 * 3600  # for one call of `fetch`; the next goes on from there
 HEAD_BYTES = 1 << 16  # what `check_head` sees
-MAX_NAME = 120
+MAX_NAME = 120  # bytes
 DEFAULT_MAX_GB = 16.0
 _LOCK = threading.Lock()  # one download at a time: two jobs with one link must not share a partial file
 
@@ -132,7 +133,7 @@ def _download(url, part, suffix, check_head, progress, limit):
     headers = HEADERS
     if done:
         headers = headers | {"Range": f"bytes={done}-", "If-Range": state["etag"]}
-    with open_link(url, headers) as (response, last):
+    with open_link(url, headers, seconds=FETCH_SECONDS) as (response, last):
         if response.status == 416 and done == state.get("total"):  # everything is there already
             return state["name"]
         _check_status(response.status, url)
@@ -223,7 +224,7 @@ def _name(response, url, last, suffix):
             "file. Copy the download link of the file itself"
         )
     stem = re.sub(r"[^\w.+ ()\[\]-]", "_", name[: -len(suffix)]).strip(". ")
-    return stem[:MAX_NAME] or "download"
+    return stem.encode()[:MAX_NAME].decode(errors="ignore") or "download"
 
 
 def _sidecar(part):

@@ -21,6 +21,7 @@ import urllib.parse
 
 MAX_REDIRECTS = 5
 TIMEOUT_S = 30.0  # to connect, and for each piece of an answer
+HEAD_SECONDS = 60.0  # to connect and until the headers of an answer are there, on each hop
 PUBLIC_SCHEMES = ("https",)
 PORTS = {"https": 443, "http": 80}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -90,7 +91,8 @@ def open_link(url, headers, method="GET", body=None, schemes=None, redirects=MAX
         body: bytes to send.
         schemes: that are accepted, see `check_link`.
         redirects: how many are followed; with 0 the response may be a redirect.
-        seconds: for all of it, the block included. Each piece has `TIMEOUT_S` in any case.
+        seconds: for all of it, the block included. Each piece has `TIMEOUT_S` and the headers have
+            `HEAD_SECONDS` in any case.
 
     Raises:
         ValueError: a link that is not allowed, or too many redirects.
@@ -99,11 +101,12 @@ def open_link(url, headers, method="GET", body=None, schemes=None, redirects=MAX
     deadline = time.monotonic() + seconds
     for _ in range(redirects + 1):
         scheme, host, port, target = check_link(url, schemes)
-        with _connection(scheme, host, port, deadline) as connection:
+        with _connection(scheme, host, port, deadline) as (connection, cut_at):
             shown_port = "" if port == PORTS[scheme] else f":{port}"
             own = {"Host": (f"[{host}]" if ":" in host else host) + shown_port, "Accept-Encoding": "identity"}
             connection.request(method, target, body, headers | own)
             response = connection.getresponse()
+            cut_at(deadline)
             if not redirects or response.status not in (301, 302, 303, 307, 308):
                 yield response, url
                 return _check_time(deadline)
@@ -118,28 +121,41 @@ def private_allowed() -> bool:
 
 @contextlib.contextmanager
 def _connection(scheme, host, port, deadline):
-    """A connection to a checked address, with TLS for the name, that is cut at the deadline."""
+    """A connection to a checked address, with TLS for the name, and `cut_at(time)`, when it is cut.
+
+    At first that is when the headers are late, or at the deadline. A server that sends a byte now and then
+    never runs into a timeout of the socket.
+    """
+    deadline = min(deadline, time.monotonic() + HEAD_SECONDS)
     sock = _connect(host, port, deadline)
+    sock.settimeout(TIMEOUT_S)
     if scheme == "https":
         tls = ssl.create_default_context()
         sock = tls.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-    cut = None
-    if deadline < FOREVER:  # a server that sends a byte now and then never runs into a timeout of the socket
-        cut = threading.Timer(max(0.0, deadline - time.monotonic()), _cut, (sock,))
-        cut.daemon = True
-        cut.start()
+    timer = None
+
+    def cut_at(until):
+        nonlocal timer, deadline
+        deadline = until
+        if timer is not None:
+            timer.cancel()
+        if until < FOREVER:
+            timer = threading.Timer(max(0.0, until - time.monotonic()), _cut, (sock,))
+            timer.daemon = True
+            timer.start()
+
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
     connection.sock = sock
+    cut_at(deadline)
     try:
         if scheme == "https":
             sock.do_handshake()
-        yield connection
+        yield connection, cut_at
     except (OSError, http.client.HTTPException):
         _check_time(deadline)  # what was cut is late, whatever it looks like here
         raise
     finally:
-        if cut is not None:
-            cut.cancel()
+        cut_at(FOREVER)
         connection.close()
 
 

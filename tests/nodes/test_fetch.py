@@ -270,6 +270,7 @@ def test_wrong_content_is_refused_by_its_head_and_by_the_whole(server, tmp_path)
         ('attachment; filename=".safetensors"', "download"),
         ('attachment; filename="..safetensors"', "download"),
         ('attachment; filename="%s.safetensors"' % ("n" * 400), "n" * 120),
+        ("attachment; filename*=UTF-8''%s.safetensors" % ("%E5%AD%97" * 90), "字" * 40),
         ('attachment; filename="page.html"', "link"),
     ],
 )
@@ -327,6 +328,26 @@ def test_a_server_that_drips_is_cut_off(server, part):
         f.fetch_bytes(f"{server.url}/a.png", 1_000_000, 0.3)
     stop.set()
     assert time.monotonic() - begin < 5
+
+
+def test_headers_that_drip_do_not_hold_a_download(server, tmp_path, monkeypatch):
+    def drip(request):
+        while not stop.wait(0.02):
+            request.wfile.write(b"x")
+
+    monkeypatch.setattr(links, "HEAD_SECONDS", 0.3)
+    server.answer, stop = drip, threading.Event()
+    with pytest.raises(ValueError, match="took too long"):
+        fetch(f"{server.url}/x.safetensors", tmp_path)
+    stop.set()
+    server.answer = slow_body  # which may take longer than the headers may
+    assert fetch(f"{server.url}/x.safetensors", tmp_path).read_bytes() == BODY
+
+
+def slow_body(request):
+    send(request, BODY[:10], length=len(BODY))
+    time.sleep(0.5)
+    request.wfile.write(BODY[10:])
 
 
 def test_the_owner_allows_private_addresses_or_turns_downloads_off(server, tmp_path, monkeypatch):
