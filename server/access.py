@@ -5,6 +5,7 @@ import hmac
 import ipaddress
 import math
 import time
+from urllib.parse import urlsplit
 
 from .problems import Problem
 
@@ -44,11 +45,22 @@ class Gate:
 def _is_local(request):
     """Whether a request comes from this machine, not through a proxy nor from a web page elsewhere.
 
-    A name that an attacker points at 127.0.0.1 would pass by its peer alone, hence the look at `Host`.
+    A name that an attacker points at 127.0.0.1 would pass by its peer alone, hence the look at `Host`; and
+    with the host's --enable-cors-header any page may send requests, hence the look at `Origin`. A proxy that
+    adds no header of its own cannot be told from a client on this machine.
     """
     proxied = any(name in request.headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP"))
-    host = request.url.host or ""
-    return not proxied and _is_loopback(request.remote) and (host == "localhost" or _is_loopback(host))
+    origin = request.headers.get("Origin")
+    names = [request.url.host] if origin is None else [request.url.host, _host_of(origin)]
+    local = all(name == "localhost" or _is_loopback(name) for name in names)
+    return not proxied and local and _is_loopback(request.remote)
+
+
+def _host_of(origin):
+    try:
+        return urlsplit(origin).hostname
+    except ValueError:
+        return None
 
 
 def _is_loopback(address):

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import logging
+import math
 import mimetypes
 import re
 import secrets
@@ -20,6 +21,7 @@ from .store import FileRow
 URI = "wan21://files/"
 IMAGE_FIELDS = ("image", "end_image")
 FETCH_SECONDS = 12  # each of two; the client waits 30 s for the answer to a run
+KEEP_USED_SECONDS = 3600
 MAX_FILES_PER_REQUEST = 16
 MAX_TEXT_BYTES = 64 * 1024
 _TOKEN = re.compile(r"[\w-]{43}")
@@ -43,7 +45,7 @@ class Files:
         self._uploads.mkdir(parents=True, exist_ok=True)
         # Threads of their own: slow servers elsewhere hold up nothing else, and one picture at a time is
         # decoded, because a large one takes much memory.
-        self._fetchers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="wan21-fetch")
+        self._fetchers = ThreadPoolExecutor(max_workers=16, thread_name_prefix="wan21-fetch")
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan21-image")
 
     async def announce(self, owner, requests, upload_url):
@@ -54,15 +56,21 @@ class Files:
             upload_url: function from the secret part to the whole URL.
 
         Raises:
-            Problem: 422 for a malformed request, 413 for too many bytes.
+            Problem: 422 for a malformed request, 413 for a file that is too large, 429 when all uploads are.
         """
         if not isinstance(requests, list) or not 1 <= len(requests) <= MAX_FILES_PER_REQUEST:
             raise Problem(422, f"files must be a list of 1 to {MAX_FILES_PER_REQUEST} objects")
         rows = [self._row(owner, request) for request in requests]
-        total = await self._store.stored_bytes(owner) + sum(row.size for row in rows)
-        if total > self._settings.max_stored_bytes:
-            limit = self._settings.max_stored_bytes
-            raise Problem(413, f"uploads of this key would take {total} bytes; {limit} are kept at a time")
+        now = time.time()
+        kept = await self._store.kept_uploads(owner, now)
+        total, limit = sum(row.size for row in (*kept, *rows)), self._settings.max_stored_bytes
+        if total > limit:
+            wait = math.ceil(min((row.expires_at for row in kept), default=now) - now)
+            raise Problem(
+                429,
+                f"uploads of this key would take {total} bytes; {limit} are kept at a time",
+                headers={"Retry-After": str(max(1, wait))},
+            )
         await self._store.add(*rows)
         return [described(row) | {"upload_url": upload_url(row.token)} for row in rows]
 
@@ -188,6 +196,14 @@ class Files:
             await loop.run_in_executor(self._decoder, write_png, source, path)
         except ValueError as error:
             raise invalid((field, str(error))) from error
+
+    async def used(self, owner, values):
+        """Let the uploads of a job go soon: its pictures are copied, and clients upload anew each time."""
+        for field in IMAGE_FIELDS:
+            if (values[field] or "").startswith(URI):
+                row = await self._upload(owner, field, values[field])
+                row.expires_at = min(row.expires_at, time.time() + KEEP_USED_SECONDS)
+                await self._store.save(row, "expires_at")
 
     async def of_task(self, task_id, role=None):
         """Return the rows of a task's files."""

@@ -29,6 +29,8 @@ def write_png(source, target):
                     f"and {MAX_SIDE:,} a side"
                 )
             upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits, which convert() cuts off at 255
+                upright = upright.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
             if upright.has_transparency_data:
                 rgba = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
@@ -38,5 +40,9 @@ def write_png(source, target):
             clean.save(target, "PNG", compress_level=1)
     except UnidentifiedImageError:
         raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except ValueError:
+        raise
+    except (
+        Exception
+    ) as error:  # Pillow passes on what it meets in damaged files: struct.error, TypeError, ...
         raise ValueError(f"the picture cannot be decoded: {error}") from error

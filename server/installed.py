@@ -72,6 +72,11 @@ class Installed:
             elif part in KINDS and not self._fitting(part, [name]):
                 errors.append((part, f"{name!r} is not {WANTED[part]}"))
             names[part] = name
+            if part == "model" and name and values[part] is None and self._is_bundled(part, name):
+                notes.append(
+                    f"model: {name} is the small one that comes with Wan21, made for 64 to 128 pixels a side "
+                    "and 5 to 33 frames"
+                )
         if errors:
             raise invalid(*errors)
         if values["clip_vision"] is None and not self.traits(names["model"]).reads_clip:
@@ -106,8 +111,11 @@ class Installed:
     def _first(self, part, names, preferred):
         if preferred in names:
             return preferred
-        own = [n for n in names if not self._host.model_path(FOLDERS[part], n).is_relative_to(BUNDLED)]
+        own = [name for name in names if not self._is_bundled(part, name)]
         return next(iter(own or names), None)
+
+    def _is_bundled(self, part, name):
+        return self._host.model_path(FOLDERS[part], name).is_relative_to(BUNDLED)
 
     def _traits_of(self, folder, name):
         try:
@@ -125,7 +133,7 @@ def _read_traits(path):
     try:
         gguf = path.suffix.lower() == ".gguf"
         tensors = read_gguf(path) if gguf else read_checkpoint(path).state_dict
-    except ValueError:
+    except (OSError, ValueError):
         return Traits()
     kind = detect_kind(tensors)
     patch = next((t for key, t in tensors.items() if key.endswith("patch_embedding.weight")), None)

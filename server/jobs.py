@@ -13,7 +13,6 @@ from .graph import LOADERS, build_graph, load_workflow, preferred_names
 from .problems import Problem, invalid
 from .store import TaskRow
 from .tasks import PUBLIC_PREFIX
-from .webhooks import SCHEMES
 
 APP = "infsh/wan2-1-i2v"
 RETRY_SECONDS = 10
@@ -129,6 +128,7 @@ class Jobs:
                 meta=params.get("metadata"),
                 webhook=params.get("webhook"),
             )
+            await self._files.used(owner, values)
             await self._tasks.add(row, rows, outputs, notes)
         except BaseException:
             await self._files.remove(rows)
@@ -152,7 +152,7 @@ def _check_params(params):
         raise _wrong("metadata", f"must be an object of at most {MAX_METADATA_BYTES} characters")
     if params.get("webhook") is not None:
         try:
-            check_link(params["webhook"], SCHEMES)
+            check_link(params["webhook"])
         except (ValueError, TypeError, AttributeError) as error:  # the last two of what is no text
             raise _wrong("webhook", str(error)) from error
 

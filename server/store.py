@@ -168,17 +168,25 @@ class Store:
 
         return await self._run(work)
 
-    async def stored_bytes(self, owner):
-        """Return the bytes of one owner's uploads, announced and received."""
-        rows = await self.select(FileRow, FileRow.owner == owner, FileRow.role == "upload")
-        return sum(row.size for row in rows)
+    async def kept_uploads(self, owner, now):
+        """Return one owner's uploads, announced and received, that are not over."""
+        return await self.select(
+            FileRow, FileRow.owner == owner, FileRow.role == "upload", FileRow.expires_at > now
+        )
 
-    async def due_webhooks(self, now):
-        """Return tasks whose webhook is to be sent by now, the longest due first."""
+    async def due_webhooks(self, now, sending=(), waiting=()):
+        """Return tasks whose webhook is to be sent by now, the longest due first.
+
+        Args:
+            sending: ids of tasks that are left out.
+            waiting: owners that are left out.
+        """
         return await self.select(
             TaskRow,
             TaskRow.hook_state == "pending",
             TaskRow.hook_next <= now,
+            TaskRow.id.not_in(sending),
+            TaskRow.owner.not_in(waiting),
             order=TaskRow.hook_next,
             limit=20,
         )

@@ -8,16 +8,17 @@ import http.client
 import json
 import logging
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from ..nodes.links import open_link
 from .tasks import snapshot
 
-SCHEMES = ("https", "http")
 TIMEOUT_S = 15
 IDLE_SECONDS = 1
 MAX_ERROR = 300
 SENDERS = 8
+SENDERS_PER_OWNER = 4  # a silent receiver holds up its owner alone
 
 
 class Webhooks:
@@ -31,14 +32,14 @@ class Webhooks:
         self._settings = settings
         self._wake = asyncio.Event()
         self._task = None
-        self._sending = {}  # task id -> its delivery
+        self._sending = {}  # task id -> (owner, its delivery)
         self._senders = ThreadPoolExecutor(SENDERS, thread_name_prefix="wan21-webhook")
 
     async def start(self):
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self):
-        work = [self._task, *self._sending.values()]
+        work = [self._task, *(delivery for _, delivery in self._sending.values())]
         for task in work:
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)
@@ -51,15 +52,20 @@ class Webhooks:
     async def _run(self):
         while True:
             try:
-                for row in await self._store.due_webhooks(time.time()):
-                    if row.id not in self._sending:
+                waiting = [o for o, n in self._sending_of().items() if n >= SENDERS_PER_OWNER]
+                for row in await self._store.due_webhooks(time.time(), [*self._sending], waiting):
+                    if self._sending_of()[row.owner] < SENDERS_PER_OWNER:
                         sending = asyncio.get_running_loop().create_task(self._deliver(row))
-                        self._sending[row.id] = sending
+                        self._sending[row.id] = row.owner, sending
             except Exception:
                 logging.exception("Wan2.1 jobs: webhooks could not be sent")
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), IDLE_SECONDS)
             self._wake.clear()
+
+    def _sending_of(self):
+        """How many deliveries each owner has under way."""
+        return Counter(owner for owner, _ in self._sending.values())
 
     async def _deliver(self, row):
         try:
@@ -92,7 +98,7 @@ def post(row, secret):
     headers = {"Content-Type": "application/json", "X-Wan21-Delivery": row.id}
     if secret:
         headers |= signature(secret, body, int(time.time()))
-    request = {"method": "POST", "body": body, "schemes": SCHEMES, "redirects": 0, "seconds": TIMEOUT_S}
+    request = {"method": "POST", "body": body, "redirects": 0, "seconds": TIMEOUT_S}
     try:
         with open_link(row.webhook, headers, **request) as (response, _):
             return "" if response.status < 300 else f"the receiver answered {response.status}"

@@ -22,10 +22,14 @@ def test_without_keys_only_this_machine_is_served():
     gate = Gate(Settings())
     assert gate.owner(request()) == LOCAL
     assert gate.owner(request("::1", "localhost")) == LOCAL
+    assert gate.owner(request(Origin="http://localhost:8188")) == LOCAL
     for refused in (
         request("192.168.1.7", "192.168.1.5"),
         request(host="evil.example"),  # a name that points at 127.0.0.1
         request(X_Forwarded_For="8.8.8.8"),
+        request(Origin="https://evil.example"),  # a page elsewhere, on a host that allows every origin
+        request(Origin="null"),
+        request(Origin="http://[evil"),
     ):
         with pytest.raises(Problem) as raised:
             gate.owner(refused)

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import sqlite3
+import time
 
 import pytest
 import requests
@@ -101,8 +103,16 @@ def test_sizes_are_limited_before_bytes_arrive(limited):
     assert announce(limited, b"x" * (2**20 + 1), "a" * 32).status_code == 413
     for _ in range(2):
         assert announce(limited, b"x" * 2**20, "a" * 32)["id"]
-    assert announce(limited, b"x", "a" * 32).status_code == 413
+    refused = announce(limited, b"x", "a" * 32)
+    assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
     assert announce(limited, b"x", "b" * 32)["id"]
+
+
+def test_a_used_upload_goes_after_an_hour(api, job, image):
+    api.client.run(job(image=image), wait=False)
+    with sqlite3.connect(api.host.data_directory / "jobs.sqlite") as database:
+        ((expires_at,),) = database.execute("SELECT expires_at FROM files WHERE role = 'upload'")
+    assert 0 < expires_at - time.time() <= 3600
 
 
 def test_one_key_does_not_see_what_is_anothers(limited, job):

@@ -1,6 +1,7 @@
 """Pictures from clients."""
 
 import io
+import struct
 
 import pytest
 from PIL import Image
@@ -31,6 +32,27 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     write_png(save(tmp_path / "a", Image.new(mode, (4, 4)), kind), tmp_path / "b.png")
     with Image.open(tmp_path / "b.png") as written:
         assert written.mode == "RGB"
+
+
+def test_sixteen_bits_are_scaled(tmp_path):
+    grey = Image.new("I;16", (256, 1))
+    for x in range(256):
+        grey.putpixel((x, 0), x * 257)
+    write_png(save(tmp_path / "a.png", grey, "PNG"), tmp_path / "b.png")
+    with Image.open(tmp_path / "b.png") as written:
+        assert [written.getpixel((x, 0)) for x in range(256)] == [(x, x, x) for x in range(256)]
+
+
+@pytest.mark.parametrize("error", [struct.error("not an integer"), TypeError("bad operand")])
+def test_whatever_damaged_metadata_raises_is_the_pictures_fault(tmp_path, monkeypatch, error):
+    """Met with random bytes in EXIF data; which ones changes with Pillow's version."""
+
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(images.ImageOps, "exif_transpose", fail)
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        write_png(save(tmp_path / "a.png", Image.new("L", (2, 2)), "PNG"), tmp_path / "b.png")
 
 
 def test_too_many_pixels_are_refused_by_the_header(tmp_path, monkeypatch):

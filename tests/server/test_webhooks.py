@@ -3,11 +3,13 @@
 import hashlib
 import hmac
 import json
+import socket
 import time
 from dataclasses import replace
 
 import pytest
 from helpers_server import Receiver, serve, wait_until
+from wan21.server import webhooks
 from wan21.server.settings import Settings
 
 SECRET = "a secret of the receiver"
@@ -68,7 +70,8 @@ def test_private_receivers_are_not_contacted(host, job, receive, monkeypatch):
     """One that was accepted under a looser setting is judged again when it is sent."""
     receiver = receive()
     with serve(host) as api:
-        task = api.client.run(job({"webhook": receiver.url}), wait=False)
+        url = receiver.url.replace("http:", "https:")
+        task = api.client.run(job({"webhook": url}), wait=False)
     host.queue.clear()
     monkeypatch.setenv("WAN21_ALLOW_PRIVATE_URLS", "0")
     with serve(host) as api:
@@ -89,3 +92,16 @@ def test_a_restart_delivers_what_is_due(host, job, receive):
         wait_until(lambda: receiver.events)
         event = json.loads(receiver.events[0][1])
         assert event["status"] == 11 and "stopped while the task ran" in event["error"]
+
+
+def test_a_silent_receiver_holds_up_its_own_key_alone(host, job, receive, monkeypatch):
+    keys = ("a" * 32, "b" * 32)
+    monkeypatch.setenv("WAN21_API_KEYS", ",".join(keys))
+    silent, receiver = socket.create_server(("127.0.0.1", 0)), receive()
+    with silent, serve(host) as api:
+        first, second = (api.client_of(key) for key in keys)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        for _ in range(webhooks.SENDERS + 1):
+            first.cancel(first.run(job({"webhook": url}), wait=False)["id"])
+        second.cancel(second.run(job({"webhook": receiver.url}), wait=False)["id"])
+        wait_until(lambda: receiver.events, webhooks.TIMEOUT_S / 2)
