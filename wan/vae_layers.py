@@ -142,7 +142,9 @@ class AttentionBlock(nn.Module):
         b, c, f, h, w = x.shape
         y = frames_to_batch(x)  # [B f, C, H, W]
         qkv = self.to_qkv(self.norm(y)).flatten(2).transpose(1, 2).unsqueeze(1)  # [B f, 1, H W, 3C]
-        y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # [B f, 1, H W, C]
+        # On CUDA channels are not last here, and kernels that spare the [H W, H W] matrix ask for that.
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in qkv.chunk(3, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v)  # [B f, 1, H W, C]
         y = self.proj(y.squeeze(1).transpose(1, 2).reshape(b * f, c, h, w))
         return x + batch_to_frames(y, b)
 

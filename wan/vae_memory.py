@@ -68,13 +68,13 @@ def encode_bytes(vae, frames, h, w, device, itemsize=None):
     return strips + int(SAFETY * itemsize * (kept + alive * widest))
 
 
-def choose_tile(vae, h, w, device, free_bytes):
+def choose_tile(vae, h, w, device, free_bytes, itemsize=None):
     """None for whole frames, or the largest tile (pixels) whose decode fits into `free_bytes`.
 
     Where none fits it is the smallest.
     """
     for tile in (None, *TILES):
-        if decode_bytes(vae, h, w, device, tile) <= free_bytes:
+        if decode_bytes(vae, h, w, device, tile, itemsize) <= free_bytes:
             return tile
     return TILES[-1]
 

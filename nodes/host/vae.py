@@ -82,21 +82,22 @@ def decode_video(vae, samples, tile_size, say):
     if tile_size in ("auto", "0"):
         return vae.decode(samples)
     tile = int(tile_size) // vae.spacial_compression_decode()
-    return vae.decode_tiled(samples, tile_x=tile, tile_y=tile)
+    return vae.decode_tiled(samples, tile_x=tile, tile_y=tile, overlap=tile // 4)
 
 
 def _decode_ours(vae, samples, tile_size, say):
     management, model, device = comfy.model_management, vae.first_stage_model, vae.device
     h, w = samples.shape[-2:]
     tile = None if tile_size == "auto" else int(tile_size)
-    needed = decode_bytes(model, h, w, device, tile)
+    itemsize = vae.vae_dtype.itemsize
+    needed = decode_bytes(model, h, w, device, tile, itemsize)
     management.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=vae.disable_offload)
     out = torch.empty(
         model.decode_output_shape(samples.shape), device=vae.output_device, dtype=vae.vae_output_dtype()
     )
     if tile_size == "auto":
         free = vae.patcher.get_free_memory(device) - (out.nbytes if out.device == device else 0)
-        tile = choose_tile(model, h, w, device, free)
+        tile = choose_tile(model, h, w, device, free, itemsize)
         how = f"tiles of {tile} pixels" if tile else "whole frames"
         say(f"decodes {how}: whole frames take {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free")
 

@@ -113,6 +113,8 @@ def test_the_native_vae_is_decoded_by_the_host(files, decode, whole):
     native = comfy.sd.VAE(sd=load_file(files["vae"]))
     images, said = decode(vae=native)
     assert relative(images, whole) < 1e-5 and not said
+    tiled, _ = decode("128", vae=native)
+    assert 0 < relative(tiled, whole) < 0.5  # the host's tiles, seams and all
 
 
 def test_a_long_sampled_latent_is_a_file_until_it_is_decoded(vae, decode, samples, output):

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from helpers_vae import latents, peak_bytes, pixels, randomise, relative_error
 from wan21.wan.vae import WanVAE
-from wan21.wan.vae_layers import RMSNorm, norm_silu
+from wan21.wan.vae_layers import AttentionBlock, RMSNorm, norm_silu
 
 DIM = 16
 MULTIPLIERS = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
@@ -295,3 +295,20 @@ def test_errors_name_value_rule_and_fix(vae, call, words):
     with pytest.raises(ValueError) as caught:
         call(vae)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_attention_gets_what_fused_kernels_take(monkeypatch):
+    """Channels last, also where the convolution before it gives another layout, as on CUDA."""
+    block = randomise(AttentionBlock(8, torch.nn))
+    x = torch.randn(1, 8, 2, 4, 6)
+    expected, seen = block(x, None), []
+
+    def watch(q, k, v):
+        seen.extend(t.stride(-1) for t in (q, k, v))
+        return attention(q, k, v)
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    block.to_qkv.register_forward_hook(lambda _, __, out: out.contiguous())
+    assert relative_error(block(x, None), expected) < 1e-6
+    assert seen == [1, 1, 1]
