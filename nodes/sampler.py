@@ -11,7 +11,7 @@ from ..wan.conditioning import END_LATENT_ALONE, SAMPLING_SECONDS
 from ..wan.config import CLIP_TOKENS, VAE_STRIDE
 from ..wan.memory import plans_from
 from ..wan.report import sampling_report
-from ..wan.sample import RIFLEX, SampleJob, sample
+from ..wan.sample import RIFLEX, NotFinite, SampleJob, sample
 from ..wan.skip_layer import parse_layers
 from ..wan.solvers import SOLVERS
 from . import host
@@ -204,7 +204,10 @@ class Wan21Sampler(io.ComfyNode):
         records = []
 
         def run(denoiser, noise, start):
-            samples, record = sample(job, denoiser, noise, start, on_step)
+            try:
+                samples, record = sample(job, denoiser, noise, start, on_step)
+            except NotFinite as error:
+                preflight.fail(NODE, str(error), preflight.BROKEN_LATENT)
             records.append(record)
             return samples
 

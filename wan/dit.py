@@ -58,10 +58,11 @@ def run_blocks(num_blocks, passes, call):
 
 
 def sinusoidal_embedding(timestep, dim):
-    """Timesteps [B] in [0, 1000] -> [B, dim] float32, cosines first; angles in float64."""
-    half = dim // 2
-    frequency = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
-    angle = torch.outer(timestep.double(), frequency)  # (B, dim/2)
+    """Timesteps [B] in [0, 1000] -> [B, dim] float32, cosines first; angles in float64 where there is one."""
+    half, device = dim // 2, timestep.device
+    wide = torch.float32 if device.type in ("mps", "xpu") else torch.float64
+    frequency = 10000.0 ** -(torch.arange(half, dtype=wide, device=device) / half)
+    angle = torch.outer(timestep.to(wide), frequency)  # (B, dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=1).float()  # (B, dim)
 
 

@@ -33,6 +33,7 @@ def sampling_report(config, job, record, shape, seed, memory, end_alone=False, w
         f"sigmas: {_numbers(record.sigmas, '.4f')}",
         f"timesteps: {_numbers(record.timesteps, 'g')}",
         f"passes: {_passes(record.passes)}",
+        *(["riflex: one temporal frequency lowered"] if record.riflex else []),
         *_options(job),
         *(_teacache(job, record) if record.plan else ()),
         f"time: {sum(seconds):.1f} s, {sum(steady) / len(steady):.2f} s per step",

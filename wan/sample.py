@@ -73,6 +73,11 @@ class SampleJob:
     def pass_names(self):
         return ("cond",) if self.guidance_scale == 1 else ("cond", "uncond")
 
+    def skips_at(self, i):
+        """Whether the unconditional pass leaves out blocks in step `i`."""
+        percents = self.skip_layer_start_percent, self.skip_layer_end_percent
+        return bool(self.skip_layers) and is_skipped_at(i, self.steps, *percents)
+
     @property
     def sigmas(self):
         """Noise levels from the first step's to 0: `steps + 1` numbers."""
@@ -87,6 +92,7 @@ class SampleRecord:
         passes: names of the passes of each step; none where the velocity was zero.
         seconds: of each step.
         plan: TeaCache's, over the steps after the zero-init ones, or None.
+        riflex: whether it lowered a frequency.
         notes: sentences on what was adjusted or had no effect.
     """
 
@@ -95,6 +101,7 @@ class SampleRecord:
     passes: list[tuple[str, ...]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     plan: Plan | None = None
+    riflex: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -111,6 +118,7 @@ class Call:
         frequencies: of RoPE, or None for the model's own.
         attention: backend, or None for the model's own.
         plan: how the passes walk the blocks.
+        step: its number, from 0.
     """
 
     pass_names: tuple[str, ...]
@@ -118,6 +126,11 @@ class Call:
     frequencies: tuple[Tensor, ...] | None = None
     attention: Attention | None = None
     plan: MemoryPlan = JOINT
+    step: int = 0
+
+
+class NotFinite(ArithmeticError):
+    """A step's velocity holds NaN or infinite numbers."""
 
 
 class Denoiser(Protocol):
@@ -177,7 +190,7 @@ class _Velocity:
         self.step_at = {sigma: i for i, sigma in enumerate(record.sigmas)}
         self.attention = job.attention
         self.plans = list(job.plans or plans_from(job.joint_pass, len(job.pass_names)))
-        self.unchecked = job.attention is not None and job.attention.quantised
+        self.may_fall_back = job.attention is None or job.attention.quantised
         self.frequencies = _frequencies(job.riflex, model.config, latent_frames, record)
         self.cache = None
         if job.teacache_multiplier > 1:
@@ -189,8 +202,7 @@ class _Velocity:
                 job.teacache_start_percent,
             )
             self.cache = TeaCache(record.plan)
-        if "uncond" not in job.pass_names:
-            _note_idle_guidance(job, record)
+        _note_idle_guidance(job, record)
 
     def __call__(self, x, sigma):
         i = self.step_at[sigma]
@@ -206,14 +218,16 @@ class _Velocity:
 
     def predict(self, x, i):
         v = self.predict_in_memory(x, i)
-        if self.unchecked and not all(torch.isfinite(part).all() for part in v.values()):
-            self.record.notes.append(
-                f"attention {self.attention.name} gave NaN in the first step; it was done again, and the "
-                "rest too, with sdpa"
-            )
-            self.attention = SDPA
+        if not _is_finite(v) and self.may_fall_back:
+            name = "of the host's choice" if self.attention is None else self.attention.name
+            self.attention, self.may_fall_back = SDPA, False
             v = self.predict_in_memory(x, i)
-        self.unchecked = False
+            if _is_finite(v):
+                self.record.notes.append(
+                    f"attention {name} gave NaN in step {i + 1}; it was done again, and the rest, with sdpa"
+                )
+        if not _is_finite(v):
+            raise NotFinite(f"step {i + 1} of {self.job.steps} gave NaN or infinite numbers")
         return v
 
     def predict_in_memory(self, x, i):
@@ -242,12 +256,15 @@ class _Velocity:
     def call(self, i):
         """What step `i` asks of the model. TeaCache goes around the others: it stores what they made."""
         job, around = self.job, ()
-        start, end = job.skip_layer_start_percent, job.skip_layer_end_percent
-        if job.skip_layers and is_skipped_at(i, job.steps, start, end):
+        if job.skips_at(i):
             around += (skip_layers(job.skip_layers),)
         if self.cache is not None:
             around += (self.cache.around(i - job.zero_init_steps),)
-        return Call(job.pass_names, around, self.frequencies, self.attention, self.plans[0])
+        return Call(job.pass_names, around, self.frequencies, self.attention, self.plans[0], i)
+
+
+def _is_finite(velocities):
+    return all(torch.isfinite(v).all() for v in velocities.values())
 
 
 def _frequencies(mode, config, latent_frames, record):
@@ -263,10 +280,21 @@ def _frequencies(mode, config, latent_frames, record):
             f"({pixel_frames(least)} frames), and never raises one"
         )
         return None
+    record.riflex = True
     return riflex(plain, latent_frames)
 
 
 def _note_idle_guidance(job, record):
+    alone = "uncond" not in job.pass_names
     for name, used in (("cfg_star", job.cfg_star), ("skip_layers", job.skip_layers)):
-        if used:
+        if used and alone:
             record.notes.append(f"{name} has no effect at guidance_scale 1, which runs no unconditional pass")
+    if job.cfg_star and not alone and job.cfg_star_start_step >= job.steps:
+        record.notes.append(
+            f"cfg_star has no effect: it starts at step {job.cfg_star_start_step} of {job.steps}, from 0"
+        )
+    if job.skip_layers and not alone and not any(job.skips_at(i) for i in range(job.steps)):
+        start, end = job.skip_layer_start_percent, job.skip_layer_end_percent
+        record.notes.append(
+            f"skip_layers has no effect: no step of {job.steps} lies between {start} % and {end} %"
+        )

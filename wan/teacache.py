@@ -105,7 +105,7 @@ def check_coefficients(values):
 
 def relative_changes(x):
     """Mean absolute change from each row to the next over the mean of the earlier: [N, ...] -> N-1 floats."""
-    x = x.double().flatten(1)
+    x = x.cpu().double().flatten(1)
     return ((x[1:] - x[:-1]).abs().mean(dim=1) / x[:-1].abs().mean(dim=1)).tolist()
 
 

@@ -10,7 +10,7 @@ from wan21.wan.config import WanConfig
 from wan21.wan.dit import Pass
 from wan21.wan.guidance import cfg, cfg_zero_star
 from wan21.wan.memory import plans_from
-from wan21.wan.sample import SampleJob, sample
+from wan21.wan.sample import NotFinite, SampleJob, sample
 from wan21.wan.teacache import Profile, TeaCache, plan_steps
 
 
@@ -180,32 +180,64 @@ def test_an_explicit_attention_reaches_the_model(noise, two):
 
 
 class Overflows(Toy):
-    """Gives NaN with a quantised backend in the steps named."""
+    """Gives NaN with a quantised backend, or the host's own, in the steps named."""
 
     bad_steps = (0,)
 
     def predict(self, x, timestep, call):
         out = super().predict(x, timestep, call)
         done = len({t for _, t, _ in self.calls}) - 1
-        if call.attention.quantised and done in self.bad_steps:
+        if (call.attention is None or call.attention.quantised) and done in self.bad_steps:
             out["uncond"] = out["uncond"] * float("nan")
         return out
 
 
-def test_nan_of_a_quantised_backend_redoes_the_first_step_with_sdpa(noise, two):
-    quantised = Attention("sage", SDPA.function, quantised=True)
+SAGE = Attention("sage", SDPA.function, quantised=True)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("first, said", [(SAGE, "attention sage"), (None, "attention of the host's choice")])
+def test_nan_of_a_quantised_backend_redoes_the_step_with_sdpa(noise, two, first, said, step):
     toy = Overflows(two)
-    out, record = sample(options(attention=quantised), toy, noise, None)
-    assert [call.attention.name for _, _, call in toy.calls] == ["sage", *["sdpa"] * 6]
-    assert len(record.notes) == 1 and "sage gave NaN in the first step" in record.notes[0]
+    toy.bad_steps = (step,)
+    out, record = sample(options(attention=first), toy, noise, None)
+    assert [call.attention for _, _, call in toy.calls] == [first] * (step + 1) + [SDPA] * (6 - step)
+    assert len(record.notes) == 1 and f"{said} gave NaN in step {step + 1}" in record.notes[0]
+    assert torch.equal(out, sample(options(), Toy(two), noise, None)[0])
+
+
+def test_nan_of_the_model_ends_the_run_at_once(noise, two):
+    class Broken(Toy):
+        def predict(self, x, timestep, call):
+            return {k: v * float("inf") for k, v in super().predict(x, timestep, call).items()}
+
+    for attention, calls in ((SDPA, 1), (None, 2)):
+        toy = Broken(two)
+        with pytest.raises(NotFinite, match="step 1 of 6 gave NaN or infinite"):
+            sample(options(attention=attention), toy, noise, None)
+        assert len(toy.calls) == calls
+
+
+@pytest.mark.parametrize(
+    "idle, note",
+    [
+        ({"cfg_star": True, "cfg_star_start_step": 6}, "cfg_star has no effect: it starts at step 6 of 6"),
+        (
+            {"skip_layers": (0,), "skip_layer_start_percent": 100, "skip_layer_end_percent": 100},
+            "skip_layers has no effect: no step of 6 lies between 100 % and 100 %",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_said(noise, two, idle, note):
+    out, record = sample(options(**idle), Toy(two), noise, None)
+    assert [text.startswith(note) for text in record.notes] == [True]
     assert torch.equal(out, sample(options(), Toy(two), noise, None)[0])
 
 
 def test_a_quantised_backend_that_works_is_kept(noise, two):
-    quantised = Attention("sage", SDPA.function, quantised=True)
     toy = Overflows(two)
     toy.bad_steps = ()
-    _, record = sample(options(attention=quantised, zero_init_steps=1), toy, noise, None)
+    _, record = sample(options(attention=SAGE, zero_init_steps=1), toy, noise, None)
     assert {call.attention.name for _, _, call in toy.calls} == {"sage"} and record.notes == []
 
 
