@@ -80,6 +80,7 @@ class Load:
         attention: name of the backend.
         teacache: whether TeaCache is on, which keeps two copies of the tokens a pass.
         text_tokens, image_tokens: of the context; no image tokens without CLIP features.
+        matrix_bytes: what a number of a matrix takes while it is used; None is e.
     """
 
     config: WanConfig
@@ -90,6 +91,7 @@ class Load:
     teacache: bool = False
     text_tokens: int = 512
     image_tokens: int = 0
+    matrix_bytes: float | None = None
 
     @property
     def tokens(self):
@@ -142,7 +144,7 @@ def _block_bytes(load, parts):
     output = row * load.tokens + gated * part
     cross = max(norm, 4 * row) * part
     feed_forward = max(norm, 2 * row + e * config.ffn_dim, gated) * part
-    matrix = e * config.dim * config.ffn_dim
+    matrix = (load.matrix_bytes or e) * config.dim * config.ffn_dim
     return round(max(project, attend, output, cross, feed_forward) + matrix)
 
 

@@ -13,6 +13,7 @@ from ...wan.config import detect_config
 from ...wan.dit import WanModel
 from ...wan.gguf import Packed, dequantize
 from ..gguf_file import read_gguf
+from .model import kept_dtype
 
 PLAIN = ("F32", "F16", "BF16")
 
@@ -69,19 +70,23 @@ def load_gguf(path, build, choose_dtype):
     model_config.custom_operations = GGUFOperations
     model = build(model_config, config, torch.device("meta"))
     model.device = offload_device
-    _assign(model.diffusion_model, weights)
+    _assign(model.diffusion_model, weights, copy=not management.is_device_cpu(load_device))
     return comfy.model_patcher.ModelPatcher(model, load_device=load_device, offload_device=offload_device)
 
 
-def _assign(dit, weights: dict[str, Packed]):
-    """Give the model its weights: matrices packed, the rest unpacked to the dtype of its parameter."""
-    layers, parameters = dict(dit.named_modules()), dict(dit.named_parameters())
+def _assign(dit, weights: dict[str, Packed], copy):
+    """Give the model its weights: matrices packed, the rest unpacked to the dtype of its parameter.
+
+    Args:
+        copy: packed ones into memory, from where a device can fetch them fast; else they stay in the file.
+    """
+    layers = dict(dit.named_modules())
     for key, weight in weights.items():
         owner, _, name = key.rpartition(".")
         layer = layers[owner]
         if isinstance(layer, GGUFOperations.Linear) and name == "weight" and weight.kind not in PLAIN:
             layer.packed = (weight.kind, weight.shape)
-            value = weight.data
+            value = weight.data.clone() if copy else weight.data
         else:
-            value = dequantize(*weight, parameters[key].dtype)
+            value = dequantize(*weight, kept_dtype(layer, name))
         setattr(layer, name, torch.nn.Parameter(value, requires_grad=False))

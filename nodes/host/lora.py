@@ -11,6 +11,7 @@ from comfy.weight_adapter import WeightAdapterBase
 
 from ...wan import checkpoint
 from ...wan.lora import Patch, apply_patch, match_lora, scheduled, step_at
+from .model import CALL, kept_dtype
 
 PREFIX = "diffusion_model."
 KEY = "wan21_loras"  # of our wrapper on a MODEL
@@ -86,8 +87,7 @@ def add_lora(model, lora, strength, schedule=()):
 
 def _is_merged(model, key):
     layer = comfy.utils.get_attr(model, (PREFIX + key).rpartition(".")[0])
-    weight = getattr(layer, key.rpartition(".")[2])
-    is_quantised = isinstance(weight, QuantizedTensor) or (weight is not None and weight.itemsize == 1)
+    is_quantised = kept_dtype(layer, key.rpartition(".")[2]).itemsize == 1
     return not (is_quantised or _is_bare(model, key))
 
 
@@ -158,7 +158,8 @@ class _Run:
 
     def apply_model(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         steps = len(self.sigmas) - 1
-        step = step_at(float(transformer_options["sigmas"][0]), self.sigmas)
+        call = transformer_options.get(CALL)
+        step = step_at(float(transformer_options["sigmas"][0]), self.sigmas) if call is None else call.step
         strengths = [scheduled(values, step, steps) for _, values in self.loras]
         if strengths != self.strengths:
             self.strengths = strengths

@@ -4,8 +4,10 @@ from contextlib import contextmanager
 
 import comfy.model_management
 import torch
+from comfy.model_prefetch import cleanup_prefetched_modules
 
 from ...wan.memory import GIB, choose_plans, step_bytes
+from .model import kept_dtype
 
 LEAST_ROOM = GIB  # of weights taken off the device at a time
 
@@ -33,7 +35,7 @@ def plan_memory(model, latent_shape, plans, passes, attention, teacache):
     more = {"teacache": teacache} | ({} if attention is None else {"attention": attention})
     load = model.model.load(tuple(latent_shape), passes, **more)
     on_cpu = model.load_device.type == "cpu"
-    weights = model.model_size()
+    weights = weight_bytes(model)
     budget = usable_bytes(model.load_device)
     needs = [step_bytes(load, plan) for plan in plans]
     plans = choose_plans(plans, needs, 0 if on_cpu else weights, budget)
@@ -41,6 +43,22 @@ def plan_memory(model, latent_shape, plans, passes, attention, teacache):
     where = "" if on_cpu else (", resident" if need + weights <= budget else ", streamed in part")
     said = f"{plans[0]}; {need / GIB:.2f} GiB estimated beside {weights / GIB:.2f} GiB of weights{where}"
     return plans, need, said
+
+
+def free_host_bytes():
+    return comfy.model_management.get_free_memory(torch.device("cpu"))
+
+
+def weight_bytes(patcher):
+    """Of a MODEL's weights on the device. Where the host loads them at their use, it counts the file's."""
+    if not patcher.is_dynamic():
+        return patcher.model_size()
+    total = 0
+    for layer in patcher.model.modules():
+        for name, value in layer.named_parameters(recurse=False):
+            numbers = getattr(value, "_qdata", value).numel()
+            total += numbers * kept_dtype(layer, name).itemsize
+    return total
 
 
 @contextmanager
@@ -65,6 +83,8 @@ def make_room(patcher):
     management = comfy.model_management
     ours = [m for m in management.current_loaded_models if m.model is patcher or patcher.is_clone(m.model)]
     gone = bool(management.free_memory(1e30, patcher.load_device, keep_loaded=ours))
+    if patcher.is_dynamic():  # a layer that ran out of memory would take its half-loaded weights for whole
+        cleanup_prefetched_modules(patcher.model.modules())
     resident = patcher.loaded_size()
     if not gone and patcher.load_device.type != "cpu" and resident:
         gone = patcher.partially_unload(patcher.offload_device, max(LEAST_ROOM, resident // 4)) > 0

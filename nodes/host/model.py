@@ -9,6 +9,7 @@ import comfy.model_management
 import torch
 from comfy.ldm.modules import attention as host_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from comfy.quant_ops import QuantizedTensor
 
 from ...wan.attention import best_kernels, choose_attention, sdpa
 from ...wan.config import CLIP_TOKENS
@@ -20,6 +21,7 @@ from .progress import check_cancelled
 
 CALL = "wan21_call"  # in transformer_options: the `Call` of our sampler's step
 NEED = "wan21_need"  # in a conditioning: bytes that a step of our sampler takes
+UNPACKING_BYTES = 13  # the most of any GGUF kind, measured; a result in 16 bits among them
 COEFFICIENTS_KEY = "teacache_coefficients"  # in a checkpoint's metadata
 COEFFICIENTS_SUFFIX = ".teacache.json"  # of the file beside a checkpoint, after its whole name
 
@@ -177,6 +179,16 @@ def _store_as(layer, name, dtype):
         setattr(layer, name, torch.nn.Parameter(torch.empty_like(value, dtype=dtype), requires_grad=False))
 
 
+def kept_dtype(layer, name):
+    """The dtype of a parameter on the device; the file's may be there until it is used."""
+    value = getattr(layer, name)
+    if isinstance(value, QuantizedTensor):
+        return value._qdata.dtype
+    if name == "weight" and getattr(layer, "packed", None):
+        return value.dtype
+    return getattr(layer, f"{name}_comfy_model_dtype", None) or value.dtype
+
+
 class Wan21(comfy.model_base.WAN21):
     """The host's Wan2.1 base model around our DiT, with the velocity that our sampler asks for."""
 
@@ -213,7 +225,15 @@ class Wan21(comfy.model_base.WAN21):
         image_tokens = 0 if config.image_dim is None else config.image_tokens or CLIP_TOKENS
         own = "sage" if comfy.model_management.sage_attention_enabled() else "sdpa"
         itemsize = self.get_dtype_inference().itemsize
-        return Load(config, latent, passes, itemsize, image_tokens=image_tokens, **{"attention": own} | more)
+        more = {"attention": own, "matrix_bytes": self.matrix_bytes(itemsize)} | more
+        return Load(config, latent, passes, itemsize, image_tokens=image_tokens, **more)
+
+    def matrix_bytes(self, itemsize):
+        """Bytes a number of the largest matrix takes while it is used, beside its place in the weights."""
+        layer = self.diffusion_model.blocks[0].ffn[0]
+        if getattr(layer, "packed", None):
+            return UNPACKING_BYTES
+        return itemsize
 
     def velocity(self, x, timestep, transformer_options, **conds):
         """`apply_model` without its change to denoised space; wrappers such as torch.compile apply."""

@@ -17,7 +17,7 @@ from ...wan import checkpoint
 from ...wan.config import detect_config
 from ...wan.dit import WanModel
 from .gguf import load_gguf
-from .model import Wan21
+from .model import Wan21, kept_dtype
 from .progress import tell
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -58,7 +58,8 @@ def load_model(path, weight_dtype="default", disable_dynamic=False):
         comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     )
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
-    if not quantised and not patcher.is_dynamic():
+    # The host's fp8 multiplication asks for the dtype before a weight is loaded, where that is at its use.
+    if not quantised and (weight_dtype == FP8_FAST or not patcher.is_dynamic()):
         _convert(model.diffusion_model, state_dict, _is_mapped(load_device))
     model.load_model_weights(state_dict, "", assign=not quantised or patcher.is_dynamic())
     if not management.is_device_cpu(offload_device):
@@ -125,13 +126,17 @@ def check_compile(model):
     capability = torch.cuda.get_device_capability(model.load_device)
     if not comfy.model_management.is_nvidia() or capability >= (8, 9):
         return
-    weights = model.model.diffusion_model.parameters()
-    if any(getattr(w, "_qdata", w).dtype == torch.float8_e4m3fn for w in weights):
+    layers = model.model.diffusion_model.modules()
+    if any(kept_dtype(layer, "weight") == torch.float8_e4m3fn for layer in layers if _has_weight(layer)):
         raise ValueError(
             f"the MODEL is compiled and its weights are fp8_e4m3fn, which torch.compile cannot convert on a "
             f"GPU of compute capability {capability[0]}.{capability[1]} (it takes 8.9: RTX 40, L4, H100). "
             "Remove TorchCompileModel, or set weight_dtype to fp8_e5m2 or bf16 (of a file that is not fp8)"
         )
+
+
+def _has_weight(layer):
+    return getattr(layer, "weight", None) is not None
 
 
 def _is_mapped(load_device):
@@ -147,8 +152,9 @@ def _is_mapped(load_device):
 
 def _convert(dit, state_dict, mapped):
     """Give each tensor the dtype of its parameter, one after the other, in the state dict itself."""
-    for key, parameter in dit.named_parameters():
-        state_dict[key] = state_dict[key].to(parameter.dtype, copy=not mapped)
+    for key, value in state_dict.items():
+        owner, _, name = key.rpartition(".")
+        state_dict[key] = value.to(kept_dtype(dit.get_submodule(owner), name), copy=not mapped)
 
 
 def _load_gguf(path, weight_dtype):

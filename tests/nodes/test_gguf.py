@@ -99,3 +99,12 @@ def test_gguf_files_are_listed_and_a_dtype_is_refused(pair):
             Wan21ModelLoader.execute("wan.gguf", "bf16")
     finally:
         folder_paths.folder_names_and_paths["diffusion_models"][0].remove(str(path.parent))
+
+
+def test_on_a_host_that_makes_weights_at_their_use(pair, job, sample, monkeypatch):
+    path, _ = pair
+    expected = sample(host.load_model(path), *job)[0]["samples"]
+    monkeypatch.setattr("comfy.memory_management.aimdo_enabled", True)
+    model = host.load_model(path)
+    monkeypatch.undo()
+    assert torch.equal(sample(model, *job)[0]["samples"], expected)

@@ -321,3 +321,20 @@ def test_a_name_and_a_link_together_are_refused(models, names):
         ValueError, match=r"lora_url is set; a loader applies one LoRA\. Set lora_name to none"
     ):
         load(models["t2v"], names[0], url="https://example.com/x.safetensors")
+
+
+@pytest.mark.parametrize("solver, steps, shift", [("unipc", 30, 100.0), ("dpm++", 100, 16.0)])
+def test_steps_that_share_a_timestep_are_told_apart(
+    t2v_job, sample, names, monkeypatch, solver, steps, shift
+):
+    model, *rest = t2v_job
+    scheduled, seen = wl.scheduled, []
+
+    def watch(values, step, count):
+        seen.append(step)
+        return scheduled(values, step, count)
+
+    monkeypatch.setattr("wan21.nodes.host.lora.scheduled", watch)
+    patched = load(model, names[0], 1.0, "1, 0.5")[0]
+    sample(patched, *rest, solver=solver, steps=steps, flow_shift=shift)
+    assert list(dict.fromkeys(seen)) == [*range(steps)]

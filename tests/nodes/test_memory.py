@@ -5,6 +5,8 @@ import comfy.sampler_helpers
 import pytest
 import torch
 from wan21.nodes import host
+from wan21.nodes.host.memory import make_room, weight_bytes
+from wan21.nodes.host.model import kept_dtype
 from wan21.wan.memory import Load, MemoryPlan, step_bytes
 
 
@@ -103,3 +105,19 @@ def test_running_out_for_good_is_an_error_that_says_what_to_do(job, sample):
     with pytest.raises(torch.OutOfMemoryError, match=r"plan of least memory .*Set fewer frames"):
         sample(with_attention(model, always), *rest)
     assert always.calls == 3  # each plan once
+
+
+def test_a_host_that_loads_weights_at_their_use(files, monkeypatch):
+    """The dtypes and bytes are those a weight is going to have; half-loaded layers are cleaned up."""
+    model = host.load_model(files["t2v"], "fp8_e4m3fn")
+    plain = weight_bytes(model)
+    layer = model.model.diffusion_model.blocks[0].ffn[0]
+    assert 0.99 < plain / model.model_size() <= 1 and kept_dtype(layer, "weight") == torch.float8_e4m3fn
+    for module in model.model.modules():  # as in the file until they are used
+        for name, value in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(value.half(), requires_grad=False))
+    monkeypatch.setattr(model, "is_dynamic", lambda: True)
+    assert weight_bytes(model) == plain and kept_dtype(layer, "weight") == torch.float8_e4m3fn
+    layer._prefetch = {"signature": None}
+    make_room(model)
+    assert not hasattr(layer, "_prefetch")
