@@ -21,6 +21,7 @@ from .load import CATEGORY
 NODE = "Wan21ImageToVideo"
 MAX_SIDE = 8192
 MAX_FRAMES = 4097
+VIDEO_COPIES = 2.5  # of the float32 pixels, while the host and the VAE hand them on
 
 
 class Wan21ImageToVideo(io.ComfyNode):
@@ -110,6 +111,7 @@ class Wan21ImageToVideo(io.ComfyNode):
         check_inputs(vae, start_image, end_image, clip_vision_start, clip_vision_end, num_frames)
         if resize_mode == "keep_aspect":
             width, height = keep_aspect_size(start_image.shape[2], start_image.shape[1], width, height)
+        check_room(width, height, num_frames)
         start, end = (
             None if image is None else fit_image(image[..., :3], width, height, resize_mode)[0]
             for image in (start_image, end_image)
@@ -146,9 +148,24 @@ def check_sizes(width, height, num_frames):
     preflight.check_num_frames(NODE, 1 if num_frames is None else num_frames)
 
 
+def check_room(width, height, num_frames):
+    """Refuse what does not fit into host memory before any of it is taken."""
+    need, free = VIDEO_COPIES * 12 * width * height * num_frames, host.free_host_bytes()
+    if need > free:
+        preflight.fail(
+            NODE,
+            f"{num_frames} frames of {width}x{height} take {need / 1e9:.1f} GB of host memory, and "
+            f"{free / 1e9:.1f} GB are free",
+            "Set fewer frames or a smaller size",
+        )
+
+
 def check_inputs(vae, start_image, end_image, clip_start, clip_end, num_frames):
     preflight.check_vae(NODE, *host.vae_shape(vae))
     preflight.check_image(NODE, "start_image", start_image)
+    for name, image in (("start_image", start_image), ("end_image", end_image)):
+        if image is not None and image.shape[-1] > 3:
+            host.tell(NODE, f"{name} has transparency, which is left out")
     if end_image is not None:
         preflight.check_image(NODE, "end_image", end_image)
         if num_frames < 5:

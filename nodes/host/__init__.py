@@ -7,7 +7,7 @@ sampler the host's life cycle: device memory, model patches, progress, preview a
 from .conditioning import describe_conditioning, trim_clip_vision
 from .latent_file import KeptLatent
 from .lora import add_lora, read_lora
-from .memory import plan_memory
+from .memory import free_host_bytes, plan_memory
 from .model import (
     checkpoint_name,
     choose_attention_for,
@@ -45,6 +45,7 @@ __all__ = [
     "decode_video",
     "describe_conditioning",
     "fill_spans_with_model",
+    "free_host_bytes",
     "ignored_patches",
     "is_ours",
     "latent_device",

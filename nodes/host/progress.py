@@ -58,8 +58,22 @@ def previewer_for(model):
                 weights = comfy.utils.load_torch_file(path, safe_load=True)
                 tiny = comfy.sd.VAE(sd={key: tensor.float() for key, tensor in weights.items()})
                 tiny.throw_exception_if_invalid()
-                return latent_preview.TAEHVPreviewerImpl(tiny)
+                return TinyPreviewer(tiny)
     return latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+
+class TinyPreviewer:
+    """Frames by a tiny decoder, past the host's manager, which would take weights off the device for it."""
+
+    def __init__(self, vae):
+        self.vae = vae
+        self.model = vae.first_stage_model
+
+    def decode_latent_to_preview(self, x0):
+        x0 = x0[:1, :, :1].float()
+        self.model.to(x0.device)
+        frame = self.vae.process_output(self.model.decode(x0))[0, :, 0].movedim(0, -1)  # (H, W, 3)
+        return latent_preview.preview_to_image(frame, do_scale=False)
 
 
 class StepProgress:
@@ -73,7 +87,11 @@ class StepProgress:
     def __call__(self, i, x0):
         preview = None
         if self.previewer is not None:
-            preview = ("JPEG", self.strip(x0), latent_preview.MAX_PREVIEW_RESOLUTION)
+            try:
+                preview = ("JPEG", self.strip(x0), latent_preview.MAX_PREVIEW_RESOLUTION)
+            except Exception as error:  # a picture to look at must not cost the run
+                logging.warning("Wan21Sampler: no more previews in this run (%s)", error)
+                self.previewer = None
         self.bar.update_absolute(i + 1, self.steps, preview)
         check_cancelled()
 

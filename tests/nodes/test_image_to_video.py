@@ -88,9 +88,11 @@ def test_prompts_are_not_changed(prompts, image_to_video):
     assert "concat_latent_image" not in prompts[0][0][1]
 
 
-def test_alpha_channel_is_left_out(picture, image_to_video):
+def test_alpha_channel_is_left_out_and_that_is_said(picture, image_to_video, caplog):
     rgba = torch.cat([picture, picture[..., :1]], dim=-1)
-    with_alpha, without = image_to_video(start_image=rgba), image_to_video()
+    with caplog.at_level("INFO"):
+        with_alpha, without = image_to_video(start_image=rgba), image_to_video()
+    assert caplog.text.count("start_image has transparency, which is left out") == 1
     assert torch.equal(*(r[0][0][1]["concat_latent_image"] for r in (with_alpha, without)))
 
 
@@ -129,3 +131,11 @@ def test_sizes_are_refused_when_queued():
     assert "multiples of 16" in Wan21ImageToVideo.validate_inputs(830, 480, 81)
     assert "the most is" in Wan21ImageToVideo.validate_inputs(100000, 480, 81)
     assert Wan21ImageToVideo.validate_inputs(832, None, None) is True
+
+
+def test_what_does_not_fit_into_host_memory_is_refused(image_to_video, monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"4097 frames of 8192x8192 take 8248\.4 GB of host memory.*Set fewer"
+    ):
+        image_to_video(width=8192, height=8192, num_frames=4097)
+    image_to_video(width=64, height=64, num_frames=5)

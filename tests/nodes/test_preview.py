@@ -52,3 +52,26 @@ def test_the_strip_is_decoded_by_taehv(models, taehv, taesd_method, folder):
 def test_without_the_file_the_host_chooses(models, taesd_method, folder):
     x0 = torch.randn(1, 16, 2, 4, 6)
     assert host.StepProgress(models["t2v"], 3).strip(x0).size == (2 * 6, 4)  # a colour per latent pixel
+
+
+def test_a_tiny_decoder_is_not_the_managers(models, taehv, taesd_method, folder, monkeypatch):
+    """It would take weights off the device, in the middle of a run, for a preview."""
+    save_file({k: v.contiguous() for k, v in taehv.state_dict().items()}, folder / "taew2_1.safetensors")
+    progress = host.StepProgress(models["t2v"], 3)
+    monkeypatch.setattr("comfy.model_management.load_models_gpu", lambda *_, **__: pytest.fail("loaded"))
+    assert progress.strip(torch.zeros(1, 16, 2, 4, 6)).size == (2 * 48, 32)
+
+
+def test_a_preview_that_fails_ends_the_previews_and_not_the_run(models, prompts, sample, caplog, monkeypatch):
+    class Broken:
+        def decode_latent_to_preview(self, x0):
+            tried.append(x0)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    tried = []
+    job = (models["t2v"], *prompts, {"samples": torch.zeros(1, 16, 2, 4, 4)})
+    plain = sample(*job, steps=3)[0]["samples"]
+    monkeypatch.setattr("wan21.nodes.host.progress.previewer_for", lambda model: Broken())
+    with caplog.at_level("WARNING"):
+        assert torch.equal(sample(*job, steps=3)[0]["samples"], plain)
+    assert len(tried) == 1 and "no more previews in this run (CUDA out of memory.)" in caplog.text
