@@ -85,6 +85,14 @@ def add_lora(model, lora, strength, schedule=()):
     return model
 
 
+def changes_weights_at_use(model):
+    """Whether a LoRA on this MODEL is worked into matrices as they are used."""
+    wrappers = model.model_options["transformer_options"].get("wrappers", {})
+    runs = wrappers.get(WrappersMP.SAMPLER_SAMPLE, {}).get(KEY, [])
+    keys = [key for run in runs for patches, _ in run.loras for key, _ in patches]
+    return not all(_is_bare(model.model, key) for key in keys)
+
+
 def _is_merged(model, key):
     layer = comfy.utils.get_attr(model, (PREFIX + key).rpartition(".")[0])
     is_quantised = kept_dtype(layer, key.rpartition(".")[2]).itemsize == 1

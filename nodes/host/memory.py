@@ -7,8 +7,10 @@ import torch
 from comfy.model_prefetch import cleanup_prefetched_modules
 
 from ...wan.memory import GIB, choose_plans, step_bytes
+from .lora import changes_weights_at_use
 from .model import kept_dtype
 
+LORA_COPIES = 4  # of a matrix that a LoRA changes at its use: itself, a copy, the difference, that scaled
 LEAST_ROOM = GIB  # of weights taken off the device at a time
 
 
@@ -33,6 +35,9 @@ def plan_memory(model, latent_shape, plans, passes, attention, teacache):
         (plans left, bytes of a step, one sentence for the report)
     """
     more = {"teacache": teacache} | ({} if attention is None else {"attention": attention})
+    if changes_weights_at_use(model):
+        itemsize = model.model.get_dtype_inference().itemsize
+        more["matrix_bytes"] = max(model.model.matrix_bytes(itemsize), LORA_COPIES * itemsize)
     load = model.model.load(tuple(latent_shape), passes, **more)
     on_cpu = model.load_device.type == "cpu"
     weights = weight_bytes(model)

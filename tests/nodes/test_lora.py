@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from wan21.nodes import host
 from wan21.nodes.lora import Wan21LoraLoader
 from wan21.wan import lora as wl
+from wan21.wan.memory import MemoryPlan
 from wan21.wan.sample import SampleJob
 
 METADATA = {"config": '{"transformer": {"text_dim": 128}}'}
@@ -338,3 +339,16 @@ def test_steps_that_share_a_timestep_are_told_apart(
     patched = load(model, names[0], 1.0, "1, 0.5")[0]
     sample(patched, *rest, solver=solver, steps=steps, flow_shift=shift)
     assert list(dict.fromkeys(seen)) == [*range(steps)]
+
+
+def test_a_lora_at_use_is_in_the_estimate(t2v_job, names):
+    model, _, _, latent = t2v_job
+    plans = (MemoryPlan(),)
+    needs = [
+        host.plan_memory(
+            load(model, names[0], 1.0, schedule)[0], latent["samples"].shape, plans, 2, "sdpa", False
+        )[1]
+        for schedule in ("1, 1", "1, 0.5")
+    ]
+    config = host.config_of(model)
+    assert needs[1] - needs[0] == 3 * 4 * config.dim * config.ffn_dim
