@@ -112,6 +112,9 @@ class Wan21ImageToVideo(io.ComfyNode):
         if resize_mode == "keep_aspect":
             width, height = keep_aspect_size(start_image.shape[2], start_image.shape[1], width, height)
         check_room(width, height, num_frames)
+        for name, image in (("start_image", start_image), ("end_image", end_image)):
+            if image is not None and image.shape[-1] > 3:
+                host.tell(NODE, f"{name} has transparency, which is left out")
         start, end = (
             None if image is None else fit_image(image[..., :3], width, height, resize_mode)[0]
             for image in (start_image, end_image)
@@ -163,9 +166,6 @@ def check_room(width, height, num_frames):
 def check_inputs(vae, start_image, end_image, clip_start, clip_end, num_frames):
     preflight.check_vae(NODE, *host.vae_shape(vae))
     preflight.check_image(NODE, "start_image", start_image)
-    for name, image in (("start_image", start_image), ("end_image", end_image)):
-        if image is not None and image.shape[-1] > 3:
-            host.tell(NODE, f"{name} has transparency, which is left out")
     if end_image is not None:
         preflight.check_image(NODE, "end_image", end_image)
         if num_frames < 5:

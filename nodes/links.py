@@ -25,7 +25,6 @@ HEAD_SECONDS = 60.0  # to connect and until the headers of an answer are there, 
 PUBLIC_SCHEMES = ("https",)
 PORTS = {"https": 443, "http": 80}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-FOREVER = float("inf")
 
 
 def shown(url: str) -> str:
@@ -46,12 +45,8 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
-def check_link(url: str, schemes: tuple[str, ...] | None = None) -> tuple[str, str, int, str]:
+def check_link(url: str) -> tuple[str, str, int, str]:
     """Read a link that is allowed by its form; the addresses of a name are judged when it is opened.
-
-    Args:
-        url: the link.
-        schemes: that are accepted; `PUBLIC_SCHEMES` without them.
 
     Returns:
         (scheme, host, port, path and query).
@@ -59,9 +54,7 @@ def check_link(url: str, schemes: tuple[str, ...] | None = None) -> tuple[str, s
     Raises:
         ValueError: it cannot be read, has another scheme, no host or a user name, or is a private address.
     """
-    schemes = schemes or PUBLIC_SCHEMES
-    if private_allowed():
-        schemes = (*schemes, "http")
+    schemes = (*PUBLIC_SCHEMES, "http") if private_allowed() else PUBLIC_SCHEMES
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
@@ -81,18 +74,17 @@ def check_link(url: str, schemes: tuple[str, ...] | None = None) -> tuple[str, s
 
 
 @contextlib.contextmanager
-def open_link(url, headers, method="GET", body=None, schemes=None, redirects=MAX_REDIRECTS, seconds=FOREVER):
+def open_link(url, headers, seconds, method="GET", body=None, redirects=MAX_REDIRECTS):
     """Send a request and yield its (response, last link) until the block ends.
 
     Args:
         url: the link.
         headers: of the request; `Host` and `Accept-Encoding` are set here.
-        method: of the request.
-        body: bytes to send.
-        schemes: that are accepted, see `check_link`.
-        redirects: how many are followed; with 0 the response may be a redirect.
         seconds: for all of it, the block included. Each piece has `TIMEOUT_S` and the headers have
             `HEAD_SECONDS` in any case.
+        method: of the request.
+        body: bytes to send.
+        redirects: how many are followed; with 0 the response may be a redirect.
 
     Raises:
         ValueError: a link that is not allowed, or too many redirects.
@@ -100,7 +92,7 @@ def open_link(url, headers, method="GET", body=None, schemes=None, redirects=MAX
     """
     deadline = time.monotonic() + seconds
     for _ in range(redirects + 1):
-        scheme, host, port, target = check_link(url, schemes)
+        scheme, host, port, target = check_link(url)
         with _connection(scheme, host, port, deadline) as (connection, cut_at):
             shown_port = "" if port == PORTS[scheme] else f":{port}"
             own = {"Host": (f"[{host}]" if ":" in host else host) + shown_port, "Accept-Encoding": "identity"}
@@ -139,10 +131,9 @@ def _connection(scheme, host, port, deadline):
         deadline = until
         if timer is not None:
             timer.cancel()
-        if until < FOREVER:
-            timer = threading.Timer(max(0.0, until - time.monotonic()), _cut, (sock,))
-            timer.daemon = True
-            timer.start()
+        timer = threading.Timer(max(0.0, until - time.monotonic()), _cut, (sock,))
+        timer.daemon = True
+        timer.start()
 
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
     connection.sock = sock
@@ -155,7 +146,7 @@ def _connection(scheme, host, port, deadline):
         _check_time(deadline)  # what was cut is late, whatever it looks like here
         raise
     finally:
-        cut_at(FOREVER)
+        timer.cancel()
         connection.close()
 
 

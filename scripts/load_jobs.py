@@ -32,15 +32,15 @@ SMALL = {"prompt": "pan left", "size": "64*64", "num_frames": 5, "num_inference_
 
 
 class Receiver:
-    """Counts the webhooks of each task."""
+    """Keeps the webhooks it is sent."""
 
     def __init__(self):
-        self.events = Counter()
+        self.events = []
         events = self.events
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
-                events[json.loads(self.rfile.read(int(self.headers["Content-Length"])))["id"]] += 1
+                events.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 self.send_response(200)
                 self.end_headers()
 
@@ -50,6 +50,10 @@ class Receiver:
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{server.server_port}/"
+
+    def ids(self):
+        """Of the tasks that were told of."""
+        return {event["id"] for event in self.events}
 
 
 class Api:
@@ -162,9 +166,9 @@ def check_kills(folder, kills, receiver):
         api = Api(server, receiver.url)
         states = Counter(api.wait(task_id, TERMINAL)["status"] for task_id in accepted)
         deadline = time.monotonic() + 60
-        while set(accepted) - receiver.events.keys() and time.monotonic() < deadline:
+        while set(accepted) - receiver.ids() and time.monotonic() < deadline:
             time.sleep(0.5)
-    missing = set(accepted) - receiver.events.keys()
+    missing = set(accepted) - receiver.ids()
     print(f"{kills} kills: {len(accepted)} tasks accepted, {states[COMPLETED]} completed", end=", ")
     print(f"{sum(states.values()) - states[COMPLETED]} failed, {len(missing)} without a webhook")
     return not missing and sum(states.values()) == len(accepted)

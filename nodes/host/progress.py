@@ -90,7 +90,7 @@ class StepProgress:
             try:
                 preview = ("JPEG", self.strip(x0), latent_preview.MAX_PREVIEW_RESOLUTION)
             except Exception as error:  # a picture to look at must not cost the run
-                logging.warning("Wan21Sampler: no more previews in this run (%s)", error)
+                tell("Wan21Sampler", f"makes no more previews in this run ({error})")
                 self.previewer = None
         self.bar.update_absolute(i + 1, self.steps, preview)
         check_cancelled()

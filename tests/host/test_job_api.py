@@ -2,10 +2,8 @@
 
 import io
 import json
-import threading
 import time
 import uuid
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import av
 import inferencesh
@@ -13,6 +11,7 @@ import pytest
 import requests
 from host_server import HostServer
 from inferencesh import APIError, TaskStatus
+from load_jobs import Receiver
 from pack import comfyui_path
 from PIL import Image
 
@@ -118,20 +117,8 @@ def test_wrong_fields_queue_nothing(jobs, server):
 def test_a_killed_server_loses_no_task(tmp_path, monkeypatch):
     """kill -9 while one runs and one waits: the first has failed and its webhook comes, the second runs."""
     monkeypatch.setenv("WAN21_ALLOW_PRIVATE_URLS", "1")
-    events = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            events.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    receiver = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=receiver.serve_forever, daemon=True).start()
-    hook = {"webhook": f"http://127.0.0.1:{receiver.server_port}/"}
+    receiver = Receiver()
+    hook = {"webhook": receiver.url}
     with HostServer(tmp_path, start_timeout_s=SLOW_START_S) as server:
         jobs = connect(server)
         running = jobs.run(request(num_inference_steps=1000) | hook, wait=False)["id"]
@@ -149,10 +136,9 @@ def test_a_killed_server_loses_no_task(tmp_path, monkeypatch):
             last = update
         assert last["status"] == TaskStatus.COMPLETED and last["output"]["seed"] == 3
         deadline = time.monotonic() + 30
-        while len(events) < 2 and time.monotonic() < deadline:
+        while len(receiver.events) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
-    receiver.shutdown()
-    assert {event["id"]: event["status"] for event in events} == {
+    assert {event["id"]: event["status"] for event in receiver.events} == {
         running: TaskStatus.FAILED,
         waiting: TaskStatus.COMPLETED,
     }
