@@ -163,16 +163,19 @@ class Latents:
             self.motions[bucket] = [data.Motion(**m) for s in shards for m in s["motions"]]
             self.parts[bucket] = join_shards(shards)
             hard = [m.name.startswith(HARD) for m in self.motions[bucket]]
-            self.chances[bucket] = [HARD_WEIGHT if h else 1 for h in hard]
+            chances = [HARD_WEIGHT if h else 1 for h in hard]
+            with_end = [c * (at >= 0) for c, at in zip(chances, self.parts[bucket]["where"])]
+            self.chances[bucket] = {"end": with_end, "any": chances}  # every shard has clips with an end
         self.weights = [len(self.motions[b]) * b.tokens for b in self.buckets]
 
     def draw(self, rng, tokens):
         """A random batch of about `tokens` tokens: (clip, conditioning, motions) of `batch`."""
         bucket = rng.choices(self.buckets, self.weights)[0]
         count = max(1, tokens // bucket.tokens)
-        rows = rng.choices(range(len(self.motions[bucket])), self.chances[bucket], k=count)
         alone = rng.random() < 0.1  # one frame longer, hence a whole batch of them
         kinds = ["alone"] * count if alone else rng.choices(("start", "end", "empty"), (75, 16, 9), k=count)
+        chances, every = self.chances[bucket], range(len(self.motions[bucket]))
+        rows = [rng.choices(every, chances["end" if kind == "end" else "any"])[0] for kind in kinds]
         return self.batch(bucket, rows, kinds)
 
     def batch(self, bucket, rows, kinds):
