@@ -1,9 +1,10 @@
 """Time and memory of our DiT and VAE beside ComfyUI's native ones and diffusers', on the same weights.
 
-    python scripts/bench.py [--only dit,vae-encode,vae-decode] [--device cpu|cuda] [--repeat N]
+    python scripts/bench.py [--only dit,vae-encode,vae-decode,vae-tiles] [--device cpu|cuda] [--repeat N]
                             [--json bench.json] [--quick]
 
-Time: all peers in one process, warmed up, taking turns; the median of the repeats.
+Time: all peers in one process, warmed up, taking turns; the median of the repeats. With `--repeat 0`, on the
+CPU: one cold call of each, in the process that measures its memory, and no comparison of results.
 Memory: what a call needs beyond its weights and inputs. On CUDA `max_memory_allocated`; on the CPU one fresh
 process per peer, its peak resident size during the call less its resident size before.
 The ratio is ours over the better of the two peers. Time it on a machine that does nothing else.
@@ -27,9 +28,16 @@ pack.load_host()
 
 import torch  # noqa: E402
 
-PEERS = ("ours", "native", "diffusers")
+PEERS = ("native", "diffusers")
+CONTESTANTS = {
+    "dit": ("ours", *PEERS),
+    "vae-encode": ("ours", *PEERS),
+    "vae-decode": ("ours", *PEERS),
+    "vae-tiles": ("ours", "tiles 512", "tiles 256", "native"),  # ours whole and in tiles, native whole
+}
 MIB = 2**20
 VAE_CLIPS = {"cuda": (81, 480, 832), "cpu": (17, 256, 256)}  # frames, height, width
+TILED_CLIPS = {"cuda": (81, 480, 832), "cpu": (9, 480, 832)}
 
 
 def randomise(model):
@@ -54,11 +62,12 @@ def vae_case(direction, peers, device, dtype, quick):
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
     from wan21.wan.vae import WanVAE
 
-    frames, height, width = (5, 64, 64) if quick else VAE_CLIPS[device]
+    clips = TILED_CLIPS if direction == "tiles" else VAE_CLIPS
+    frames, height, width = (5, 64, 64) if quick else clips[device]
     weights = randomise(WanVAE()).state_dict()
 
     def build(peer):
-        if peer == "ours":
+        if peer == "ours" or peer.startswith("tiles"):
             model, state = WanVAE(), weights
         elif peer == "native":
             levels = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
@@ -80,6 +89,10 @@ def vae_case(direction, peers, device, dtype, quick):
         shape = (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
         z = torch.randn(shape, generator=generator).to(device, dtype)
         calls = {peer: lambda model=model: model.decode(z) for peer, model in models.items()}
+        for peer, model in models.items():
+            if peer.startswith("tiles"):
+                tile = int(peer.split()[1]) // (8 if not quick else 64)
+                calls[peer] = lambda model=model, tile=tile: model.decode_tiled(z, tile, tile)
         if "diffusers" in models:
             calls["diffusers"] = lambda: models["diffusers"].decode(z).sample
     return calls, f"dim 96, {frames} frames of {width}x{height}"
@@ -144,7 +157,7 @@ def times_and_errors(calls, device, repeat):
     """{peer: median seconds}, {peer: relative distance of our result from the peer's}."""
     results = {peer: call().float() for peer, call in calls.items()}  # this is the warm-up as well
     errors = {}
-    for peer in ("native", "diffusers"):
+    for peer in results.keys() - {"ours"}:
         clamp = results[peer].abs().max() <= 1  # diffusers clamps decoded pixels
         ours = results["ours"].clamp(-1, 1) if clamp else results["ours"]
         errors[peer] = ((ours - results[peer]).norm() / results[peer].norm()).item()
@@ -162,65 +175,70 @@ def resident(key):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
-def cpu_memory_of_this_process(case, peer, quick):
-    calls, _ = make_case(case, [peer], "cpu", quick)
+def cold_call(case, peer, quick):
+    """(peak bytes, seconds, size) of the first call in this process."""
+    calls, size = make_case(case, [peer], "cpu", quick)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # freed heap pages would hide part of the call's own need
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
-    calls[peer]()
+    seconds = timed(calls[peer], "cpu")
     peak = min(resident("VmHWM"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    return max(0, peak - before)
+    return max(0, peak - before), seconds, size
 
 
-def memory(case, peers, calls, device, quick):
-    """{peer: bytes}, or None where it cannot be measured."""
-    if device == "cuda":
-        used = {}
-        for peer in peers:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            calls[peer]()
-            used[peer] = torch.cuda.max_memory_allocated() - before
-        return used
-    if not sys.platform.startswith("linux"):
-        return None
+def memory_on_cuda(calls):
+    """{peer: bytes}"""
     used = {}
-    for peer in peers:
-        command = [sys.executable, __file__, "--only", case, "--memory-of", peer, *["--quick"] * quick]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        used[peer] = int(output.split()[-1])
+    for peer, call in calls.items():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        used[peer] = torch.cuda.max_memory_allocated() - before
     return used
 
 
+def cold_calls(case, quick):
+    """{peer: bytes}, {peer: seconds}, size; one call each in a process of its own, on the CPU under Linux."""
+    used, seconds = {}, {}
+    for peer in CONTESTANTS[case]:
+        command = [sys.executable, __file__, "--only", case, "--cold-call", peer, *["--quick"] * quick]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        used[peer], seconds[peer], size = json.loads(output.splitlines()[-1])
+    return used, seconds, size
+
+
 def measure(case, device, repeat, quick):
-    calls, size = make_case(case, PEERS, device, quick)
-    seconds, errors = times_and_errors(calls, device, repeat)
-    used = memory(case, PEERS, calls, device, quick) if device == "cuda" else None
-    del calls
-    gc.collect()
-    used = used or memory(case, PEERS, None, device, quick)
-    row = {"case": case, "size": size, "seconds": seconds, "relative_error": errors}
-    row["time_ratio"] = seconds["ours"] / min(seconds["native"], seconds["diffusers"])
+    row = {"case": case}
+    used = seconds = None
+    if repeat:
+        calls, row["size"] = make_case(case, CONTESTANTS[case], device, quick)
+        seconds, row["relative_error"] = times_and_errors(calls, device, repeat)
+        used = memory_on_cuda(calls) if device == "cuda" else None
+        del calls
+        gc.collect()
+    if used is None and sys.platform.startswith("linux"):
+        used, cold, row["size"] = cold_calls(case, quick)
+        seconds = seconds or cold
+    row["seconds"] = seconds
+    row["time_ratio"] = seconds["ours"] / min(seconds[peer] for peer in PEERS if peer in seconds)
     if used:
         row["memory_mib"] = {peer: used[peer] / MIB for peer in used}
-        row["memory_ratio"] = used["ours"] / max(1, min(used["native"], used["diffusers"]))
-        row["memory_ratio_native"] = used["ours"] / max(1, used["native"])
     return row
 
 
 def table(rows):
     lines = ["case         peer        seconds   memory MiB   ours/peer: time  memory  relative error"]
     for row in rows:
-        for peer in PEERS:
-            seconds, used = row["seconds"], row.get("memory_mib")
-            mib = used[peer] if used else float("nan")
+        seconds, used, errors = row["seconds"], row.get("memory_mib", {}), row.get("relative_error")
+        for peer in seconds:
+            mib = used.get(peer, float("nan"))
             line = f"{row['case']:12} {peer:10} {seconds[peer]:8.3f}   {mib:10.0f}"
             if peer != "ours":
                 line += f"   {seconds['ours'] / seconds[peer]:15.3f}"
-                line += f"  {(used['ours'] if used else mib) / max(mib, 1e-9):6.3f}"
-                line += f"  {row['relative_error'][peer]:14.1e}"
+                line += f"  {used.get('ours', mib) / max(mib, 1e-9):6.3f}"
+                line += f"  {errors[peer]:14.1e}" if errors else ""
             lines.append(line)
         lines.append(f"             {row['size']}; time {row['time_ratio']:.3f} of the faster peer")
     return "\n".join(lines)
@@ -235,12 +253,14 @@ def main():
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs, says nothing")
-    parser.add_argument("--memory-of", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--cold-call", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    if args.memory_of:
-        print(cpu_memory_of_this_process(args.only, args.memory_of, args.quick))
+    if args.cold_call:
+        print(json.dumps(cold_call(args.only, args.cold_call, args.quick)))
         return
+    if not args.repeat and args.device == "cuda":
+        parser.error("--repeat 0 is for the CPU: a cold call on CUDA times its start-up.")
     rows = [measure(case, args.device, args.repeat, args.quick) for case in args.only.split(",")]
     print(table(rows))
     if args.json:

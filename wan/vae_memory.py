@@ -8,7 +8,7 @@ that chunk.
 from .vae_cpu import STRIP_BYTES
 from .vae_retreat import TILES
 from .vae_stream import frames_per_chunk
-from .vae_tiling import doubles, doubles_time, margins
+from .vae_tiling import doubles, doubles_time, even_spans, margins, with_margin
 
 # Chunks alive at once in a residual block: its input, the normed copy, that joined to the two frames before
 # it (twice a chunk of two), the result, and on CUDA what the library's convolution takes for itself, at most
@@ -33,9 +33,7 @@ def decode_bytes(vae, h, w, device, tile=None, itemsize=None):
     whole, *local = vae.decoder.stages()
     kept, widest, scale = kept_values(whole) * h * w, 0, 1
     for layers, margin in zip(local, margins(local)):
-        rows, columns = (
-            side * scale if not tile else min(side * scale, tile // 8 * scale + 2 * margin) for side in (h, w)
-        )
+        rows, columns = (longest(side, tile, scale, margin) for side in (h, w))
         factor = 2 if doubles(layers) else 1
         scale *= factor
         pixels = rows * columns * factor**2
@@ -66,6 +64,13 @@ def encode_bytes(vae, frames, h, w, device, itemsize=None):
             frames = (frames + 1) // 2
     strips = 2 * STRIP_BYTES if device.type == "cpu" else 0
     return strips + int(SAFETY * itemsize * (kept + alive * widest))
+
+
+def longest(side, tile, scale, margin):
+    """Pixels of the longest piece of a latent side, with its margins; tile in pixels, None or 0 is whole."""
+    spans = even_spans(side, tile // 8 if tile else side)
+    pieces = [with_margin(span, side, scale, margin) for span in spans]
+    return max(piece.stop - piece.start for piece in pieces)
 
 
 def choose_tile(vae, h, w, device, free_bytes, itemsize=None):

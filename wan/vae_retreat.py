@@ -12,7 +12,7 @@ import torch
 from .vae import WanVAE, report, scaled
 from .vae_tiling import cut_windows
 
-TILES = (256, 128, 64)  # pixels, after whole frames
+TILES = (512, 256, 128, 64)  # pixels, after whole frames
 
 
 class Piece(NamedTuple):

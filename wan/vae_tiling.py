@@ -64,11 +64,18 @@ def cut_windows(h, w, tile_y, tile_x):
         raise ValueError(
             f"VAE tiles of {tile_x} x {tile_y} latent pixels: both must be at least 1, for example 32."
         )
-    spans = [
-        [slice(at, min(at + tile, side)) for at in range(0, side, tile)]
-        for side, tile in ((h, tile_y), (w, tile_x))
-    ]
-    return [*product(*spans)]
+    return [*product(even_spans(h, tile_y), even_spans(w, tile_x))]
+
+
+def even_spans(side, tile):
+    """As few slices of at most `tile` as cover `side`, all as long as each other to 1."""
+    count = -(-side // tile)
+    return [slice(side * i // count, side * (i + 1) // count) for i in range(count)]
+
+
+def with_margin(span, side, scale, margin):
+    """A span scaled, and widened by `margin` as far as the scaled side goes."""
+    return slice(max(0, span.start * scale - margin), min(side * scale, span.stop * scale + margin))
 
 
 def margins(stages):
@@ -126,10 +133,7 @@ def windowed(stages, window, size):
     """
     scale, have, start, result = 1, None, None, []
     for layers, margin in zip([*stages, None], [*margins(stages), 0]):
-        want = [
-            slice(max(0, span.start * scale - margin), min(side * scale, span.stop * scale + margin))
-            for span, side in zip(window, size)
-        ]
+        want = [with_margin(span, side, scale, margin) for span, side in zip(window, size)]
         if have is None:
             start = want
         else:

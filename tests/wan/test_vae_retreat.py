@@ -222,10 +222,10 @@ def test_auto_takes_the_largest_tile_that_fits():
     whole = decode_bytes(vae, 60, 104, CUDA)
     assert 2.5 < whole / 2**30 < 4  # 832x480 in bf16
     assert choose_tile(vae, 60, 104, CUDA, whole) is None
-    assert choose_tile(vae, 60, 104, CUDA, whole - 1) == 256
+    assert choose_tile(vae, 60, 104, CUDA, whole - 1) == 512
     sizes = [choose_tile(vae, 60, 104, CUDA, free * 2**20) for free in range(4096, 0, -64)]
     assert sizes == sorted(sizes, key=lambda tile: -(tile or 9999))
-    assert set(sizes) == {None, 256, 128, 64}
+    assert set(sizes) == {None, 512, 256, 128, 64}
 
 
 @pytest.mark.parametrize("frames", [1, 17, 33])
