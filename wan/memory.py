@@ -27,7 +27,7 @@ class MemoryPlan:
     """How a step is walked. Every plan gives the same numbers.
 
     Attributes:
-        joint: passes go through each block together, so that weights are fetched once; each keeps its tokens.
+        joint: passes go through each block together; each keeps its tokens.
         parts: of the tokens, one after the other in all that is not self-attention (`WanModel.forward`).
     """
 

@@ -135,8 +135,11 @@ class Filters:
             y[:, top:bottom].view(len(y), -1).addmm_(self.at, lines, beta=int(add))
 
 
-def upsample_conv(conv, x):
-    """`conv` (3x3, padding 1) of x [N, C, H, W] doubled in height and width: [N, D, 2H, 2W]."""
+def upsample_conv(conv, x, check=lambda: None):
+    """`conv` (3x3, padding 1) of x [N, C, H, W] doubled in height and width: [N, D, 2H, 2W].
+
+    `check` is called before each of the N; may raise.
+    """
     n, _, h, w = x.shape
     # [phase, tap of two, tap of three]: which rows (columns) of the kernel fall on one input pixel
     fold = x.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
@@ -144,6 +147,7 @@ def upsample_conv(conv, x):
     taps = taps.contiguous(memory_format=torch.channels_last)  # [4D, C, 2, 2]
     y = x.new_empty(n, 2 * h, 2 * w, conv.out_channels).permute(0, 3, 1, 2)
     for frame, out in zip(x.split(1), y.split(1)):
+        check()
         phases = F.conv2d(frame, taps, conv.bias.repeat(4), padding=1).chunk(
             4, 1
         )  # [1, D, H + 1, W + 1] each

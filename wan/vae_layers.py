@@ -144,7 +144,11 @@ class AttentionBlock(nn.Module):
         qkv = self.to_qkv(self.norm(y)).flatten(2).transpose(1, 2).unsqueeze(1)  # [B f, 1, H W, 3C]
         # On CUDA channels are not last here, and kernels that spare the [H W, H W] matrix ask for that.
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in qkv.chunk(3, dim=-1))
-        y = F.scaled_dot_product_attention(q, k, v)  # [B f, 1, H W, C]
+        frames = []  # one by one: on a CPU one of 832x480 takes half a second, and a cancel waits
+        for one in zip(*(t.split(1) for t in (q, k, v))):
+            past.check()
+            frames.append(F.scaled_dot_product_attention(*one))
+        y = torch.cat(frames)  # [B f, 1, H W, C]
         y = self.proj(y.squeeze(1).transpose(1, 2).reshape(b * f, c, h, w))
         return x + batch_to_frames(y, b)
 
@@ -172,7 +176,7 @@ class Resample(nn.Module):
     def space(self, x, past):
         frames = frames_to_batch(x)
         if isinstance(self.resample[0], nn.Upsample) and vae_cpu.fits(self.resample[1], x):
-            return batch_to_frames(vae_cpu.upsample_conv(self.resample[1], frames), x.shape[0])
+            return batch_to_frames(vae_cpu.upsample_conv(self.resample[1], frames, past.check), x.shape[0])
         return batch_to_frames(self.resample(frames), x.shape[0])
 
     space.reach = 1

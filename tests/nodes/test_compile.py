@@ -3,6 +3,8 @@
 Backend `eager` captures and guards like every other one and generates no code, which is what is counted here.
 """
 
+import shutil
+
 import pytest
 import torch
 from comfy_extras.nodes_torch_compile import TorchCompileModel
@@ -60,3 +62,22 @@ def test_walking_alone_and_another_size(models, compiled, prompts, sample):
         options = dict(steps=3, joint_pass=joint, skip_layers="0", skip_layer_start_percent=0)
         plain, compiled_out = (sample(m, *prompts, latent, **options)[0] for m in (models["t2v"], compiled))
         assert torch.equal(plain["samples"], compiled_out["samples"])
+
+
+@pytest.mark.skipif(
+    not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU: g++ is not there"
+)
+def test_inductor_itself_compiles_the_model(models, prompts, sample):
+    """Generated code in place of PyTorch's kernels: the same video up to rounding, options included."""
+    torch._dynamo.reset()
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 6)}
+    options = TEACACHE | {"steps": 6, "skip_layers": "1", "cfg_star": True}
+    try:
+        compiled = TorchCompileModel.execute(models["t2v"], "inductor").result[0]
+        plain, ours = (
+            sample(m, *prompts, latent, **options)[0]["samples"] for m in (models["t2v"], compiled)
+        )
+    finally:
+        torch._dynamo.reset()
+    assert not torch.equal(ours, plain)  # or it did not run
+    assert ((ours - plain).norm() / plain.norm()).item() < 1e-4
