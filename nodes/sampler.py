@@ -78,8 +78,8 @@ def option_inputs():
             "joint_pass",
             default=True,
             optional=True,
-            tooltip="Both passes go through each block before the next one. Off takes less memory; the numbers "
-            "are the same.",
+            tooltip="Both passes go through each block before the next one. Off takes less memory; "
+            "the numbers are the same.",
         ),
         io.Combo.Input(
             "attention",

@@ -105,6 +105,7 @@ def dit_case(peers, device, dtype, quick):
     from wan21.wan.checkpoint_keys import to_wan_dit_keys
     from wan21.wan.config import WanConfig
     from wan21.wan.dit import WanModel
+    from wan21.wan.linear_cpu import Operations
 
     width, heads, ffn, layers, side = (256, 2, 1024, 2, 16) if quick else (1536, 12, 8960, 4, 56)
     config = WanConfig(in_dim=16, dim=width, ffn_dim=ffn, num_heads=heads, num_layers=layers)
@@ -117,7 +118,7 @@ def dit_case(peers, device, dtype, quick):
         if peer == "diffusers":
             model = theirs
         elif peer == "ours":
-            model = WanModel(config, torch.nn)
+            model = WanModel(config, Operations if device == "cpu" else torch.nn)
         else:
             sizes = {"dim": width, "ffn_dim": ffn, "num_heads": heads, "num_layers": layers}
             model = NativeModel(operations=comfy.ops.disable_weight_init, dtype=torch.float32, **sizes)

@@ -49,8 +49,9 @@ BlockRunner = Callable[[int, list[Pass], BlockCall], None]
 def run_blocks(num_blocks, passes, call):
     """Walk the blocks once, and each pass through every block (the joint pass).
 
-    Whoever brings weights block by block so brings them once for all passes. This is the model's one seam:
-    an option is another runner of the same signature. `call(i, p)` returns the tokens of pass `p` after block `i`.
+    Whoever brings weights block by block so brings them once for all passes. This is the model's one
+    seam: an option is another runner of the same signature. `call(i, p)` returns the tokens of pass `p`
+    after block `i`.
     """
     for i in range(num_blocks):
         for p in passes:

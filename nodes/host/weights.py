@@ -16,6 +16,7 @@ from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from ...wan import checkpoint
 from ...wan.config import detect_config
 from ...wan.dit import WanModel
+from ...wan.linear_cpu import linear
 from .gguf import load_gguf
 from .model import Wan21, kept_dtype
 from .progress import tell
@@ -200,7 +201,19 @@ def _choose_dtype(model_config, state_dict, load_device, weight_dtype):
     if weight_dtype == FP8_FAST:
         model_config.custom_operations = _fp8_matmul(load_device)
     elif not quantised:  # the time embedding is float32 whatever the weights are, so layers must cast
-        model_config.custom_operations = comfy.ops.manual_cast
+        on_cpu = comfy.model_management.is_device_cpu(load_device)
+        model_config.custom_operations = CpuOperations if on_cpu else comfy.ops.manual_cast
+
+
+class CpuOperations(comfy.ops.manual_cast):
+    """The host's layers that cast at each call, with our matrix product."""
+
+    class Linear(comfy.ops.manual_cast.Linear):
+        def forward_comfy_cast_weights(self, input):
+            weight, bias, stream = comfy.ops.cast_bias_weight(self, input, offloadable=True)
+            y = linear(input, weight, bias)
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+            return y
 
 
 def _stored_dtypes(model_config, state_dict, expected, weight_dtype):

@@ -13,6 +13,7 @@ from helpers_nodes import relative
 from safetensors.torch import load_file, save_file
 from wan21.nodes import host
 from wan21.nodes.host import weights
+from wan21.wan import linear_cpu
 
 METADATA = {"config": '{"transformer": {"text_dim": 128}}'}
 EXACT = {"float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8"}
@@ -197,3 +198,20 @@ def test_fp8_under_compile_by_capability(files, job, sample, capability, dtype, 
         return weights.check_compile(model)
     with pytest.raises(ValueError, match=r"capability 8\.6 .*Remove TorchCompileModel, or set weight_dtype"):
         weights.check_compile(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_products_on_the_cpu_are_ours(files, job, sample, monkeypatch, tmp_path, dtype):
+    path = save(store_in(load_file(files["t2v"]), dtype), tmp_path / "stored.safetensors")
+    model = host.load_model(path)
+    plain = sample(model, *job)[0]["samples"]
+    real, taken = weights.linear, []
+
+    def counted(x, weight, bias):
+        taken.append(weight.dtype)
+        return real(x, weight, bias)
+
+    monkeypatch.setattr(linear_cpu, "MIN_PRODUCTS", 0)
+    monkeypatch.setattr(weights, "linear", counted)
+    assert relative(sample(model, *job)[0]["samples"], plain) < 1e-5
+    assert len(taken) > 10 and set(taken) == {torch.float32}
