@@ -66,8 +66,8 @@ class Wan21ImageToVideo(io.ComfyNode):
                     "tile_size",
                     options=["auto", "0", "128", "256"],
                     default="auto",
-                    tooltip="Pixels of a tile for the VAE encode; 0 encodes whole frames, auto does so while "
-                    "memory lasts.",
+                    tooltip="Pixels of a tile for the VAE encode; 0 and auto encode whole frames, and go on "
+                    "in tiles of 256 when memory runs out.",
                     advanced=True,
                 ),
                 io.Image.Input("end_image", optional=True),
@@ -121,9 +121,9 @@ class Wan21ImageToVideo(io.ComfyNode):
         )
         alone = end is not None and add_frames_for_end_image
         video = pixel_video(start, num_frames, None if alone else end)
-        image_latent = encode(vae, video, tile_size)
+        image_latent = host.encode_video(vae, video, tile_size)
         if alone:
-            image_latent = torch.cat([image_latent, encode(vae, end[None], tile_size)], dim=2)
+            image_latent = torch.cat([image_latent, host.encode_video(vae, end[None], tile_size)], dim=2)
         mask = known_mask(num_frames, height, width, end is not None, alone)
         values = {"concat_latent_image": image_latent, "concat_mask": 1 - mask}  # the host's 0 is known
         clip = join_clip_vision(clip_vision_start, clip_vision_end)
@@ -178,14 +178,6 @@ def check_inputs(vae, start_image, end_image, clip_start, clip_end, num_frames):
             "clip_vision_end is connected and clip_vision_start is not; the start image comes first",
             "Connect clip_vision_start too, or neither",
         )
-
-
-def encode(vae, video, tile_size):
-    """[F, H, W, 3] in [0, 1] -> [1, 16, T, H/8, W/8]."""
-    if tile_size in ("auto", "0"):
-        return vae.encode(video)
-    tile = int(tile_size)
-    return vae.encode_tiled(video, tile_x=tile, tile_y=tile, overlap=tile // 4)
 
 
 def empty_latent(num_frames, height, width, end_alone):

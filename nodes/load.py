@@ -116,7 +116,8 @@ class Wan21VAELoader(io.ComfyNode):
                     "precision",
                     options=["auto", *host.DTYPES],
                     default="auto",
-                    tooltip="auto is bf16 where the device has it, else fp32 (exact, twice as large).",
+                    tooltip="auto is what the host chooses for the device: bf16, else fp16, else fp32 "
+                    "(exact, twice as large).",
                 ),
             ],
             outputs=[io.Vae.Output()],

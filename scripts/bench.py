@@ -102,10 +102,10 @@ def dit_case(peers, device, dtype, quick):
     import comfy.ops
     from comfy.ldm.wan.model import WanModel as NativeModel
     from diffusers import WanTransformer3DModel
+    from wan21.nodes.host.weights import CpuOperations
     from wan21.wan.checkpoint_keys import to_wan_dit_keys
     from wan21.wan.config import WanConfig
     from wan21.wan.dit import WanModel
-    from wan21.wan.linear_cpu import Operations
 
     width, heads, ffn, layers, side = (256, 2, 1024, 2, 16) if quick else (1536, 12, 8960, 4, 56)
     config = WanConfig(in_dim=16, dim=width, ffn_dim=ffn, num_heads=heads, num_layers=layers)
@@ -118,7 +118,7 @@ def dit_case(peers, device, dtype, quick):
         if peer == "diffusers":
             model = theirs
         elif peer == "ours":
-            model = WanModel(config, Operations if device == "cpu" else torch.nn)
+            model = WanModel(config, CpuOperations if device == "cpu" else torch.nn)
         else:
             sizes = {"dim": width, "ffn_dim": ffn, "num_heads": heads, "num_layers": layers}
             model = NativeModel(operations=comfy.ops.disable_weight_init, dtype=torch.float32, **sizes)
@@ -260,8 +260,8 @@ def main():
     if args.cold_call:
         print(json.dumps(cold_call(args.only, args.cold_call, args.quick)))
         return
-    if not args.repeat and args.device == "cuda":
-        parser.error("--repeat 0 is for the CPU: a cold call on CUDA times its start-up.")
+    if not args.repeat and (args.device == "cuda" or not sys.platform.startswith("linux")):
+        parser.error("--repeat 0 is for the CPU of a Linux machine, where cold calls can be measured.")
     rows = [measure(case, args.device, args.repeat, args.quick) for case in args.only.split(",")]
     print(table(rows))
     if args.json:

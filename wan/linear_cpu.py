@@ -6,7 +6,6 @@ a Wan2.1 block.
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 MIN_PRODUCTS = 10**9  # multiplications; with fewer there is nothing to gain
 
@@ -29,17 +28,3 @@ def _fits(x, weight, bias):
         and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # what the compiler calls, hence not in the docs
     )
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)  # (..., N)
-
-
-class Operations:
-    """The layers of `wan.dit.WanModel` for the CPU."""
-
-    Linear = Linear
-    Conv3d = nn.Conv3d
-    LayerNorm = nn.LayerNorm
-    RMSNorm = nn.RMSNorm

@@ -78,7 +78,7 @@ class Load:
         passes: model evaluations of a step.
         itemsize: e, bytes a number of the compute dtype.
         attention: name of the backend.
-        teacache: whether TeaCache is on, which keeps two copies of the tokens a pass.
+        teacache: whether TeaCache is on, which keeps residuals of the passes and tokens of those that walk.
         text_tokens, image_tokens: of the context; no image tokens without CLIP features.
         matrix_bytes: what a number of a matrix takes while it is used; None is e.
     """

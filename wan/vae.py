@@ -98,6 +98,7 @@ class WanVAE(nn.Module):
         overlap=64,
         tile_t=None,
         overlap_t=None,
+        device=None,
         progress=None,
         check=None,
     ):
@@ -107,7 +108,7 @@ class WanVAE(nn.Module):
         without the causal past would begin a new clip.
 
         Args:
-            x: As for `encode`.
+            x, device: As for `encode`.
             tile_x, tile_y, overlap: Pixels, multiples of 8; the overlap is smaller than the tile.
             progress: Called as progress(done, total) with tiles; may raise.
             check: As for `encode`.
@@ -121,12 +122,13 @@ class WanVAE(nn.Module):
         check_pixels(x.shape)
         check_multiple_of_8(tile_x=tile_x, tile_y=tile_y, overlap=overlap)
         b, _, frames, h, w = x.shape
-        out = x.new_zeros(b, self.z_dim, (frames - 1) // 4 + 1, h // 8, w // 8)
+        device = x.device if device is None else torch.device(device)
+        out = x.new_zeros(b, self.z_dim, (frames - 1) // 4 + 1, h // 8, w // 8, device=device)
         tiles = plan_tiles(h // 8, w // 8, tile_y // 8, tile_x // 8, overlap // 8, scale=1)
         for done, tile in enumerate(tiles, 1):
             pixels = x[..., scaled(tile.ys, 8), scaled(tile.xs, 8)]
             weight = tile.weight.to(out)
-            for t, chunk in self._encode_chunks(pixels, x.device, None, check):
+            for t, chunk in self._encode_chunks(pixels, device, None, check):
                 out[:, :, t : t + chunk.shape[2], tile.ys, tile.xs] += chunk * weight
             report(progress, done, len(tiles))
         return out

@@ -17,7 +17,7 @@ CHUNKS_ALIVE = {"cpu": 5, "cuda": 8}
 SAFETY = 1.1
 
 
-def decode_bytes(vae, h, w, device, tile=None, itemsize=None):
+def decode_bytes(vae, h, w, device, tile=None, itemsize=None, held_frames=0):
     """Bytes that decoding one clip takes on `device` beyond weights, latent and result.
 
     Args:
@@ -26,6 +26,8 @@ def decode_bytes(vae, h, w, device, tile=None, itemsize=None):
         device: Where it is decoded.
         tile: Pixels; None or 0 is whole frames.
         itemsize: Bytes of a number; None is that of the weights.
+        held_frames: Latent frames whose features tiles hold on `device`; 0 where the result, and so they,
+            lie elsewhere.
     """
     itemsize = itemsize or vae.conv2.weight.element_size()
     chunk = frames_per_chunk(None, device)
@@ -39,8 +41,9 @@ def decode_bytes(vae, h, w, device, tile=None, itemsize=None):
         pixels = rows * columns * factor**2
         kept += kept_values(layers) * pixels
         widest = max(widest, width(layers) * pixels * chunk)
+    held = vae.decoder.conv1.out_channels * held_frames * h * w if tile else 0
     strips = 2 * STRIP_BYTES if device.type == "cpu" else 0
-    return strips + int(SAFETY * itemsize * (kept + alive * widest))
+    return strips + int(SAFETY * itemsize * (kept + alive * widest)) + itemsize * held
 
 
 def encode_bytes(vae, frames, h, w, device, itemsize=None):
@@ -73,13 +76,13 @@ def longest(side, tile, scale, margin):
     return max(piece.stop - piece.start for piece in pieces)
 
 
-def choose_tile(vae, h, w, device, free_bytes, itemsize=None):
+def choose_tile(vae, h, w, device, free_bytes, itemsize=None, held_frames=0):
     """None for whole frames, or the largest tile (pixels) whose decode fits into `free_bytes`.
 
-    Where none fits it is the smallest.
+    Where none fits it is the smallest. The other arguments are those of `decode_bytes`.
     """
     for tile in (None, *TILES):
-        if decode_bytes(vae, h, w, device, tile, itemsize) <= free_bytes:
+        if decode_bytes(vae, h, w, device, tile, itemsize, held_frames) <= free_bytes:
             return tile
     return TILES[-1]
 

@@ -26,7 +26,7 @@ from .upsample import (
     upscale_lanczos,
     upscale_with_model,
 )
-from .vae import decode_video, latent_device, load_vae, vae_shape
+from .vae import decode_video, encode_video, latent_device, load_vae, vae_shape
 from .weights import DTYPES, WEIGHT_DTYPES, load_model
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "config_of",
     "decode_video",
     "describe_conditioning",
+    "encode_video",
     "fill_spans_with_model",
     "free_host_bytes",
     "ignored_patches",

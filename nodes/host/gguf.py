@@ -12,6 +12,7 @@ from ...wan import checkpoint
 from ...wan.config import detect_config
 from ...wan.dit import WanModel
 from ...wan.gguf import Packed, dequantize
+from ...wan.linear_cpu import linear
 from ..gguf_file import read_gguf
 from .model import kept_dtype
 
@@ -34,7 +35,7 @@ class GGUFOperations(comfy.ops.manual_cast):
                 bias = comfy.model_management.cast_to(self.bias, input.dtype, input.device, copy=True)
                 for function in self.bias_function:
                     bias = function(bias)
-            return torch.nn.functional.linear(input, weight, bias)
+            return linear(input, weight, bias)
 
         # How the host merges a patch of another LoRA loader: what is patched is kept unpacked.
         def convert_weight(self, weight, inplace=False, **kwargs):

@@ -62,6 +62,29 @@ def _set_estimates(vae, model, device):
     )
 
 
+def encode_video(vae, video, tile_size):
+    """Latent of a clip, [F, H, W, 3] in [0, 1] -> [1, 16, T, H/8, W/8]; sides are multiples of 8.
+
+    The host would bring the whole clip to the device before it is cut into tiles; ours go there by chunks.
+    """
+    if tile_size in ("auto", "0"):
+        return vae.encode(video)
+    tile = int(tile_size)
+    if not isinstance(vae.first_stage_model, HostWanVAE):
+        return vae.encode_tiled(video, tile_x=tile, tile_y=tile, overlap=tile // 4)
+    vae.throw_exception_if_invalid()
+    model, device = vae.first_stage_model, vae.device
+    frames, height, width = video.shape[:3]
+    needed = encode_bytes(model, frames, min(tile, height), min(tile, width), device, vae.vae_dtype.itemsize)
+    comfy.model_management.load_models_gpu(
+        [vae.patcher], memory_required=needed, force_full_load=vae.disable_offload
+    )
+    with comfy.model_management.cuda_device_context(device):
+        x = vae.process_input(video.movedim(-1, 0)[None]).to(vae.vae_dtype)
+        latent = model.encode_tiled(x, tile_x=tile, tile_y=tile, overlap=tile // 4, device=device)
+    return latent.to(vae.output_device, vae.vae_output_dtype())
+
+
 def decode_video(vae, samples, tile_size, say):
     """Frames of a video latent, in as much memory as there is.
 
@@ -90,14 +113,15 @@ def _decode_ours(vae, samples, tile_size, say):
     h, w = samples.shape[-2:]
     tile = None if tile_size == "auto" else int(tile_size)
     itemsize = vae.vae_dtype.itemsize
-    needed = decode_bytes(model, h, w, device, tile, itemsize)
+    held = samples.shape[2] if vae.output_device.type == device.type else 0
+    needed = decode_bytes(model, h, w, device, tile, itemsize, held)
     management.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=vae.disable_offload)
     out = torch.empty(
         model.decode_output_shape(samples.shape), device=vae.output_device, dtype=vae.vae_output_dtype()
     )
     if tile_size == "auto":
         free = vae.patcher.get_free_memory(device) - (out.nbytes if out.device == device else 0)
-        tile = choose_tile(model, h, w, device, free, itemsize)
+        tile = choose_tile(model, h, w, device, free, itemsize, held)
         how = f"tiles of {tile} pixels" if tile else "whole frames"
         say(f"decodes {how}: whole frames take {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free")
 

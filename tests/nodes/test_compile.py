@@ -64,6 +64,7 @@ def test_walking_alone_and_another_size(models, compiled, prompts, sample):
         assert torch.equal(plain["samples"], compiled_out["samples"])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tolerance is for float32 on the CPU")
 @pytest.mark.skipif(
     not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU: g++ is not there"
 )

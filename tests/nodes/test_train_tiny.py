@@ -159,6 +159,26 @@ def test_an_interrupted_encoding_goes_on(vaes, folder):
         assert torch.equal(a, b)
 
 
+def test_clips_are_drawn_as_often_as_said(vaes, folder):
+    """And only clips that were encoded with their end as such."""
+    bucket = latents.Bucket(5, 32, 32, 1.0)
+    plan = [(bucket, 11, 3)]
+    latents.write_shards(latents.Encoder(vaes[0]), folder / "drawn", plan)
+    clips = latents.Latents(folder / "drawn", plan)
+    rng, drawn = random.Random(0), []
+
+    def batch(bucket, rows, kinds):
+        drawn.extend(zip(rows, kinds))
+
+    clips.batch = batch
+    for _ in range(1500):
+        clips.draw(rng, 2 * bucket.tokens)
+    count = {k: sum(kind == k for _, kind in drawn) / len(drawn) for k in ("start", "end", "empty", "alone")}
+    expected = {"alone": 0.1, "start": 0.9 * 0.62, "end": 0.9 * 0.22, "empty": 0.9 * 0.16}
+    assert count == pytest.approx(expected, abs=0.03)
+    assert all(clips.parts[bucket]["where"][row] >= 0 for row, kind in drawn if kind == "end")
+
+
 def test_captions_name_the_motion():
     rng = random.Random(0)
     for name in data.CAMERA:

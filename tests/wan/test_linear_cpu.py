@@ -12,6 +12,11 @@ def tensors(rows, k, n, dtype=torch.float32):
     return [torch.randn(size, generator=g).to(dtype) for size in sizes]
 
 
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this PyTorch was built without oneDNN"
+)
+
+
 @pytest.fixture
 def products(monkeypatch):
     """Sizes of the products that oneDNN was asked for."""

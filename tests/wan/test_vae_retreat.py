@@ -5,8 +5,9 @@ import torch
 from helpers_vae import latents, peak_bytes, randomise, relative_error
 from wan21.wan import vae_cpu
 from wan21.wan.vae import WanVAE
+from wan21.wan.vae_layers import AttentionBlock
 from wan21.wan.vae_memory import choose_tile, decode_bytes, encode_bytes
-from wan21.wan.vae_retreat import decode_within_memory, on_cpu
+from wan21.wan.vae_retreat import Piece, decode_within_memory, on_cpu, smaller_tiles
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 H, W, T = 40, 1, 3  # 320 x 8 pixels: whole, then tiles of 256, 128 and 64
@@ -195,6 +196,43 @@ def test_check_is_called_before_every_layer_and_strip(vae, monkeypatch):
         assert blocks == [1] and not heads  # it stopped within the block
     hook.remove()
     other.remove()
+
+
+def test_slow_layers_listen_more_than_once(vae):
+    """Attention before each frame, doubling on the CPU before each frame."""
+    calls = []
+
+    class Past:
+        def check(self):
+            calls.append(1)
+
+    attention = next(m for m in vae.modules() if isinstance(m, AttentionBlock))
+    x = torch.zeros(1, attention.proj.out_channels, 3, 4, 4)
+    attention(x, Past())
+    assert len(calls) == 3
+    conv = torch.nn.Conv2d(8, 4, 3, padding=1)
+    calls.clear()
+    with torch.inference_mode():
+        vae_cpu.upsample_conv(conv, torch.zeros(3, 8, 4, 4), Past().check)
+    assert len(calls) == 3
+
+
+def test_pieces_of_a_large_frame():
+    assert smaller_tiles(None, 60, 104) == [512, 256, 128, 64]
+    assert smaller_tiles(256, 60, 104) == [128, 64]
+    halves = Piece(0, slice(0, 60), slice(0, 104), 5).cut(512)
+    assert [(p.rows, p.columns, p.first) for p in halves] == [
+        (slice(0, 60), slice(0, 52), 5),
+        (slice(0, 60), slice(52, 104), 5),
+    ]
+
+
+def test_features_on_the_same_device_are_counted():
+    vae = WanVAE(device="meta", dtype=torch.bfloat16)
+    apart, here = (decode_bytes(vae, 60, 104, CUDA, 256, held_frames=t) for t in (0, 21))
+    features = vae.features(torch.empty(1, 16, 21, 60, 104, device="meta", dtype=torch.bfloat16))
+    assert here - apart == features.nbytes
+    assert decode_bytes(vae, 60, 104, CUDA, held_frames=21) == decode_bytes(vae, 60, 104, CUDA)
 
 
 @pytest.mark.parametrize("tile", [None, 64])
