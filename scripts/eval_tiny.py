@@ -106,7 +106,7 @@ def measure_vae(host, cases):
 def measure_camera(host, cases):
     """Nine prompts on each picture; at 64 pixels also in free wording, and the first frames."""
     rows = []
-    for side, count in ((64, cases), (96, max(9, cases // 4)), (128, max(9, cases // 6))):
+    for side, count in ((64, cases), (96, max(9, cases // 4)), (128, max(9, cases // 3))):
         videos = camera_videos(host, (17, side, side), count, captions.canonical)
         rows.append(recognised(f"camera motion, 17x{side}x{side}", videos))
         sheet(f"camera_{side}", [video for _, _, video in videos])

@@ -52,9 +52,9 @@ class Bucket:
 
 
 BUCKETS = (
-    Bucket(17, 64, 64, 0.45),
+    Bucket(17, 64, 64, 0.37),
     Bucket(17, 96, 96, 0.11),
-    Bucket(17, 128, 128, 0.06),
+    Bucket(17, 128, 128, 0.14),
     Bucket(17, 64, 96, 0.05),
     Bucket(17, 96, 64, 0.05),
     Bucket(17, 80, 128, 0.02),
@@ -173,7 +173,7 @@ class Latents:
         bucket = rng.choices(self.buckets, self.weights)[0]
         count = max(1, tokens // bucket.tokens)
         alone = rng.random() < 0.1  # one frame longer, hence a whole batch of them
-        kinds = ["alone"] * count if alone else rng.choices(("start", "end", "empty"), (75, 16, 9), k=count)
+        kinds = ["alone"] * count if alone else rng.choices(("start", "end", "empty"), (62, 22, 16), k=count)
         chances, every = self.chances[bucket], range(len(self.motions[bucket]))
         rows = [rng.choices(every, chances["end" if kind == "end" else "any"])[0] for kind in kinds]
         return self.batch(bucket, rows, kinds)

@@ -21,7 +21,7 @@ from train_tiny import train_dit, train_lora, train_vae  # noqa: E402
 from train_tiny.export import export  # noqa: E402
 from train_tiny.progress import WORK, Stage  # noqa: E402
 
-MINUTES = {"cpu": 180, "cuda": 25, "smoke": 1}
+MINUTES = {"cpu": 270, "cuda": 25, "smoke": 1}
 VAE_SCHEDULES = {
     "cpu": train_vae.CPU,
     "cuda": train_vae.CUDA,
