@@ -60,8 +60,9 @@ def run_stage(layers, chunks, past):
             yield held.pop()
 
 
-def fast_layout(x):
-    return torch.channels_last_3d if x.device.type == "cpu" else torch.preserve_format
+def in_fast_layout(x):
+    """On the CPU, pixels with their channels side by side; elsewhere as it is."""
+    return x.contiguous(memory_format=torch.channels_last_3d) if x.device.type == "cpu" else x
 
 
 def stream(stages, chunks, size, drops=None, check=None):
@@ -72,8 +73,8 @@ def stream(stages, chunks, size, drops=None, check=None):
         check: Called before each layer, on the CPU more often; may raise. None is nothing.
     """
     past = Past(check)
-    if not torch.is_grad_enabled():  # pixels with their channels side by side: the CPU's fast layout
-        chunks = (chunk.contiguous(memory_format=fast_layout(chunk)) for chunk in chunks)
+    if not torch.is_grad_enabled():
+        chunks = map(in_fast_layout, chunks)
     for layers, drop in zip(stages, drops or [0] * len(stages)):
         chunks = run_stage(layers, regroup(chunks, size), past)
         if drop:
