@@ -17,7 +17,8 @@ LEAST_ROOM = GIB  # of weights taken off the device at a time
 def usable_bytes(device):
     """What models and activations may take of a device: all that is free, or that the host would free."""
     management = comfy.model_management
-    loaded = (m for m in management.current_loaded_models if m.device == device)
+    # The entry of a MODEL that is gone stays in the list until the host next loads one.
+    loaded = (m for m in management.current_loaded_models if m.device == device and m.model is not None)
     held = 0 if device.type == "cpu" else sum(m.model_loaded_memory() for m in loaded)
     return management.get_free_memory(device) + held - management.extra_reserved_memory()
 
