@@ -3,6 +3,7 @@
 Rectified flow: x = (1 - sigma) clip + sigma noise, and the model learns noise - clip.
 """
 
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from train_tiny import captions, data, dit, latents
 from train_tiny.optim import Average, MuonAdamW, warm_up_then_decay
 from train_tiny.progress import Parts, train
 from train_tiny.text import TextEncoder, train_tokenizer
+from wan21.wan.config import PATCH_SIZE
 
 # Matrices that AdamW trains: first and last layers, embeddings, and what has the axis of a table.
 BY_ADAM = (
@@ -22,6 +24,8 @@ BY_ADAM = (
     "*relative_attention_bias.weight",
 )
 SIGMA_MEAN, SIGMA_STD, UNIFORM = 0.8, 1.0, 0.15  # logit-normal, as SD3; a part of all is even
+SIGMA_TOKENS = 80  # that mean's; a clip of n tokens hides at noise higher by the factor sqrt(n / 80), as SD3
+SIGMA_EMPTY = 0.7  # added to the mean of clips without an image: all of them is decided in the noise
 DROP_CAPTION = 0.1
 PLAIN_CAPTION = 0.5  # of the rest: the shortest wording, from which the others are learnt
 HELD_OUT_CLIPS = 96
@@ -43,7 +47,7 @@ class Schedule:
 
 SCHEDULES = {
     "smoke": Schedule(clips=40, steps=6, tokens=160, measure_every=3),  # whether it runs at all
-    "cpu": Schedule(clips=5200, steps=7800, tokens=24 * 80),
+    "cpu": Schedule(clips=5200, steps=9000, tokens=24 * 80),
     "cuda": Schedule(clips=60_000, steps=6000, tokens=256 * 80, average=0.999),
 }
 
@@ -112,7 +116,7 @@ def dit_stage(stage, schedule, device="cpu"):
         rng = random.Random(f"dit {step}")
         clip, condition, motions = clips.draw(rng, schedule.tokens)
         texts = random_captions(motions, rng)
-        sigma = random_sigmas(rng, len(clip))
+        sigma = random_sigmas(rng, len(clip), sigma_shift(clip, condition))
         loss = flow_loss(model, clip.to(device), condition.to(device), texts, sigma, step)
         loss.backward()
         norm = optimizer.step(warm_up_then_decay(step, schedule.steps, 50, schedule.hold))
@@ -137,8 +141,16 @@ def random_caption(motion, rng):
     return captions.canonical(motion) if rng.random() < PLAIN_CAPTION else captions.caption(motion, rng)
 
 
-def random_sigmas(rng, count):
-    normal = torch.tensor([rng.gauss(SIGMA_MEAN, SIGMA_STD) for _ in range(count)])
+def sigma_shift(clip, condition):
+    """What is added to the mean of each clip's noise level, [B]: the motion of a large one is decided
+    earlier, and of one without an image earlier still."""
+    tokens = clip[0, 0].numel() / math.prod(PATCH_SIZE)
+    empty = condition[:, :4].flatten(1).amax(1) == 0
+    return 0.5 * max(0.0, math.log(tokens / SIGMA_TOKENS)) + SIGMA_EMPTY * empty
+
+
+def random_sigmas(rng, count, shift=0.0):
+    normal = torch.tensor([rng.gauss(SIGMA_MEAN, SIGMA_STD) for _ in range(count)]) + shift
     even = torch.tensor([rng.random() for _ in range(count)])
     return torch.where(torch.tensor([rng.random() < UNIFORM for _ in range(count)]), even, normal.sigmoid())
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from train_tiny import captions, data, dit, latents, metrics, train_vae
 from train_tiny.export import metadata, stored
 from train_tiny.text import HOST_TOKENS, train_tokenizer
-from train_tiny.train_dit import TinyModel
+from train_tiny.train_dit import TinyModel, random_sigmas, sigma_shift
 from wan21.nodes import host
 from wan21.nodes.image_to_video import Wan21ImageToVideo
 from wan21.nodes.sampler import Wan21Sampler
@@ -177,6 +177,19 @@ def test_clips_are_drawn_as_often_as_said(vaes, folder):
     expected = {"alone": 0.1, "start": 0.9 * 0.62, "end": 0.9 * 0.22, "empty": 0.9 * 0.16}
     assert count == pytest.approx(expected, abs=0.03)
     assert all(clips.parts[bucket]["where"][row] >= 0 for row, kind in drawn if kind == "end")
+
+
+def test_large_clips_and_those_without_image_are_trained_at_higher_noise():
+    """Four times the tokens hide as much at twice the noise-to-signal ratio, sigma / (1 - sigma)."""
+    known = torch.ones(2, 20, 5, 8, 8)
+    known[1] = 0
+    small = sigma_shift(torch.zeros(2, 16, 5, 8, 8), known)
+    large = sigma_shift(torch.zeros(2, 16, 5, 16, 16), torch.ones(2, 20, 5, 16, 16))
+    assert small[0] == 0 < small[1]
+    torch.testing.assert_close(large.exp(), torch.full((2,), 2.0))
+    plain, shifted = (random_sigmas(random.Random(1), 4000, shift) for shift in (0.0, large[:1]))
+    assert plain.logit().median() + 0.4 < shifted.logit().median()
+    assert 0 < shifted.min() and shifted.max() < 1
 
 
 def test_captions_name_the_motion():
