@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+# PyTorch before 2.6 keeps its own order of the kernels named.
+_IN_THIS_ORDER = {"set_priority": True} if "set_priority" in signature(sdpa_kernel).parameters else {}
 
 
 def sdpa(q, k, v):
@@ -30,15 +33,20 @@ def sdpa(q, k, v):
 def best_kernels(device):
     """Context in which `sdpa` tries the fastest kernels of a CUDA device first; elsewhere it does nothing.
 
-    cuDNN's outruns FlashAttention-2 from Hopper on, and not before. It is entered once around the model,
-    not in each call, so that a compiled block does not have to trace it.
+    cuDNN's outruns FlashAttention-2 on data-centre GPUs from Hopper on, and before 9.15.1 it errs on lengths
+    that are no multiple of 128 (PyTorch issue 169849): where PyTorch itself would not prefer it, flash comes
+    first. It is entered once around the model, not in each call, so that a compiled block does not have to
+    trace it.
     """
     if device.type != "cuda":
         return nullcontext()
     fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    if torch.cuda.get_device_capability(device) >= (9, 0):
+    if (
+        torch.cuda.get_device_capability(device)[0] in (9, 10)
+        and (torch.backends.cudnn.version() or 0) >= 91501
+    ):
         fast.reverse()
-    return sdpa_kernel([*fast, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
+    return sdpa_kernel([*fast, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], **_IN_THIS_ORDER)
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ BACKENDS = {
         (*_HALF, torch.float32), 256, (7, 5), 0.02,
     ),
 }  # fmt: skip
-PROBE_TOKENS = 4096  # enough for a kernel's speed to show
+PROBE_TOKENS = 4099  # enough for a kernel's speed to show; real lengths are no multiples of 128 either
 CHOICES = ("auto", "sdpa", *BACKENDS)
 SDPA = Attention("sdpa", sdpa)
 
@@ -156,9 +164,12 @@ def _seconds(function, q, k, v, calls=5):
 def _obstacle(backend, device, dtype, head_dim):
     """Why a backend cannot do this, or None."""
     module = _import(backend.module)
+    package = backend.module.split(".")[0]
     if isinstance(module, Exception):
         what = "is not installed" if isinstance(module, ModuleNotFoundError) else f"does not load ({module})"
-        return f"{backend.module.split('.')[0]} {what}; get it with {backend.install}"
+        return f"{package} {what}; get it with {backend.install}"
+    if not hasattr(module, backend.function):  # left over from another version, or without what it needs
+        return f"{package} has no {backend.function}; get it with {backend.install}"
     if device.type != "cuda":
         return f"it needs a CUDA device and the model runs on {device.type}"
     if dtype not in backend.dtypes:
@@ -180,7 +191,7 @@ def _import(module):
     """The module, or the error where it is missing or does not load (built for another torch or CUDA)."""
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError) as error:
+    except Exception as error:  # whatever another package raises, there is sdpa
         return error
 
 

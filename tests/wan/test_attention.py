@@ -77,6 +77,21 @@ def test_what_does_not_load_says_why(monkeypatch, tmp_path):
         choose_attention("flash", CUDA, torch.bfloat16, 128)
 
 
+def test_a_package_left_over_from_an_uninstall_ends_no_run(monkeypatch, hopper):
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    assert choose_attention("auto", CUDA, torch.bfloat16, 64) is SDPA
+    with pytest.raises(ValueError, match="flash_attn has no flash_attn_func; get it with pip install"):
+        choose_attention("flash", CUDA, torch.bfloat16, 64)
+
+
+def test_a_package_that_fails_in_its_own_way_ends_no_run(monkeypatch, hopper, tmp_path):
+    (tmp_path / "flash_attn.py").write_text("raise RuntimeError('no kernel image')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert choose_attention("auto", CUDA, torch.bfloat16, 64) is SDPA
+    with pytest.raises(ValueError, match=r"flash_attn does not load \(no kernel image\)"):
+        choose_attention("flash", CUDA, torch.bfloat16, 64)
+
+
 REFUSED = [
     ("flash", "cpu", torch.bfloat16, 128, "needs a CUDA device and the model runs on cpu"),
     ("flash", CUDA, torch.float32, 128, "works in float16, bfloat16 and the model in float32"),
@@ -140,9 +155,21 @@ def test_auto_refuses_nan(install, hopper):
     assert choose_attention("auto", CUDA, torch.float16, 64) is SDPA
 
 
-@pytest.mark.parametrize("capability, first", [((8, 6), "FLASH_ATTENTION"), ((9, 0), "CUDNN_ATTENTION")])
-def test_kernels_of_sdpa(monkeypatch, capability, first):
+@pytest.mark.parametrize(
+    "capability, cudnn, first",
+    [
+        ((8, 6), 91900, "FLASH_ATTENTION"),
+        ((9, 0), 91900, "CUDNN_ATTENTION"),
+        ((10, 0), 91501, "CUDNN_ATTENTION"),
+        ((9, 0), 91002, "FLASH_ATTENTION"),
+        ((12, 0), 91900, "FLASH_ATTENTION"),
+        ((9, 0), None, "FLASH_ATTENTION"),
+    ],
+)
+def test_kernels_of_sdpa(monkeypatch, capability, cudnn, first):
+    """PyTorch's own preference, `check_prefer_cudnn_attention` in its sdp_utils.cpp."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     before = torch._C._get_sdp_priority_order()
     with best_kernels(CUDA):
         assert torch._C._get_sdp_priority_order()[0] == int(getattr(torch.nn.attention.SDPBackend, first))
