@@ -93,7 +93,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x, in_place=False):
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-        scale, gamma = (self.scale / length.clamp_min(1e-12)).to(x), self.gamma.to(x)
+        # A float16 holds no scale of a vector near zero: inf * 0 would be NaN.
+        largest = torch.finfo(x.dtype).max
+        scale = (self.scale / length.clamp_min(1e-12)).clamp_max(largest).to(x)
+        gamma = self.gamma.to(x)
         return x.mul_(scale).mul_(gamma) if in_place else x * scale * gamma
 
 

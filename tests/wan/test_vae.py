@@ -73,6 +73,13 @@ def test_decode_equals_native_and_diffusers(vae, native, diffusers, frames):
     assert relative_error(ours.clamp(-1, 1), diffusers.decode(z).sample) <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_norm_of_a_vector_near_zero_is_finite(dtype):
+    x = torch.zeros(1, 16, 1, 1, 3, dtype=dtype)
+    x[:, 0] = torch.tensor([0.0, 6e-8, 1.0])
+    assert RMSNorm(16, 3)(x).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("h", "w", "m", "known"), [(5, 7, 4, 6), (70, 3, 4, 4), (9, 8, 3, 5), (8, 8, 2, 3), (6, 5, 1, 1)]
 )
