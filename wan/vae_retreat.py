@@ -116,11 +116,15 @@ def _next_step(left, out, tiles):
     return f"out of memory with {done:.0f} % decoded, which stay; it goes on {how}"
 
 
+# What PyTorch says on the CPU, and what cuDNN and cuBLAS say when there is no room for their workspace.
+OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator", "unable to find an engine", "status_alloc_failed")
+
+
 def is_out_of_memory(error):
     """Whether PyTorch, on any device, had no memory to give."""
     said = str(error).lower()
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("out of memory" in said or "defaultcpuallocator" in said)
+        isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)
     )
 
 

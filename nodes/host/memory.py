@@ -7,6 +7,7 @@ import torch
 from comfy.model_prefetch import cleanup_prefetched_modules
 
 from ...wan.memory import GIB, choose_plans, step_bytes
+from ...wan.vae_retreat import is_out_of_memory
 from .lora import changes_weights_at_use
 from .model import kept_dtype
 
@@ -75,7 +76,7 @@ def tell_out_of_memory():
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        if not comfy.model_management.is_oom(error):
+        if not (comfy.model_management.is_oom(error) or is_out_of_memory(error)):
             raise
         raise torch.OutOfMemoryError(str(error)) from None
 
@@ -92,7 +93,10 @@ def make_room(patcher):
     if patcher.is_dynamic():  # a layer that ran out of memory would take its half-loaded weights for whole
         cleanup_prefetched_modules(patcher.model.modules())
     resident = patcher.loaded_size()
-    if not gone and patcher.load_device.type != "cpu" and resident:
-        gone = patcher.partially_unload(patcher.offload_device, max(LEAST_ROOM, resident // 4)) > 0
+    amount = max(LEAST_ROOM, resident // 4)
+    if patcher.is_dynamic():  # for more than its pages hold, the host drops what is merged in small weights
+        amount = min(amount, resident - patcher.model.model_loaded_weight_memory)
+    if not gone and patcher.load_device.type != "cpu" and resident and amount:
+        gone = patcher.partially_unload(patcher.offload_device, amount) > 0
     management.soft_empty_cache()
     return gone

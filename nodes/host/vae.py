@@ -8,6 +8,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import torch
+from comfy.model_prefetch import cleanup_prefetched_modules
 
 from ...wan import checkpoint
 from ...wan.vae import WanVAE
@@ -127,6 +128,8 @@ def _decode_ours(vae, samples, tile_size, say):
 
     def retreat(sentence):
         say(sentence)
+        if vae.patcher.is_dynamic():  # as in memory.make_room
+            cleanup_prefetched_modules(model.modules())
         management.soft_empty_cache()
 
     decode_within_memory(

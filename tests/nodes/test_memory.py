@@ -1,11 +1,13 @@
 """Memory on the host: what its manager is told, plans when there is little, and what follows when it ends."""
 
+from types import SimpleNamespace
+
 import comfy.model_management
 import comfy.sampler_helpers
 import pytest
 import torch
 from wan21.nodes import host
-from wan21.nodes.host.memory import make_room, weight_bytes
+from wan21.nodes.host.memory import make_room, usable_bytes, weight_bytes
 from wan21.nodes.host.model import kept_dtype
 from wan21.wan.memory import Load, MemoryPlan, step_bytes
 
@@ -47,10 +49,22 @@ def test_the_hosts_own_samplers_are_told_too(job):
 def test_little_memory_lowers_the_plan_and_no_number(job, sample, monkeypatch):
     plain, report = sample(*job)
     assert "memory: passes together; 0." in report
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *a, **k: 2**20)
+    free = lambda device=None, torch_free_too=False: (2**20, 0) if torch_free_too else 2**20  # noqa: E731
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", free)
     lowest, report = sample(*job)
     assert "memory: one pass after the other, tokens in 4 parts; 0." in report
     assert torch.allclose(lowest["samples"], plain["samples"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_is_gone_holds_no_memory(monkeypatch):
+    """The host keeps its entry for a while, and asks the driver about a GPU only."""
+    gpu = torch.device("cuda", 0)
+    management = comfy.model_management
+    there = SimpleNamespace(device=gpu, model=object(), model_loaded_memory=lambda: 2**20)
+    gone = SimpleNamespace(device=gpu, model=None, model_loaded_memory=lambda: None.loaded_size())
+    monkeypatch.setattr(management, "current_loaded_models", [there, gone])
+    monkeypatch.setattr(management, "get_free_memory", lambda device: 2**30)
+    assert usable_bytes(gpu) == 2**30 + 2**20 - management.extra_reserved_memory()
 
 
 class RunsOut:

@@ -158,6 +158,8 @@ def fail_with(error):
         (torch.OutOfMemoryError("no more"), 4),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 4),
         (RuntimeError("CUDA error: out of memory"), 4),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), 4),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 4),
         (RuntimeError("shapes do not fit"), 1),
         (ValueError("out of memory"), 1),
     ],
