@@ -65,9 +65,9 @@ def _signed(data):
 
 def _fields(data, shifts, width, mask):
     """Bit fields: of each run of `width` bytes first all of one shift, then all of the next -> (N, count)."""
-    shifts = torch.tensor(shifts, dtype=torch.uint8, device=data.device)
-    runs = data.reshape(data.shape[0], -1, 1, width) >> shifts[:, None]
-    return (runs & mask).flatten(1)
+    runs = data.reshape(data.shape[0], -1, 1, width)
+    # Numbers, not a tensor of them: bringing that to a GPU would wait for all that runs there.
+    return torch.cat([(runs >> shift) & mask for shift in shifts], dim=2).flatten(1)
 
 
 def _q4_0(blocks):

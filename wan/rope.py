@@ -61,17 +61,13 @@ def rope_table(frequencies, grid, device=None):
     Returns:
         (cos, sin) float32 [F*H*W, 1, D/2, 2]; angles are taken in float64, so that late frames lose nothing.
     """
-    angles = [torch.outer(torch.arange(n, dtype=torch.float64), f) for n, f in zip(grid, frequencies)]
-    frames, height, width = grid
-    table = torch.cat(
-        [
-            angles[0].view(frames, 1, 1, -1).expand(frames, height, width, -1),
-            angles[1].view(1, height, 1, -1).expand(frames, height, width, -1),
-            angles[2].view(1, 1, width, -1).expand(frames, height, width, -1),
-        ],
-        dim=-1,
-    ).reshape(frames * height * width, 1, -1)
-    return torch.stack([table.cos(), table.sin()], dim=-1).float().to(device)
+    axes = []
+    for axis, (length, frequency) in enumerate(zip(grid, frequencies)):
+        angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)  # (length, D_axis/2)
+        turns = torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(device)
+        shape = [length if a == axis else 1 for a in range(3)]
+        axes.append(turns.view(*shape, -1, 2).expand(*grid, -1, 2))  # (F, H, W, D_axis/2, 2)
+    return torch.cat(axes, dim=-2).flatten(0, 2).unsqueeze(1)
 
 
 def apply_rope(x, table):
