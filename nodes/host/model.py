@@ -33,7 +33,9 @@ _untraced = partial(torch.compiler.disable, recursive=False)
 
 def has_own_attention(transformer_options):
     """Whether another pack or the host's start options name an attention other than PyTorch's."""
-    plain = (host_attention.attention_sub_quad, host_attention.attention_pytorch)
+    plain = [host_attention.attention_pytorch]
+    if comfy.model_management.get_torch_device().type == "cpu":
+        plain.append(host_attention.attention_sub_quad)
     overridden = "optimized_attention_override" in transformer_options
     return overridden or host_attention.optimized_attention not in plain
 
@@ -42,7 +44,8 @@ def has_own_attention(transformer_options):
 def attention_of(transformer_options):
     """The attention the user chose for the host, as an `AttentionFn`.
 
-    Where the host would take its sub-quadratic default, plain SDPA is as exact and several times faster.
+    On the CPU, where the host would take its sub-quadratic default, plain SDPA is as exact and several times
+    faster. On a device where the host takes it, SDPA has no kernel that spares the matrix of all scores.
     """
     if not has_own_attention(transformer_options):
         return sdpa
