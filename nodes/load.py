@@ -117,7 +117,7 @@ class Wan21VAELoader(io.ComfyNode):
                     options=["auto", *host.DTYPES],
                     default="auto",
                     tooltip="auto is what the host chooses for the device: bf16, else fp16, else fp32 "
-                    "(exact, twice as large).",
+                    "(the most exact, twice as large).",
                 ),
             ],
             outputs=[io.Vae.Output()],

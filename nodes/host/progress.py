@@ -10,6 +10,7 @@ import folder_paths
 import latent_preview
 import psutil
 import torch
+from comfy import memory_management
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy_execution.utils import get_executing_context
 from PIL import Image
@@ -97,6 +98,8 @@ class StepProgress:
 
     def strip(self, x0):
         count = min(PREVIEW_FRAMES, x0.shape[2])
+        if isinstance(self.previewer, latent_preview.Latent2RGBPreviewer):
+            x0 = x0[:1].float().cpu()  # the host would read pixels of a GPU before they have arrived
         at = torch.linspace(0, x0.shape[2] - 1, count).round().int().tolist()
         frames = [self.previewer.decode_latent_to_preview(x0[:1, :, t : t + 1]) for t in at]
         strip = Image.new("RGB", (sum(f.width for f in frames), frames[0].height))
@@ -115,6 +118,7 @@ def memory_watch(device):
         torch.cuda.reset_peak_memory_stats(device)
     yield said
     if device.type == "cuda":
-        said.append(f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}")
+        without = " without the weights, which the host holds" if memory_management.aimdo_enabled else ""
+        said.append(f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}{without}")
     else:
         said.append(f"{psutil.Process().memory_info().rss / 2**30:.2f} GiB held by the process ({device})")

@@ -48,7 +48,7 @@ def upscale_lanczos(node, images, scale):
     height, width = (even_side(side, scale) for side in images.shape[1:3])
     frame_bytes = 4 * 3 * 4 * height * width  # float32: source, first pass, second pass, one matrix product
     memory.free_memory(2 * frame_bytes, device)
-    room = Room(_batch(device, frame_bytes))
+    room = Room(_batch(device, frame_bytes, memory.get_free_memory(device)))
     return _map_frames(node, images, (height, width), lambda x: lanczos(x, height, width), room, device)
 
 
@@ -58,7 +58,7 @@ def upscale_with_model(node, model, images):
     pixel_bytes = MODEL_BYTES * max(model.scale, 1)
     memory.load_models_gpu([model.patcher], memory_required=512 * 512 * pixel_bytes)
     sides = images.shape[1:3]
-    room = _room_for_model(device, sides, pixel_bytes)
+    room = _room_for_model(device, sides, pixel_bytes, model.patcher.get_free_memory(device))
 
     def upscale(x):
         return upscale_tiled(model, x, model.scale, room.tile, TILE_OVERLAP, check_cancelled)
@@ -87,19 +87,18 @@ def check_upscale_model(node, model):
         )
 
 
-def _room_for_model(device, sides, pixel_bytes):
+def _room_for_model(device, sides, pixel_bytes, free):
     """The largest tile the free memory holds, and as many frames of it as fit."""
-    free = memory.get_free_memory(device)
     fitting = [tile for tile in TILES if tile * tile * pixel_bytes <= free]
     tile = fitting[0] if fitting else TILES[-1]
-    return Room(_batch(device, min(tile, sides[0]) * min(tile, sides[1]) * pixel_bytes), tile)
+    return Room(_batch(device, min(tile, sides[0]) * min(tile, sides[1]) * pixel_bytes, free), tile)
 
 
-def _batch(device, frame_bytes):
+def _batch(device, frame_bytes, free):
     """Frames at once: all the free memory holds, up to 16. One on the CPU, where more are no faster."""
     if device.type == "cpu":
         return 1
-    return int(max(1, min(MAX_BATCH, memory.get_free_memory(device) // frame_bytes)))
+    return int(max(1, min(MAX_BATCH, free // frame_bytes)))
 
 
 def _map_frames(node, images, size, run, room, device):

@@ -94,7 +94,7 @@ def test_sizes(method, size):
 def test_lanczos_frames_do_not_depend_on_the_batch(monkeypatch):
     images = clip(5)
     expected = spatial(images, "lanczos2")
-    monkeypatch.setattr(host_upsample, "_batch", lambda device, frame_bytes: 2)
+    monkeypatch.setattr(host_upsample, "_batch", lambda device, frame_bytes, free: 2)
     assert torch.equal(spatial(images, "lanczos2"), expected)
 
 
@@ -136,7 +136,7 @@ class SmallMemory:
 
 
 def test_out_of_memory_makes_batch_then_tile_smaller(upscale_model, monkeypatch):
-    monkeypatch.setattr(host_upsample, "_batch", lambda device, frame_bytes: 4)
+    monkeypatch.setattr(host_upsample, "_batch", lambda device, frame_bytes, free: 4)
     images = clip(5, 150, 200)
     small = SmallMemory(upscale_model, pixels=150 * 160)
     found = spatial(images, "model", upscale_model=small)
