@@ -195,7 +195,8 @@ def _choose_dtype(model_config, state_dict, load_device, weight_dtype):
         weight_dtype=stored,
     )
     cast = management.unet_manual_cast(None if quantised else chosen, load_device, supported)
-    if dtype is None and stored is not None and stored.itemsize <= chosen.itemsize and stored != chosen:
+    kept = stored is not None and management.supports_cast(load_device, stored)  # not fp8 on a Mac
+    if dtype is None and kept and stored.itemsize <= chosen.itemsize and stored != chosen:
         chosen, cast = stored, cast or chosen
     model_config.set_inference_dtype(chosen, cast, device=load_device)
     if weight_dtype == FP8_FAST:

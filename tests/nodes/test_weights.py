@@ -46,6 +46,17 @@ def test_default_keeps_each_weight_as_stored(files, job, sample, tmp_path, dtype
     assert relative(ours, expected) < 1e-6
 
 
+def test_what_the_device_cannot_hold_is_converted(files, job, sample, tmp_path, monkeypatch):
+    """A Mac has no fp8."""
+    state = store_in(load_file(files["t2v"]), torch.float8_e4m3fn)
+    monkeypatch.setattr(comfy.model_management, "supports_cast", lambda device, dtype: dtype.itemsize > 1)
+    model = host.load_model(save(state, tmp_path / "stored.safetensors"))
+    assert {v.dtype for v in model.model.diffusion_model.state_dict().values()} == {torch.float32}
+    exact = host.load_model(save({k: v.float() for k, v in state.items()}, tmp_path / "exact.safetensors"))
+    ours, expected = (sample(m, *job, steps=1)[0]["samples"] for m in (model, exact))
+    assert relative(ours, expected) < 1e-6
+
+
 def test_the_file_is_not_written_to_and_may_go(files, job, sample, tmp_path):
     path = save(store_in(load_file(files["t2v"]), torch.bfloat16), tmp_path / "mapped.safetensors")
     digest = hashlib.sha256(path.read_bytes()).digest()
