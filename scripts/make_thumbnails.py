@@ -1,4 +1,4 @@
-"""Run every workflow small on a real host and write its pictures: `workflows/<name>.jpg`.
+"""Run every workflow small on a real host, on a picture that a program drew: `workflows/<name>.jpg`.
 
 python scripts/make_thumbnails.py             # all of them
 python scripts/make_thumbnails.py i2v t2v     # these
@@ -9,13 +9,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-from comfy_client import fill
-from contact_sheet import contact_sheet, read_frames
-from host_server import HostServer
-from pack import ROOT, comfyui_path
-from small_graphs import panning_clip, small_graph
+import pack
 
-WORKFLOWS = ROOT / "workflows"
+pack.load_pack()
+pack.load_host()
+
+from comfy_client import fill  # noqa: E402
+from contact_sheet import contact_sheet, read_frames  # noqa: E402
+from host_server import HostServer  # noqa: E402
+from small_graphs import panning_clip, small_graph  # noqa: E402
+from train_tiny import data  # noqa: E402
+from train_tiny.host import to_picture  # noqa: E402
+
+WORKFLOWS = pack.ROOT / "workflows"
+SEED = data.HELD_OUT + 6 * 10**6 + 14  # a house before hills
 SIZE = (128, 96)
 NUM_FRAMES = 17
 STEPS = 20
@@ -32,7 +39,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         with HostServer(folder) as server:
-            picture = comfyui_path() / "input" / "example.png"
+            picture = folder / "picture.png"
+            width, height = SIZE
+            to_picture((data.images(SEED, 1, height, width)[0] + 1) / 2).save(picture)
             image = server.client.upload_image(picture)
             video = server.client.upload_image(panning_clip(picture, SIZE, NUM_FRAMES, 16), name="clip.mp4")
             for name in names:

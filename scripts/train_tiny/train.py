@@ -21,7 +21,8 @@ from train_tiny import train_dit, train_lora, train_vae  # noqa: E402
 from train_tiny.export import export  # noqa: E402
 from train_tiny.progress import WORK, Stage  # noqa: E402
 
-MINUTES = {"cpu": 270, "cuda": 25, "smoke": 1}
+# If nothing else runs. Of "cuda" only the devices were checked, on a pretended one.
+DURATION = {"cpu": "about 5 hours", "cuda": "a schedule that has not been run yet", "smoke": "about a minute"}
 VAE_SCHEDULES = {
     "cpu": train_vae.CPU,
     "cuda": train_vae.CUDA,
@@ -57,8 +58,8 @@ def main():
     size = options.size or ("cuda" if torch.cuda.is_available() else "cpu")
     device = "cuda" if size == "cuda" else "cpu"
     print(
-        f"Training on {device} ({torch.get_num_threads()} threads), about {MINUTES[size]} minutes if "
-        f"nothing else runs. Work folder: {options.work}",
+        f"Training on {device} ({torch.get_num_threads()} threads), {DURATION[size]}. "
+        f"Work folder: {options.work}",
         flush=True,
     )
     options.work.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def arguments():
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the stages")
     parser.add_argument("--models", type=Path, default=pack.ROOT / "models", help="folder of the result")
     parser.add_argument(
-        "--size", choices=[*MINUTES], help="schedule; default: cuda if there is one, else cpu"
+        "--size", choices=[*DURATION], help="schedule; default: cuda if there is one, else cpu"
     )
     parser.add_argument("--only", nargs="+", help="run these stages and export nothing")
     return parser.parse_args()
