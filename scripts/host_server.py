@@ -104,7 +104,7 @@ class HostServer:
             link_pack(self.base_directory / "custom_nodes")
 
     def _start(self, port):
-        command = [sys.executable, "-u", str(comfyui_path() / "main.py"), *self._arguments(port)]
+        command = [sys.executable, "-u", *self._program(), *self._arguments(port)]
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -115,6 +115,9 @@ class HostServer:
                 start_new_session=True,
                 preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
             )
+
+    def _program(self):
+        return [str(comfyui_path() / "main.py")]
 
     def _arguments(self, port):
         import torch

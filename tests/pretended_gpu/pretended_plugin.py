@@ -1,0 +1,39 @@
+"""`pytest -p pretended_plugin`: tests run on the pretended GPU.
+
+They compare in float32, where the host would choose 16 bits on a GPU. With PRETENDED_AIMDO=1 weights come to
+the device at their use, as they do on the host's NVIDIA GPUs.
+"""
+
+import os
+
+import pretended_aimdo
+import pretended_cuda
+import pytest
+
+
+def pytest_collection_finish(session):
+    """After the host is imported, before a fixture is made."""
+    import comfy.model_management
+    import comfy.model_patcher
+    from comfy import memory_management
+    from comfy.cli_args import args
+
+    comfy.model_management.FORCE_FP32 = args.fp32_vae = args.fp32_text_enc = True
+    if os.environ.get("PRETENDED_AIMDO") == "1":
+        pretended_aimdo.install()
+        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+        memory_management.aimdo_enabled = True
+    pretended_cuda.begin()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """Test files are made of models whose weights are there from the start."""
+    from comfy import memory_management
+
+    enabled = memory_management.aimdo_enabled
+    memory_management.aimdo_enabled = enabled and fixturedef.argname != "files"
+    try:
+        return (yield)
+    finally:
+        memory_management.aimdo_enabled = enabled
