@@ -136,3 +136,17 @@ def test_a_host_that_loads_weights_at_their_use(files, monkeypatch):
     layer._prefetch = {"signature": None}
     make_room(model)
     assert not hasattr(layer, "_prefetch")
+
+
+@pytest.mark.parametrize("dynamic, asked", [(False, 2**30), (True, 3 * 2**20)])
+def test_room_is_made_of_what_can_be_brought_back(files, monkeypatch, dynamic, asked):
+    """Asked for more than is in its pages, a host with dynamic memory also gives up what it has merged."""
+    model, freed = host.load_model(files["t2v"]), []
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda *args, **more: [])
+    monkeypatch.setattr(model, "is_dynamic", lambda: dynamic)
+    monkeypatch.setattr(model, "loaded_size", lambda: 4 * 2**20)
+    monkeypatch.setattr(model, "load_device", torch.device("cuda", 0))
+    monkeypatch.setattr(model.model, "model_loaded_weight_memory", 2**20)
+    monkeypatch.setattr(model, "partially_unload", lambda device, amount: freed.append(amount) or amount)
+    assert make_room(model)
+    assert freed == [asked]
