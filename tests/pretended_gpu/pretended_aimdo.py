@@ -16,14 +16,13 @@ import comfy_aimdo.vram_buffer
 import torch
 from pretended_cuda import CudaTensor
 
-RESIDENT = 2**20  # about half of the bundled DiT's weights
+RESIDENT = 2**20  # the first layers; most of the bundled DiT's 18 MB do not stay
 
 
 class ModelVBAR:
     """The device addresses of a model's weights; `alloc` gives (self, offset, bytes)."""
 
     def __init__(self, size, device):
-        self.memory = torch.empty(0, dtype=torch.uint8)
         self.places = {}
         self.offset = 0
 
