@@ -142,7 +142,7 @@ class Wan21Sampler(io.ComfyNode):
                     min=-1,
                     max=MAX_SEED,
                     control_after_generate=True,
-                    tooltip="-1 draws a new seed each time the graph is queued; the report names it.",
+                    tooltip="-1, set here, draws a new seed each time the graph is queued; the report names it.",
                 ),
                 io.Int.Input("steps", default=30, min=1, max=1000),
                 io.Float.Input(
@@ -215,7 +215,7 @@ class Wan21Sampler(io.ComfyNode):
             samples = host.run_sampling(
                 model,
                 positive,
-                negative if "uncond" in job.pass_names else None,
+                negative,
                 latent["samples"],
                 latent.get("batch_index"),
                 seed,
@@ -234,7 +234,8 @@ class Wan21Sampler(io.ComfyNode):
             END_LATENT_ALONE in latent,
             warnings + records[0].notes,
         )
-        seconds = {SAMPLING_SECONDS: sum(records[0].seconds)}
+        earlier = latent.get(SAMPLING_SECONDS, 0) if job.denoise < 1 else 0  # what this one refined
+        seconds = {SAMPLING_SECONDS: earlier + sum(records[0].seconds)}
         return io.NodeOutput(latent | {"samples": samples} | seconds, report)
 
 
@@ -285,7 +286,8 @@ def prepare(model, positive, negative, latent, job):
     """Check the whole job before anything runs.
 
     Returns:
-        (positive, negative, warnings), with CLIP features cut to what the model reads.
+        (positive, negative, warnings), with CLIP features cut to what the model reads; negative is None
+        when no pass uses it.
     """
     if not host.is_ours(model):
         preflight.fail(
@@ -293,6 +295,8 @@ def prepare(model, positive, negative, latent, job):
             "the MODEL was not loaded by Wan21ModelLoader",
             "Load it with Wan21ModelLoader, or sample it with the host's KSampler",
         )
+    if found := host.refused_patch(model):
+        preflight.fail(NODE, *found)
     config = host.config_of(model)
     samples = latent["samples"]
     preflight.check_latent(NODE, samples)
@@ -312,7 +316,11 @@ def prepare(model, positive, negative, latent, job):
         f"{name} set on the MODEL by another node is not used here" for name in host.ignored_patches(model)
     ]
     checked = []
-    for name, cond in (("positive", positive), ("negative", negative)):
+    used = {"positive": positive, "negative": negative if "uncond" in job.pass_names else None}
+    for name, cond in used.items():
+        if cond is None:
+            checked.append(None)
+            continue
         cond, note = host.trim_clip_vision(cond, config)
         preflight.check_conditioning(NODE, config, samples.shape, host.describe_conditioning(name, cond))
         checked.append(cond)

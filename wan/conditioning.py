@@ -56,7 +56,7 @@ def fit_image(image, width, height, mode):
         return image
     if mode == "crop":
         scale = min(old_width / width, old_height / height)
-        image = _middle(image, round(width * scale), round(height * scale))
+        image = _middle(image, max(1, round(width * scale)), max(1, round(height * scale)))
         return _resize(image, width, height)
     if mode == "pad":
         scale = min(width / old_width, height / old_height)

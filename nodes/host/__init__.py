@@ -12,10 +12,10 @@ from .model import (
     checkpoint_name,
     choose_attention_for,
     config_of,
-    ignored_patches,
     is_ours,
     measured_coefficients,
 )
+from .patches import ignored_patches, refused_patch
 from .progress import Progress, StepProgress, check_cancelled, memory_watch, tell
 from .sampling import run_sampling
 from .text_encoder import load_text_encoder
@@ -57,6 +57,7 @@ __all__ = [
     "memory_watch",
     "plan_memory",
     "read_lora",
+    "refused_patch",
     "run_sampling",
     "tell",
     "trim_clip_vision",

@@ -17,6 +17,7 @@ from ...wan.dit import WanModel
 from ...wan.memory import Load, step_bytes
 from ...wan.sample import Call
 from ...wan.teacache import check_coefficients
+from .patches import patch_inside_blocks, scaled_frequencies
 from .progress import check_cancelled
 
 CALL = "wan21_call"  # in transformer_options: the `Call` of our sampler's step
@@ -141,10 +142,12 @@ class HostWanModel(WanModel):
                     f"Wan21ModelLoader: the conditioning carries {name} of another Wan family. "
                     "Load the model with the host's Load Diffusion Model"
                 )
+        if found := patch_inside_blocks(transformer_options):
+            raise ValueError(f"Wan21ModelLoader: {'. '.join(found)}.")
         height, width = x.shape[-2:]
         x = comfy.ldm.common_dit.pad_to_patch_size(x, (1, 2, 2))
         chunks = transformer_options.get("cond_or_uncond") or [0]
-        names = tuple(("cond", "uncond")[c] for c in chunks)
+        names = tuple({0: "cond", 1: "uncond"}.get(c, f"cond{c}") for c in chunks)
         call = transformer_options.get(CALL) or Call(names)
         attention = attention_of(transformer_options) if call.attention is None else call.attention.function
         with best_kernels(x.device):
@@ -154,7 +157,7 @@ class HostWanModel(WanModel):
                 context,
                 clip_fea,
                 pass_names=names,
-                frequencies=call.frequencies,
+                frequencies=scaled_frequencies(call.frequencies, self.config.head_dim, transformer_options),
                 attention=attention,
                 runner=_composed(call, transformer_options),
                 parts=call.plan.parts,
@@ -287,15 +290,3 @@ def measured_coefficients(model):
         return check_coefficients(json.loads(stored))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def ignored_patches(model):
-    """What other nodes put on the MODEL that our sampler's own steps do not pass through."""
-    names = [
-        key
-        for key in ("sampler_cfg_function", "sampler_post_cfg_function", "sampler_pre_cfg_function")
-        if model.model_options.get(key)
-    ]
-    if "model_sampling" in model.object_patches:
-        names.append("ModelSampling (its shift)")
-    return names

@@ -2,6 +2,7 @@
 
 import comfy.model_management
 import comfy.sample
+import comfy.samplers
 import comfy.sd
 import pytest
 import torch
@@ -97,6 +98,60 @@ def test_native_skip_layer_node_replaces_our_blocks(models, prompts):
     )
     assert relative(skipped, plain) > 1e-3
     assert torch.equal(ksample(through, *prompts, latent), plain)
+
+
+def test_a_guider_of_three_conditionings(files, models, prompts):
+    """DualCFGGuider hands all three in one batch."""
+    from comfy_extras.nodes_custom_sampler import DualCFGGuider
+
+    def dual(model):
+        guider = DualCFGGuider.execute(model, prompts[0], prompts[1], prompts[1], 3.0, 2.0, "regular").result[0]
+        samples = torch.zeros(1, 16, 2, 4, 4)
+        noise = comfy.sample.prepare_noise(samples, 5)
+        sigmas = torch.tensor([1.0, 0.5, 0.0])
+        return guider.sample(noise, samples, comfy.samplers.sampler_object("euler"), sigmas, seed=5)
+
+    assert relative(dual(models["t2v"]), dual(native(files["t2v"]))) < 1e-5
+
+
+def test_scale_rope_acts_as_on_the_native_model(files, models, prompts):
+    from comfy_extras.nodes_rope import ScaleROPE
+
+    latent = {"samples": torch.zeros(1, 16, 3, 8, 6)}
+    scaled = [
+        ScaleROPE.execute(m, 0.5, 1.0, 0.7, 0.0, 2.0, 3.0).result[0]
+        for m in (models["t2v"], native(files["t2v"]))
+    ]
+    ours, theirs = (ksample(m, *prompts, latent) for m in scaled)
+    assert relative(ours, theirs) < 1e-5
+    assert relative(ours, ksample(models["t2v"], *prompts, latent)) > 1e-3
+
+
+def test_context_windows_and_easycache_act_as_on_the_native_model(files, models, prompts):
+    """In the host's KSampler; our own sampler refuses them."""
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    latent = {"samples": torch.zeros(1, 16, 7, 4, 4)}
+    plain = ksample(models["t2v"], *prompts, latent)
+    patches = [
+        lambda m: WanContextWindowsManualNode.execute(m, 17, 8, "standard_static", 1, False, "pyramid", False),
+        lambda m: EasyCacheNode.execute(m, 3.0, 0.0, 1.0, False),
+    ]
+    for patch in patches:
+        ours, theirs = (
+            ksample(patch(m).result[0], *prompts, latent) for m in (models["t2v"], native(files["t2v"]))
+        )
+        assert relative(ours, theirs) < 1e-5
+        assert relative(ours, plain) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["attn1_patch", "attn2_patch", "double_block"])
+def test_a_patch_inside_a_block_is_refused(models, prompts, kind):
+    patched = models["t2v"].clone()
+    patched.set_model_patch(lambda args: args["x"], kind)
+    with pytest.raises(ValueError, match=f"^Wan21ModelLoader: another node put {kind} on the MODEL"):
+        ksample(patched, *prompts, {"samples": torch.zeros(1, 16, 2, 4, 4)})
 
 
 @pytest.mark.parametrize("weight_dtype, tolerance", [("fp32", 0), ("bf16", 0.1), ("fp16", 0.02)])

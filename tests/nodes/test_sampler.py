@@ -129,6 +129,70 @@ def test_patches_that_do_not_apply_are_said(models, prompts, sample):
     assert "ModelSampling (its shift) set on the MODEL" in report
 
 
+def test_wrappers_that_do_not_apply_are_said(models, prompts, sample):
+    from comfy.patcher_extension import WrappersMP
+
+    model = models["t2v"].clone()
+    model.set_model_unet_function_wrapper(lambda apply, args: pytest.fail("called"))
+    model.add_wrapper(WrappersMP.PREDICT_NOISE, lambda *_: pytest.fail("called"))
+    _, report = sample(model, *prompts, {"samples": torch.zeros(1, 16, 2, 4, 4)})
+    assert "model_function_wrapper set on the MODEL" in report
+    assert "a predict_noise wrapper set on the MODEL" in report
+
+
+def _with_context_windows(model):
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+
+    return WanContextWindowsManualNode.execute(
+        model, 81, 30, "standard_static", 1, False, "pyramid", True
+    ).result[0]
+
+
+def _with_attention_patch(model):
+    patched = model.clone()
+    patched.set_model_attn2_patch(lambda args: args["x"])
+    return patched
+
+
+def _with_cache(name):
+    def add(model):
+        from comfy_extras import nodes_easycache
+
+        return getattr(nodes_easycache, name).execute(model, 0.2, 0.15, 0.95, False).result[0]
+
+    return add
+
+
+@pytest.mark.parametrize(
+    "patch, message",
+    [
+        (_with_cache("EasyCacheNode"), "EasyCache or LazyCache.*teacache_multiplier"),
+        (_with_cache("LazyCacheNode"), "EasyCache or LazyCache"),
+        (_with_context_windows, "Context Windows"),
+        (_with_attention_patch, "attn2_patch"),
+    ],
+)
+def test_patches_that_would_spoil_the_result_are_refused(models, prompts, sample, monkeypatch, patch, message):
+    monkeypatch.setattr(host, "run_sampling", lambda *_: pytest.fail("sampling began"))
+    with pytest.raises(ValueError, match="^Wan21Sampler: .*" + message):
+        sample(patch(models["t2v"]), *prompts, {"samples": torch.zeros(1, 16, 2, 4, 4)})
+
+
+def test_a_negative_that_is_not_used_may_be_anything(i2v_job, sample):
+    model, positive, negative, latent = i2v_job
+    expected = sample(*i2v_job, guidance_scale=1.0)[0]["samples"]
+    bare = [[torch.zeros(1, 512, 128), {"area": (1, 1, 0, 0)}]] * 2
+    assert torch.equal(sample(model, positive, bare, latent, guidance_scale=1.0)[0]["samples"], expected)
+
+
+def test_a_refinement_adds_its_time_to_what_it_refines(t2v_job, sample):
+    refined = sample(*t2v_job)[0] | {SAMPLING_SECONDS: 1000.0}
+    again, _ = sample(*t2v_job[:3], refined, denoise=0.5)
+    assert again[SAMPLING_SECONDS] > 1000
+    fresh, _ = sample(*t2v_job[:3], refined)
+    assert fresh[SAMPLING_SECONDS] < 1000
+
+
 def test_added_end_frame_is_dropped_by_the_decode(models, vae, picture, image_to_video, sample):
     job = image_to_video(end_image=picture, add_frames_for_end_image=True)
     latent, report = sample(models["i2v"], *job)

@@ -84,6 +84,7 @@ def test_the_right_size_is_left_alone(image, mode):
 def test_crop_takes_the_middle(image):
     assert torch.equal(fit_image(image, 40, 40, "crop"), image[:, :, 10:50])
     assert torch.equal(fit_image(image, 60, 20, "crop"), image[:, 10:30])
+    assert fit_image(image[:, :8, :8], 832, 16, "crop").shape == (len(image), 16, 832, 3)  # 0.15 pixels high
 
 
 def test_pad_centres_on_grey(image):

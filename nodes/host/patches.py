@@ -1,0 +1,66 @@
+"""What other nodes put on a MODEL: what our DiT and our sampler honour, refuse or leave out."""
+
+from comfy.patcher_extension import WrappersMP
+
+from ...wan.rope import axis_frequencies
+
+# Functions inside a block: our blocks have no place for them. Whole blocks can be replaced (`runner_of`).
+INSIDE_BLOCKS = ("attn1_patch", "attn2_patch", "double_block")
+# Entries of model_options and kinds of wrappers that act around the host's own step, which ours is not.
+AROUND_HOST_STEPS = (
+    "sampler_cfg_function",
+    "sampler_post_cfg_function",
+    "sampler_pre_cfg_function",
+    "sampler_calc_cond_batch_function",
+    "model_function_wrapper",
+)
+WRAPPERS_OF_HOST_STEPS = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)
+
+
+def patch_inside_blocks(transformer_options):
+    """What is wrong with the patches, and what to do: (problem, fix), or None if they can be honoured."""
+    patches = transformer_options.get("patches", {})
+    names = [name for name in INSIDE_BLOCKS if patches.get(name)]
+    if not names:
+        return None
+    problem = f"another node put {' and '.join(names)} on the MODEL, which acts inside the blocks of a model"
+    return problem, "Remove that node, or load the model with the host's Load Diffusion Model"
+
+
+def refused_patch(model):
+    """(problem, fix) of what would make our sampler's result wrong, or None."""
+    options = model.model_options
+    if "easycache" in options["transformer_options"]:
+        return (
+            "the MODEL carries EasyCache or LazyCache, which acts on the host's own steps",
+            "Remove it and set teacache_multiplier, or sample with the host's KSampler",
+        )
+    if options.get("context_handler") is not None:
+        return (
+            "the MODEL carries Context Windows, which act on the host's own steps",
+            "Remove them, or sample with the host's KSampler",
+        )
+    return patch_inside_blocks(options["transformer_options"])
+
+
+def ignored_patches(model):
+    """What other nodes put on the MODEL that our sampler's own steps do not pass through."""
+    names = [key for key in AROUND_HOST_STEPS if model.model_options.get(key)]
+    for kind in WRAPPERS_OF_HOST_STEPS:
+        names += [f"a {kind} wrapper" for wrappers in model.wrappers.get(kind, {}).values() if wrappers]
+    if "model_sampling" in model.object_patches:
+        names.append("ModelSampling (its shift)")
+    return names
+
+
+def scaled_frequencies(frequencies, head_dim, transformer_options):
+    """The host's ScaleROPE: its scales stretch an axis; its shifts cancel, since RoPE sees differences only.
+
+    Args:
+        frequencies: of the three axes, or None for the model's own.
+    """
+    rope = transformer_options.get("rope_options")
+    if not rope:
+        return frequencies
+    scales = (rope.get(f"scale_{axis}", 1.0) for axis in "tyx")
+    return tuple(f * scale for f, scale in zip(frequencies or axis_frequencies(head_dim), scales))
