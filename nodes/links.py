@@ -42,6 +42,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner:
             return is_public(str(inner))
+        if ip.is_site_local:
+            return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
@@ -60,17 +62,20 @@ def check_link(url: str) -> tuple[str, str, int, str]:
         port = parts.port
         target = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
         query = urllib.parse.quote(parts.query, safe="=&%/:?@!$'()*+,;~")
+        host = parts.hostname
+        if host and not host.isascii():
+            host = host.encode("idna").decode()
     except ValueError as error:
         raise ValueError(f"the link cannot be read ({error}). Copy it again") from error
-    if parts.scheme not in schemes or not parts.hostname or parts.username is not None:
+    if parts.scheme not in schemes or not host or parts.username is not None:
         raise ValueError(
             f"the link leads to {parts.scheme or 'no scheme'}://{parts.hostname or ''}; it must be an "
             f"{' or '.join(schemes)} link without a user name. Copy it again"
         )
-    _refuse_private(parts.hostname, [parts.hostname] if _is_address(parts.hostname) else [])
+    _refuse_private(host, [host] if _is_address(host) else [])
     if query:
         target += "?" + query
-    return parts.scheme, parts.hostname, port or PORTS[parts.scheme], target
+    return parts.scheme, host, port or PORTS[parts.scheme], target
 
 
 @contextlib.contextmanager

@@ -142,7 +142,8 @@ class Wan21Sampler(io.ComfyNode):
                     min=-1,
                     max=MAX_SEED,
                     control_after_generate=True,
-                    tooltip="-1, set here, draws a new seed each time the graph is queued; the report names it.",
+                    tooltip="-1, set here, draws a new seed each time the graph is queued; the report "
+                    "names it.",
                 ),
                 io.Int.Input("steps", default=30, min=1, max=1000),
                 io.Float.Input(

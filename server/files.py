@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import io
 import logging
 import math
 import mimetypes
@@ -46,6 +45,7 @@ class Files:
         # Threads of their own: slow servers elsewhere hold up nothing else, and one picture at a time is
         # decoded, because a large one takes much memory.
         self._fetchers = ThreadPoolExecutor(max_workers=16, thread_name_prefix="wan21-fetch")
+        self._announcing = asyncio.Lock()  # between the look at the quota and the taking of it
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan21-image")
 
     async def announce(self, owner, requests, upload_url):
@@ -61,17 +61,18 @@ class Files:
         if not isinstance(requests, list) or not 1 <= len(requests) <= MAX_FILES_PER_REQUEST:
             raise Problem(422, f"files must be a list of 1 to {MAX_FILES_PER_REQUEST} objects")
         rows = [self._row(owner, request) for request in requests]
-        now = time.time()
-        kept = await self._store.kept_uploads(owner, now)
-        total, limit = sum(row.size for row in (*kept, *rows)), self._settings.max_stored_bytes
-        if total > limit:
-            wait = math.ceil(min((row.expires_at for row in kept), default=now) - now)
-            raise Problem(
-                429,
-                f"uploads of this key would take {total} bytes; {limit} are kept at a time",
-                headers={"Retry-After": str(max(1, wait))},
-            )
-        await self._store.add(*rows)
+        async with self._announcing:
+            now = time.time()
+            kept = await self._store.kept_uploads(owner, now)
+            total, limit = sum(row.size for row in (*kept, *rows)), self._settings.max_stored_bytes
+            if total > limit:
+                wait = math.ceil(min((row.expires_at for row in kept), default=now) - now)
+                raise Problem(
+                    429,
+                    f"uploads of this key would take {total} bytes; {limit} are kept at a time",
+                    headers={"Retry-After": str(max(1, wait))},
+                )
+            await self._store.add(*rows)
         return [described(row) | {"upload_url": upload_url(row.token)} for row in rows]
 
     def _row(self, owner, request):
@@ -185,23 +186,28 @@ class Files:
 
     async def _prepare(self, owner, field, value, path):
         loop = asyncio.get_running_loop()
+        fetched = path.with_suffix(".fetched")  # on disk: many may wait for the decoder
         try:
             if value.startswith(URI):
                 source = Path((await self._upload(owner, field, value)).path)
             elif value.startswith(("https://", "http://")):
-                limits = self._settings.max_upload_bytes, FETCH_SECONDS
-                source = io.BytesIO(await loop.run_in_executor(self._fetchers, fetch_bytes, value, *limits))
+                limit, source = self._settings.max_upload_bytes, fetched
+                await loop.run_in_executor(self._fetchers, _fetch, value, limit, fetched)
             else:
                 raise invalid((field, "must be an uploaded file or an https URL"))
             await loop.run_in_executor(self._decoder, write_png, source, path)
         except ValueError as error:
             raise invalid((field, str(error))) from error
+        finally:
+            fetched.unlink(missing_ok=True)
 
     async def used(self, owner, values):
         """Let the uploads of a job go soon: its pictures are copied, and clients upload anew each time."""
         for field in IMAGE_FIELDS:
             if (values[field] or "").startswith(URI):
                 row = await self._upload(owner, field, values[field])
+                if row.role != "upload":  # a picture of another task, kept as long as that
+                    continue
                 row.expires_at = min(row.expires_at, time.time() + KEEP_USED_SECONDS)
                 await self._store.save(row, "expires_at")
 
@@ -231,6 +237,12 @@ class Files:
         for path in self._uploads.glob("*.part"):  # of a killed process
             if path.stat().st_mtime < oldest:
                 path.unlink(missing_ok=True)
+
+
+def _fetch(url, limit, path):
+    content = fetch_bytes(url, limit, FETCH_SECONDS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
 def file_row(owner, task_id, role, path):

@@ -8,7 +8,7 @@ import uuid
 from collections import Counter
 
 from ..nodes.links import check_link
-from .fields import NODES, build_input_model, read_input
+from .fields import MAX_URL, NODES, build_input_model, read_input
 from .graph import LOADERS, build_graph, load_workflow, preferred_names
 from .problems import Problem, invalid
 from .store import TaskRow
@@ -16,6 +16,7 @@ from .tasks import PUBLIC_PREFIX
 
 APP = "infsh/wan2-1-i2v"
 RETRY_SECONDS = 10
+REPLY_SECONDS = 25  # the client gives up after 30 and would send the job again
 SEEDS = 2**32  # drawn ones; larger ones may be given
 MAX_METADATA_BYTES = 4096
 FIXED = {"run_at": None, "setup": None, "function": "run"}  # the only value that is served
@@ -81,6 +82,7 @@ class Jobs:
             self._arriving[owner] -= 1
 
     async def _submit(self, owner, params, base_url):
+        began = time.monotonic()
         given = params.get("input")
         if isinstance(given, dict):
             given = await self._files.restore_text(owner, given)
@@ -98,6 +100,12 @@ class Jobs:
         task_id = f"{PUBLIC_PREFIX}{identity.hex}"
         images, rows = await self._files.prepare_images(owner, task_id, values)
         try:
+            if time.monotonic() - began > REPLY_SECONDS:
+                raise Problem(
+                    503,
+                    "The pictures were not ready in time, too many jobs came at once; send the job again.",
+                    headers={"Retry-After": str(RETRY_SECONDS)},
+                )
             job = build_graph(
                 workflow,
                 values,
@@ -152,6 +160,8 @@ def _check_params(params):
         raise _wrong("metadata", f"must be an object of at most {MAX_METADATA_BYTES} characters")
     if params.get("webhook") is not None:
         try:
+            if len(params["webhook"]) > MAX_URL:
+                raise ValueError(f"must be a link of at most {MAX_URL} characters")
             check_link(params["webhook"])
         except (ValueError, TypeError, AttributeError) as error:  # the last two of what is no text
             raise _wrong("webhook", str(error)) from error

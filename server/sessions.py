@@ -67,12 +67,12 @@ class Sessions:
         """End a session; its tasks go on."""
         row = await self.get(owner, session_id)
         row.ended = True
-        await self._store.save(row)
+        await self._store.save(row, "ended")
 
     async def _renew(self, row, calls):
         row.calls += calls
         row.expires_at = time.time() + row.idle_seconds
-        await self._store.save(row)
+        await self._store.write(row, {"calls": SessionRow.calls + calls, "expires_at": row.expires_at})
 
 
 def state_of(row):

@@ -17,6 +17,7 @@ from .store import TaskRow
 CHECK_SECONDS = 2  # how often the host's queue is compared with our tasks
 SAVE_SECONDS = 5  # how often the progress of a running task is written
 QUEUE_LENGTH = 64  # snapshots that a slow reader may lag behind
+MAX_ERROR = 4000  # characters; a snapshot line must stay far below 128 KiB
 LOST = "the server stopped while the task ran"
 PUBLIC_PREFIX = "task_"
 
@@ -255,7 +256,7 @@ class Tasks:
         live.ending = True
         row, now = live.row, time.time()
         live.log({states.COMPLETED: "completed", states.CANCELLED: "cancelled"}.get(status, "failed"))
-        changes |= {"status": status, "error": error, "updated_at": now, "logs": row.logs}
+        changes |= {"status": status, "error": error[:MAX_ERROR], "updated_at": now, "logs": row.logs}
         if row.webhook:
             changes |= {"hook_state": "pending", "hook_next": now}
         try:

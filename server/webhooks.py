@@ -16,6 +16,7 @@ from .tasks import snapshot
 
 TIMEOUT_S = 15
 IDLE_SECONDS = 1
+FAILED_SECONDS = 30  # after an error of our own, such as a full disk
 MAX_ERROR = 300
 SENDERS = 8
 SENDERS_PER_OWNER = 4  # a silent receiver holds up its owner alone
@@ -83,6 +84,7 @@ class Webhooks:
             await self._store.save(row, "hook_state", "hook_attempts", "hook_error", "hook_next")
         except Exception:
             logging.exception("Wan2.1 jobs: the webhook of %s could not be handled", row.id)
+            await asyncio.sleep(FAILED_SECONDS)  # not counted as an attempt, hence due at once
         finally:
             del self._sending[row.id]
             self.wake()

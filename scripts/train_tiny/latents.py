@@ -142,6 +142,7 @@ def write_shards(encoder, folder, plan, on_shard=lambda done, total: None):
     """Encode what is not there yet. A shard appears whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    encoder.tails.clear()  # of another plan's pictures
     for done, (bucket, count, seed) in enumerate(plan):
         path = folder / f"{bucket.name}-{seed}.pt"
         if not path.exists():

@@ -89,6 +89,9 @@ def train(stage, parts, steps, do_step, measure, log_every=20, measure_every=200
         parts: What to save: an object with state_dict and load_state_dict, such as Parts.
         do_step: step -> dict of numbers for the log; must depend on the step number only.
         measure: () -> dict of held-out numbers, also called after the last step.
+
+    Raises:
+        ValueError: what was saved is already past `steps`, hence of a longer schedule.
     """
     state = stage.load()
     if state is not None:
@@ -96,6 +99,11 @@ def train(stage, parts, steps, do_step, measure, log_every=20, measure_every=200
     start = 0 if state is None else state["step"]
     if stage.done:
         return
+    if start > steps:
+        raise ValueError(
+            f"{stage.path} is at step {start} of a longer schedule than this one of {steps} steps. "
+            "Delete it, or take another work folder"
+        )
     sums, count = {}, 0
     for step in range(start, steps):
         for key, value in do_step(step).items():

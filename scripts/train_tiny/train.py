@@ -22,7 +22,8 @@ from train_tiny.export import export  # noqa: E402
 from train_tiny.progress import WORK, Stage  # noqa: E402
 
 # If nothing else runs. Of "cuda" only the devices were checked, on a pretended one.
-DURATION = {"cpu": "about 5 hours", "cuda": "a schedule that has not been run yet", "smoke": "about a minute"}
+DURATION = {"cpu": "about 3 hours", "cuda": "a schedule that has not been run yet", "smoke": "about a minute"}
+STAGES = ("vae", "encode", "dit", "lora", "vae_refined")
 VAE_SCHEDULES = {
     "cpu": train_vae.CPU,
     "cuda": train_vae.CUDA,
@@ -31,7 +32,7 @@ VAE_SCHEDULES = {
 
 
 def stages(work, size, device):
-    """(name, function) of every stage, in order."""
+    """The function of every stage, in the order of `STAGES`."""
     vae_schedule, schedule = VAE_SCHEDULES[size], train_dit.SCHEDULES[size]
 
     def vae(**which):
@@ -43,26 +44,27 @@ def stages(work, size, device):
     def lora():
         train_lora.lora_stage(Stage(work, "lora"), Stage(work, "dit"), vae(refined=False), size, device)
 
-    return {
-        "vae": lambda: train_vae.train_vae(work, vae_schedule, device),
-        "encode": encode,
-        "dit": lambda: train_dit.dit_stage(Stage(work, "dit"), schedule, device),
-        "lora": lora,
-        "vae_refined": lambda: train_vae.refine_vae(work, vae_schedule, device),
-    }
+    functions = (
+        lambda: train_vae.train_vae(work, vae_schedule, device),
+        encode,
+        lambda: train_dit.dit_stage(Stage(work, "dit"), schedule, device),
+        lora,
+        lambda: train_vae.refine_vae(work, vae_schedule, device),
+    )
+    return dict(zip(STAGES, functions, strict=True))
 
 
 def main():
     """Read the command line and run what is left to do."""
     options = arguments()
-    size = options.size or ("cuda" if torch.cuda.is_available() else "cpu")
+    size = options.size
     device = "cuda" if size == "cuda" else "cpu"
     print(
         f"Training on {device} ({torch.get_num_threads()} threads), {DURATION[size]}. "
         f"Work folder: {options.work}",
         flush=True,
     )
-    options.work.mkdir(parents=True, exist_ok=True)
+    keep_to_one_size(options.work, size)
     for name, run in stages(options.work, size, device).items():
         if options.only and name not in options.only:
             continue
@@ -74,15 +76,33 @@ def main():
         print(f"{part:5} {path.stat().st_size / 2**20:6.2f} MiB  {path}")
 
 
+def keep_to_one_size(work, size):
+    """A work folder belongs to one schedule: the stages of another would pass for done."""
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "size.txt"
+    if not path.exists():
+        path.write_text(size)
+    if path.read_text() != size:
+        raise SystemExit(
+            f"{work} holds a training of size {path.read_text()}; give another folder with --work"
+        )
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of the stages")
-    parser.add_argument("--models", type=Path, default=pack.ROOT / "models", help="folder of the result")
+    parser.add_argument("--work", type=Path, help="folder of the stages; default: build/train_tiny[_SIZE]")
+    parser.add_argument(
+        "--models", type=Path, help="folder of the result; default: models, for smoke in the work folder"
+    )
     parser.add_argument(
         "--size", choices=[*DURATION], help="schedule; default: cuda if there is one, else cpu"
     )
-    parser.add_argument("--only", nargs="+", help="run these stages and export nothing")
-    return parser.parse_args()
+    parser.add_argument("--only", nargs="+", choices=STAGES, help="run these stages and export nothing")
+    options = parser.parse_args()
+    options.size = options.size or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.work = options.work or (WORK if options.size == "cpu" else Path(f"{WORK}_{options.size}"))
+    options.models = options.models or (options.work if options.size == "smoke" else pack.ROOT) / "models"
+    return options
 
 
 if __name__ == "__main__":

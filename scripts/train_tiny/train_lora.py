@@ -108,7 +108,9 @@ def lora_stage(stage, dit_stage, vae, size="cpu", device="cpu"):
     plan = latents.shard_plan(count, BUCKETS, FIRST_SEED)
     kept = latents.shard_plan(max(4, count // 10), BUCKETS[:1], 2 * latents.data.HELD_OUT)
     folder, folder_coloured = stage.work / "latents_lora", stage.work / "latents_lora_coloured"
-    latents.write_shards(latents.Encoder(vae, device, drained), folder, plan + kept)
+    encoder = latents.Encoder(vae, device, drained)
+    latents.write_shards(encoder, folder, plan)
+    latents.write_shards(encoder, folder, kept)
     latents.write_shards(latents.Encoder(vae, device), folder_coloured, plan)
     clips, coloured = latents.Latents(folder, plan), latents.Latents(folder_coloured, plan)
     held_out = HeldOut(folder, kept, device)

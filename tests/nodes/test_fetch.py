@@ -161,10 +161,20 @@ def test_links_that_are_refused_before_anything_is_sent(url, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_in_other_letters_is_sent_as_the_network_knows_it():
+    assert links.check_link("https://B\u00fccher.example/\u00e4.png")[1::2] == (
+        "xn--bcher-kva.example",
+        "/%C3%A4.png",
+    )
+    with pytest.raises(ValueError, match="cannot be read"):
+        links.check_link("https://" + "\u00fc" * 70 + ".example/")
+
+
 PRIVATE = (
     "10.1.2.3", "172.16.0.1", "192.168.1.1", "127.0.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
     "224.0.0.1", "255.255.255.255", "::", "::1", "fe80::1%eth0", "fd00::1", "ff02::1", "::ffff:127.0.0.1",
     "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "2002:7f00:1::", "2001:0:0:0:0:0:80ff:fffe",
+    "fec0::1",
 )  # fmt: skip
 
 

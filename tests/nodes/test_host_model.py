@@ -105,7 +105,7 @@ def test_a_guider_of_three_conditionings(files, models, prompts):
     from comfy_extras.nodes_custom_sampler import DualCFGGuider
 
     def dual(model):
-        guider = DualCFGGuider.execute(model, prompts[0], prompts[1], prompts[1], 3.0, 2.0, "regular").result[0]
+        guider = DualCFGGuider.execute(model, *prompts, prompts[1], 3.0, 2.0, "regular").result[0]
         samples = torch.zeros(1, 16, 2, 4, 4)
         noise = comfy.sample.prepare_noise(samples, 5)
         sigmas = torch.tensor([1.0, 0.5, 0.0])
@@ -134,8 +134,9 @@ def test_context_windows_and_easycache_act_as_on_the_native_model(files, models,
 
     latent = {"samples": torch.zeros(1, 16, 7, 4, 4)}
     plain = ksample(models["t2v"], *prompts, latent)
+    windows = (17, 8, "standard_static", 1, False, "pyramid", False)
     patches = [
-        lambda m: WanContextWindowsManualNode.execute(m, 17, 8, "standard_static", 1, False, "pyramid", False),
+        lambda m: WanContextWindowsManualNode.execute(m, *windows),
         lambda m: EasyCacheNode.execute(m, 3.0, 0.0, 1.0, False),
     ]
     for patch in patches:

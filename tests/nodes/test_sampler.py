@@ -172,14 +172,14 @@ def _with_cache(name):
         (_with_attention_patch, "attn2_patch"),
     ],
 )
-def test_patches_that_would_spoil_the_result_are_refused(models, prompts, sample, monkeypatch, patch, message):
+def test_patches_that_would_spoil_the_result(models, prompts, sample, monkeypatch, patch, message):
     monkeypatch.setattr(host, "run_sampling", lambda *_: pytest.fail("sampling began"))
     with pytest.raises(ValueError, match="^Wan21Sampler: .*" + message):
         sample(patch(models["t2v"]), *prompts, {"samples": torch.zeros(1, 16, 2, 4, 4)})
 
 
 def test_a_negative_that_is_not_used_may_be_anything(i2v_job, sample):
-    model, positive, negative, latent = i2v_job
+    model, positive, _, latent = i2v_job
     expected = sample(*i2v_job, guidance_scale=1.0)[0]["samples"]
     bare = [[torch.zeros(1, 512, 128), {"area": (1, 1, 0, 0)}]] * 2
     assert torch.equal(sample(model, positive, bare, latent, guidance_scale=1.0)[0]["samples"], expected)

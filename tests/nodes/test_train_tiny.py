@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers_nodes import relative
 from safetensors.torch import save_file
-from train_tiny import captions, data, dit, latents, metrics, train_vae
+from train_tiny import captions, data, dit, latents, metrics, optim, progress, train_vae
 from train_tiny.export import metadata, stored
 from train_tiny.text import HOST_TOKENS, train_tokenizer
 from train_tiny.train_dit import TinyModel, random_sigmas, sigma_shift
@@ -157,6 +157,36 @@ def test_an_interrupted_encoding_goes_on(vaes, folder):
     rows = ([0, 1, 2], ["end"] * 3)
     for a, b in zip(whole.batch(plan[0][0], *rows)[:2], cut.batch(plan[0][0], *rows)[:2]):
         assert torch.equal(a, b)
+
+
+def test_each_plan_is_encoded_with_its_own_pictures(vaes, folder):
+    """What was encoded before, held-out clips for instance, leaves nothing: a restart between is the same."""
+    bucket = latents.Bucket(13, 32, 32, 1.0)
+    encoder = latents.Encoder(vaes[0])
+    latents.write_shards(encoder, folder / "held_out", [(bucket, 1, 7)])
+    latents.write_shards(encoder, folder / "after", [(bucket, 1, 8)])
+    latents.write_shards(latents.Encoder(vaes[0]), folder / "alone", [(bucket, 1, 8)])
+    after, alone = (latents.Latents(folder / name, [(bucket, 1, 8)]) for name in ("after", "alone"))
+    assert torch.equal(after.parts[bucket]["tail"], alone.parts[bucket]["tail"])
+
+
+def test_a_longer_training_is_not_taken_for_a_finished_one(folder):
+    stage = progress.Stage(folder / "long", "x")
+    stage.save({"step": 9, "parts": {}})
+    with pytest.raises(ValueError, match="step 9 of a longer schedule"):
+        progress.train(stage, progress.Parts(), 6, lambda step: pytest.fail("trained"), dict)
+    assert not stage.done and stage.load()["step"] == 9
+
+
+def test_muon_makes_the_same_of_wide_and_tall_matrices_as_of_square_ones():
+    """The short way over the gram matrix against the iteration as it is published, singular values near 1."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(3, 32, 128, generator=generator)
+    expected = optim.newton_schulz(wide / wide.norm(dim=(1, 2), keepdim=True), 5)
+    assert relative(optim.orthogonalize(wide, 5), expected) < 1e-5
+    assert torch.equal(optim.orthogonalize(wide.mT, 5), optim.orthogonalize(wide, 5).mT)
+    values = torch.linalg.svdvals(expected)
+    assert values.min() > 0.6 and values.max() < 1.3
 
 
 def test_clips_are_drawn_as_often_as_said(vaes, folder):

@@ -4,11 +4,13 @@ import base64
 import io
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
 from inferencesh import APIError
 from PIL import Image
+from wan21.server import jobs
 
 
 def png(size=(80, 64), **options):
@@ -113,6 +115,28 @@ def test_a_used_upload_goes_after_an_hour(api, job, image):
     with sqlite3.connect(api.host.data_directory / "jobs.sqlite") as database:
         ((expires_at,),) = database.execute("SELECT expires_at FROM files WHERE role = 'upload'")
     assert 0 < expires_at - time.time() <= 3600
+
+
+def test_a_picture_of_one_task_starts_another(api, job):
+    first = api.client.run(job(), wait=False)["id"]
+    [picture] = api.client.tasks.files(first).data
+    second = api.client.run(job(image=picture["uri"]), wait=False)["id"]
+    stored = [api.host.input_directory / "wan21" / task / "image.png" for task in (first, second)]
+    assert stored[0].read_bytes() == stored[1].read_bytes()
+
+
+def test_many_announcements_at_once_share_one_quota(limited):
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: announce(limited, b"x" * 2**20, "a" * 32), range(12)))
+    assert sum(isinstance(answer, dict) for answer in answers) == 2
+
+
+def test_a_job_whose_pictures_took_too_long_is_not_queued(api, job, monkeypatch):
+    body = {"app": "infsh/wan2-1-i2v", "input": api.client.run(job(), wait=False)["input"]}
+    monkeypatch.setattr(jobs, "REPLY_SECONDS", 0)
+    answer = requests.post(f"{api.url}/apps/run", json=body)
+    assert answer.status_code == 503 and int(answer.headers["Retry-After"]) > 0
+    assert len(api.host.queue) == 1 and len(list(api.host.input_directory.rglob("image.png"))) == 1
 
 
 def test_one_key_does_not_see_what_is_anothers(limited, job):

@@ -171,8 +171,11 @@ def test_sessions(api, job):
     session = first["session_id"]
     assert api.client.run(job({"session": session}), wait=False)["session_id"] == session
     [listed] = requests.get(f"{api.url}/sessions").json()["data"]
+    expires_at = listed["expires_at"]
     assert listed["call_count"] == 2 and listed["status"] == "active"
     assert requests.post(f"{api.url}/sessions/{session}/keepalive").ok
+    [listed] = requests.get(f"{api.url}/sessions").json()["data"]
+    assert listed["call_count"] == 2 and listed["expires_at"] > expires_at
     assert requests.delete(f"{api.url}/sessions/{session}").status_code == 204
     assert requests.get(f"{api.url}/sessions/{session}").status_code == 410
     body = {"app": "infsh/wan2-1-i2v", "session": session, "input": first["input"]}

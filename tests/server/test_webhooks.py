@@ -11,6 +11,7 @@ import pytest
 from helpers_server import Receiver, serve, wait_until
 from wan21.server import webhooks
 from wan21.server.settings import Settings
+from wan21.server.store import Store
 
 SECRET = "a secret of the receiver"
 
@@ -92,6 +93,26 @@ def test_a_restart_delivers_what_is_due(host, job, receive):
         wait_until(lambda: receiver.events)
         event = json.loads(receiver.events[0][1])
         assert event["status"] == 11 and "stopped while the task ran" in event["error"]
+
+
+def test_an_event_that_cannot_be_noted_is_not_sent_over_and_over(api, job, receive, monkeypatch):
+    """A full disk, for instance: the receiver took the event, and the database did not."""
+    receiver, save = receive(), Store.save
+    broken = []
+
+    async def full(store, row, *names):
+        if "hook_state" in names and len(broken) < 2:
+            broken.append(row.id)
+            raise OSError("the disk is full")
+        await save(store, row, *names)
+
+    monkeypatch.setattr(Store, "save", full)
+    monkeypatch.setattr(webhooks, "FAILED_SECONDS", 1.5)
+    began = time.monotonic()
+    task = api.client.run(job({"webhook": receiver.url}), wait=False)
+    api.client.cancel(task["id"])
+    wait_until(lambda: delivery(api, task)["state"] == "delivered")
+    assert len(receiver.events) == 3 and time.monotonic() - began > 3
 
 
 def test_a_silent_receiver_holds_up_its_own_key_alone(host, job, receive, monkeypatch):
