@@ -107,11 +107,14 @@ def test_the_hosts_ranges_are_those_of_the_schema(server):
 
 
 def test_wrong_fields_queue_nothing(jobs, server):
+    before = len(server.client.get("/history"))
     with pytest.raises(APIError) as raised:
         jobs.run(request(num_frames=6, bogus=1), wait=False)
     paths = {error["path"] for error in json.loads(raised.value.response_body)["errors"]}
     assert raised.value.status_code == 422 and paths == {"input.num_frames", "input.bogus"}
-    assert server.client.get("/queue")["queue_pending"] == []
+    queue = server.client.get("/queue")
+    assert queue["queue_pending"] == [] and queue["queue_running"] == []
+    assert len(server.client.get("/history")) == before
 
 
 def test_a_killed_server_loses_no_task(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from train_tiny.host import Host
 FOLDER = ROOT / "tests" / "pretended_gpu"
 # Otherwise the host computes in 16 bits on a GPU.
 FLOAT32 = ["--force-fp32", "--fp32-vae", "--fp32-text-enc"]
-GRAPHS = ["fast", "first_last_frame", "low_memory", "video_to_video"]
+GRAPHS = ["fast", "first_last_frame", "low_memory", "upscaled", "video_to_video"]
 # (file, whether weights come to the device at their use, what is left out: it has a kernel of its own, goes
 # on on the CPU where there is a GPU, gives models tensors of the CPU, or looks at weights before their use)
 NODES = [
@@ -34,6 +35,9 @@ NODES = [
     ("test_host_vae", False, ""),
     ("test_vae_decode", False, "test_an_error_names_the_file_that_resumes"),
     ("test_memory", False, ""),
+    ("test_sampler", True, ""),
+    ("test_image_to_video", False, ""),
+    ("test_upsample", False, ""),
 ]
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU: tests/gpu")
@@ -103,3 +107,5 @@ def runs():
 def test_the_nodes_pass_their_tests(runs, case):
     done = runs[case].result()
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert re.search(r"^[1-9]\d* passed", done.stdout.splitlines()[-1]), done.stdout[-500:]
+    assert "skipped" not in done.stdout.splitlines()[-1], done.stdout[-500:]

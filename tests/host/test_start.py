@@ -19,6 +19,8 @@ NODE_IDS = {
     "Wan21ImageToVideo",
     "Wan21Sampler",
     "Wan21VAEDecode",
+    "Wan21TemporalUpsample",
+    "Wan21SpatialUpsample",
 }
 IMPORT_BUDGET_S = 0.3
 

@@ -214,6 +214,13 @@ def test_the_recipe_the_host_keeps_builds_the_same_model(models, prompts):
     assert torch.equal(ksample(again, *prompts, latent), ksample(models["t2v"], *prompts, latent))
 
 
+@pytest.mark.parametrize("device", ["default", "cpu"])
+def test_text_encoder_runs_where_it_was_told(files, device):
+    """The two differ on a GPU, the pretended one too."""
+    told = {"default": comfy.model_management.text_encoder_device(), "cpu": torch.device("cpu")}
+    assert host.load_text_encoder(files["umt5"], device).patcher.load_device == told[device]
+
+
 def test_text_encoder_equals_hugging_face(files, prompts):
     import sentencepiece
     from transformers import UMT5Config, UMT5EncoderModel

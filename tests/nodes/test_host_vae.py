@@ -59,7 +59,25 @@ def test_decode_stops_on_cancel(vae, clip):
     import comfy.model_management as management
 
     latent = vae.encode(clip)
+    expected = vae.decode(latent)
     management.interrupt_current_processing(True)
     with pytest.raises(management.InterruptProcessingException):
         vae.decode(latent)
-    assert torch.equal(vae.decode(latent), vae.decode(latent))
+    assert torch.equal(vae.decode(latent), expected)
+
+
+def test_encode_goes_on_in_tiles_when_memory_runs_out(vae):
+    wide = torch.rand(5, 32, 640, 3, generator=torch.Generator().manual_seed(0))
+    tiled = vae.encode_tiled(wide, tile_x=256, tile_y=256, overlap=64)
+    seen = []
+
+    def run_out(module, args):
+        seen.append(args[0].shape[-1])
+        if args[0].shape[-1] == 640:
+            raise torch.OutOfMemoryError("no memory for whole frames")
+
+    handle = vae.first_stage_model.encoder.downsamples[0].register_forward_pre_hook(run_out)
+    latent = vae.encode(wide)
+    handle.remove()
+    assert seen[0] == 640 and 0 < max(seen[1:]) < 640
+    assert torch.equal(latent, tiled)

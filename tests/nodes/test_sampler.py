@@ -255,6 +255,7 @@ BAD = [
     ({"positive": [[torch.zeros(1, 512, 4096), {}]]}, "text features 4096 wide; this model reads 128"),
     ({"positive": [[torch.zeros(1, 512, 128), {}]]}, "carries no image. Put Wan21ImageToVideo"),
     ({"negative": [[torch.zeros(1, 512, 128), {"area": (1, 1, 0, 0)}]]}, "negative carries area"),
+    ({"positive": [[torch.zeros(1, 512, 128), {}]] * 2}, "positive holds 2 entries"),
 ]  # fmt: skip
 
 
@@ -264,6 +265,40 @@ def test_bad_input_is_named_before_any_step(i2v_job, sample, inputs, message, mo
     job = dict(zip(("model", "positive", "negative", "latent"), i2v_job))
     with pytest.raises(ValueError, match="^Wan21Sampler: .*" + message):
         sample(**(job | inputs))
+
+
+def _asked_by_host_nodes():
+    from comfy import controlnet, hooks
+
+    import nodes as host_nodes
+
+    mask = torch.ones(1, 8, 8)
+
+    def control(cond):
+        net, picture = controlnet.ControlNet(None), torch.zeros(1, 64, 64, 3)
+        net.control_model_wrapped = None  # what there is of a net without weights
+        both = host_nodes.ControlNetApplyAdvanced().apply_controlnet(cond, cond, net, picture, 1.0, 0.0, 1.0)
+        return both[0]
+
+    def hooked(cond):
+        settings = {"strength": 1.0, "set_cond_area": "default", "hooks": hooks.HookGroup()}
+        return hooks.set_conds_props([cond, cond], **settings)[0]
+
+    return {
+        "area": lambda cond: host_nodes.ConditioningSetArea().append(cond, 64, 64, 0, 0, 1.0)[0],
+        "mask": lambda cond: host_nodes.ConditioningSetMask().append(cond, mask, "default", 1.0)[0],
+        "control": control,
+        "hooks": hooked,
+        "start_percent": lambda cond: host_nodes.ConditioningSetTimestepRange().set_range(cond, 0.1, 1.0)[0],
+    }
+
+
+@pytest.mark.parametrize("key", ["area", "mask", "control", "hooks", "start_percent"])
+def test_what_host_nodes_ask_for_and_is_not_done_is_named(i2v_job, sample, key):
+    model, positive, negative, latent = i2v_job
+    asking = _asked_by_host_nodes()[key](positive)
+    with pytest.raises(ValueError, match=f"^Wan21Sampler: positive carries .*{key}"):
+        sample(model, asking, negative, latent)
 
 
 def test_image_on_a_text_to_video_model_is_named(models, image_to_video, sample):

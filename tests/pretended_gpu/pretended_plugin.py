@@ -24,6 +24,7 @@ def pytest_collection_finish(session):
         comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
         memory_management.aimdo_enabled = True
     pretended_cuda.begin()
+    assert comfy.model_management.get_torch_device().type == "cuda"  # else the tests would pass on the CPU
 
 
 @pytest.hookimpl(wrapper=True)

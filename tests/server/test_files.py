@@ -3,11 +3,15 @@
 import base64
 import io
 import sqlite3
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import requests
+from helpers_server import serve, wait_until
 from inferencesh import APIError
 from PIL import Image
 from wan21.server import jobs
@@ -87,8 +91,6 @@ def test_an_upload_url_works_once_for_the_announced_size(api):
 
 @pytest.fixture
 def limited(host, monkeypatch):
-    from helpers_server import serve
-
     for name, value in {
         "WAN21_API_KEYS": "a" * 32 + "," + "b" * 32,
         "WAN21_MAX_UPLOAD_MB": "1",
@@ -137,6 +139,84 @@ def test_a_job_whose_pictures_took_too_long_is_not_queued(api, job, monkeypatch)
     answer = requests.post(f"{api.url}/apps/run", json=body)
     assert answer.status_code == 503 and int(answer.headers["Retry-After"]) > 0
     assert len(api.host.queue) == 1 and len(list(api.host.input_directory.rglob("image.png"))) == 1
+
+
+@contextmanager
+def web_server(content):
+    """Address of a picture on a web server of this machine."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/a.png"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_picture_is_fetched_from_a_link(host, job, monkeypatch):
+    monkeypatch.setenv("WAN21_ALLOW_PRIVATE_URLS", "1")
+    monkeypatch.setenv("WAN21_MAX_UPLOAD_MB", "1")
+    with serve(host) as api:
+        with web_server(png((70, 50))) as link:
+            task = api.client.run(job(image=link), wait=False)
+        folder = host.input_directory / "wan21" / task["id"]
+        assert [path.name for path in folder.iterdir()] == ["image.png"]
+        with Image.open(folder / "image.png") as stored:
+            assert stored.size == (70, 50)
+        for content, message in (
+            (b"x" * (2**20 + 1), "has more than 1.05 MB"),
+            (b"no picture", "not a picture"),
+        ):
+            with web_server(content) as link, pytest.raises(APIError, match=message):
+                api.client.run(job(image=link), wait=False)
+    assert len(host.queue) == 1 and len(list((host.input_directory / "wan21").rglob("*.*"))) == 1
+
+
+def test_uploads_that_were_not_used_in_time_are_removed(host):
+    with serve(host) as api:
+        old, fresh = announce(api, png()), announce(api, png())
+        for file in (old, fresh):
+            assert requests.put(file["upload_url"], data=png()).ok
+    uploads = host.data_directory / "uploads"
+    assert len(list(uploads.iterdir())) == 2
+    with sqlite3.connect(host.data_directory / "jobs.sqlite") as database:
+        database.execute("UPDATE files SET expires_at = ? WHERE id = ?", (time.time() - 1, old["id"]))
+    with serve(host) as api:
+        wait_until(lambda: len(list(uploads.iterdir())) == 1)
+        wait_until(lambda: requests.get(f"{api.url}/files/{old['id']}").status_code == 404)
+        assert requests.get(f"{api.url}/files/{fresh['id']}").content == png()
+
+
+def test_the_files_of_a_task_go_by_role_and_urls_have_the_public_base(host, job, monkeypatch):
+    monkeypatch.setenv("WAN21_PUBLIC_URL", "https://video.example.com/wan21/")
+    with serve(host) as api:
+        file = announce(api, png())
+        public, _, path = file["upload_url"].partition("/upload/")
+        assert public == "https://video.example.com/wan21"
+        assert requests.put(f"{api.url}/upload/{path}", data=png()).ok
+        task = api.client.run(job(image=file["uri"]), wait=False)
+        files = f"{api.url}/tasks/{task['id']}/files"
+        assert requests.delete(files).status_code == 409
+        api.play_next()
+        wait_until(lambda: api.client.get_task(task["id"]).data["status"] == 10)
+        output = api.client.get_task(task["id"]).data["output"]
+        assert output["video"].startswith("https://video.example.com/wan21/files/")
+        assert requests.delete(f"{files}?role=upload").status_code == 422
+        kept = host.input_directory / "wan21" / task["id"] / "image.png"
+        gone = requests.delete(f"{files}?role=output").json()["data"]
+        assert len(gone["deleted"]) == 3 and not gone["skipped"] and kept.is_file()
+        [left] = requests.get(files).json()["data"]
+        assert left["role"] == "input"
+        assert requests.delete(files).json()["data"]["deleted"] == [left["id"]] and not kept.exists()
 
 
 def test_one_key_does_not_see_what_is_anothers(limited, job):

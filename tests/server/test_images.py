@@ -26,12 +26,30 @@ def test_exif_turns_the_picture_and_metadata_go(tmp_path):
         )
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
+@pytest.mark.parametrize(
+    "mode, colour, expected",
+    [
+        ("L", 200, (200, 200, 200)),
+        ("LA", (200, 255), (200, 200, 200)),
+        ("LA", (200, 0), (0, 0, 0)),
+        ("P", 1, (10, 200, 30)),
+        ("RGBA", (10, 200, 30, 255), (10, 200, 30)),
+        ("RGBA", (10, 200, 30, 0), (0, 0, 0)),
+        ("RGBA", (20, 200, 40, 128), (10, 100, 20)),
+        ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+        ("I;16", 200 * 257, (200, 200, 200)),
+        ("1", 1, (255, 255, 255)),
+    ],
+)
+def test_every_mode_becomes_rgb_over_black(tmp_path, mode, colour, expected):
+    picture = Image.new(mode, (16, 16), colour)
+    if mode == "P":
+        picture.putpalette([0, 0, 0, 10, 200, 30])
     kind = "JPEG" if mode == "CMYK" else "PNG"
-    write_png(save(tmp_path / "a", Image.new(mode, (4, 4)), kind), tmp_path / "b.png")
+    write_png(save(tmp_path / "a", picture, kind), tmp_path / "b.png")
     with Image.open(tmp_path / "b.png") as written:
         assert written.mode == "RGB"
+        assert written.getpixel((8, 8)) == pytest.approx(expected, abs=2 if kind == "JPEG" else 1)
 
 
 def test_sixteen_bits_are_scaled(tmp_path):

@@ -1,10 +1,15 @@
 """The input: schema, checks, and the graph that is queued."""
 
+import re
+from pathlib import Path
+
 import pytest
 import requests
 from helpers_server import APP
 from inferencesh import APIError
 from make_random_checkpoints import FLF2V, I2V, T2V
+from wan21.server import installed
+from wan21.server.graph import load_workflow, preferred_names
 
 
 def refused(api, params):
@@ -218,6 +223,64 @@ def test_models_are_chosen_by_what_they_are(api, job, image):
     ):
         with pytest.raises(APIError, match=message):
             api.client.run(job(**{part: name}), wait=False)
+
+
+def test_the_graphs_own_name_then_the_users_files_then_the_bundled_one(api, job, tmp_path, monkeypatch):
+    """The same checkpoint under four names, of which the best is taken away each time."""
+    of_graph = preferred_names(load_workflow(False))["model"]
+    bundled = "wan21-tiny.safetensors"
+    monkeypatch.setattr(installed, "BUNDLED", tmp_path / "bundled")
+    offered = [bundled, "b.safetensors", "a.safetensors", of_graph]
+    paths = {name: tmp_path / ("bundled" if name == bundled else "own") / name for name in offered}
+    for path in paths.values():
+        path.parent.mkdir(exist_ok=True)
+        path.hardlink_to(api.host.model_path("diffusion_models", I2V))
+    real_inputs, real_path = api.host.node_inputs, api.host.model_path
+    api.host.model_path = lambda folder, name: paths.get(name) or real_path(folder, name)
+    api.host.node_inputs = lambda kind: (
+        {"model_name": {"type": "COMBO", "options": list(offered)}}
+        if kind == "Wan21ModelLoader"
+        else real_inputs(kind)
+    )
+    for expected in (of_graph, "a.safetensors", "b.safetensors", bundled):
+        nodes, task = graph_of(api, job())
+        log = " ".join(entry["content"] for entry in task["logs"])
+        assert nodes["Wan21ModelLoader"]["model_name"] == expected
+        assert (f"model: {expected} was chosen of" in log) == (len(offered) > 1)
+        assert ("the small one that comes with Wan21" in log) == (expected == bundled)
+        offered.remove(expected)
+
+
+@pytest.mark.parametrize(
+    "fields, shift",
+    [
+        ({"size": "832*480"}, 3),
+        ({"size": "848*480"}, 5),
+        ({"end_image": True}, 16),
+        ({"end_image": True, "add_frames_for_end_image": True}, 3),  # on a plain model
+        ({"end_image": True, "shift": 7.5}, 7.5),
+    ],
+)
+def test_shift_by_size_and_model(api, job, image, fields, shift):
+    if "end_image" in fields:
+        fields = fields | {"end_image": image}
+    assert graph_of(api, job(**fields))[0]["Wan21Sampler"]["flow_shift"] == shift
+
+
+def test_the_page_names_every_field_with_its_default(api):
+    page = (Path(__file__).parents[2] / "docs" / "job-api.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", page.partition("## Output")[0], re.MULTILINE))
+    schema = requests.get(f"{api.url}/apps/{APP}").json()
+    assert rows.keys() == schema["properties"].keys()
+    for name, field in schema["properties"].items():
+        default = field.get("default")
+        if name in schema["required"]:
+            assert rows[name] == "required", name
+        elif default is None or default == "":
+            assert rows[name] == "-", name
+        else:
+            shown = str(default).lower() if isinstance(default, bool) else str(default)
+            assert rows[name] == f"`{shown}`", name
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import requests
 from helpers_server import Receiver, serve, wait_until
 from wan21.server import webhooks
 from wan21.server.settings import Settings
@@ -93,6 +94,19 @@ def test_a_restart_delivers_what_is_due(host, job, receive):
         wait_until(lambda: receiver.events)
         event = json.loads(receiver.events[0][1])
         assert event["status"] == 11 and "stopped while the task ran" in event["error"]
+
+
+def test_a_webhook_of_a_deleted_task_is_not_sent(host, job, receive, monkeypatch):
+    """One that failed once is due again after a second; the task is gone before that."""
+    receiver, read = receive(500), Settings.from_environment
+    monkeypatch.setattr(Settings, "from_environment", lambda: replace(read(), webhook_delays=(1.0,)))
+    with serve(host) as api:
+        task = api.client.run(job({"webhook": receiver.url}), wait=False)
+        api.client.cancel(task["id"])
+        wait_until(lambda: delivery(api, task)["attempts"] == 1)
+        assert requests.delete(f"{api.url}/tasks/{task['id']}").status_code == 204
+        time.sleep(2.5)
+    assert len(receiver.events) == 1
 
 
 def test_an_event_that_cannot_be_noted_is_not_sent_over_and_over(api, job, receive, monkeypatch):
