@@ -27,7 +27,7 @@ TIMEOUT_S = 3600
 
 def main():
     """Read the options, run the graph on a fresh server, write the video and its contact sheet."""
-    options = _options()
+    options = read_options()
     _check_image(options.image)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped."))  # so that the server is stopped, too
     try:
@@ -41,7 +41,7 @@ def main():
     print(f"video          {VIDEO}\ncontact sheet  {SHEET}")
 
 
-def _options():
+def read_options():
     def option(name, convert, default, help_text):
         value = os.environ.get(name.upper()) or default
         parser.add_argument(f"--{name}", type=convert, default=value, help=f"{help_text} [{default}]")
@@ -70,15 +70,19 @@ def _check_image(path):
 
 
 def _run_on_server(options):
-    """Return the bytes of the mp4 that the graph writes."""
     shutil.rmtree(WORK_FOLDER, ignore_errors=True)
     print("Starting ComfyUI")
     with HostServer(WORK_FOLDER) as server:
-        image = server.client.upload_image(options.image)
-        graph = _filled_graph(options, image)
-        job = server.client.run(graph, on_event=_ProgressBars(graph), timeout_s=TIMEOUT_S)
-        video = next(file for file in job.files if file["filename"].endswith(".mp4"))
-        return server.client.download(video)
+        return make_video(server.client, options)
+
+
+def make_video(client, options):
+    """Return the bytes of the mp4 that the graph writes."""
+    image = client.upload_image(options.image)
+    graph = _filled_graph(options, image)
+    job = client.run(graph, on_event=_ProgressBars(graph), timeout_s=TIMEOUT_S)
+    video = next(file for file in job.files if file["filename"].endswith(".mp4"))
+    return client.download(video)
 
 
 def _filled_graph(options, image):

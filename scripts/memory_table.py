@@ -37,9 +37,10 @@ def cell(load, weights, budget):
     return f"{max(0, budget - needs[plan]) / weights:.0%}{low}"
 
 
-def main():
-    print("| checkpoint | size | weights | step | least | " + " | ".join(f"{d} GB" for d in DEVICES) + " |")
-    print("|---" * (5 + len(DEVICES)) + "|")
+def table():
+    """Lines of Markdown."""
+    yield "| checkpoint | size | weights | step | least | " + " | ".join(f"{d} GB" for d in DEVICES) + " |"
+    yield "|---" * (5 + len(DEVICES)) + "|"
     for name, size, width in CHECKPOINTS:
         config = SIZES[size]
         matrices, others = weight_counts(config)
@@ -50,8 +51,8 @@ def main():
             sizes = (weights, step_bytes(load, plans[0]), step_bytes(load, plans[-1]))
             row = [name, latent_name, *(f"{n / GIB:.1f} GiB" for n in sizes)]
             row += [cell(load, weights, d * GIB - RESERVE) for d in DEVICES]
-            print("| " + " | ".join(row) + " |")
+            yield "| " + " | ".join(row) + " |"
 
 
 if __name__ == "__main__":
-    main()
+    print("\n".join(table()))

@@ -6,9 +6,11 @@ import bench_joint
 import calibrate_teacache
 import compare_interpolation
 import compare_options
+import memory_table
 import numpy as np
 import pytest
 import torch
+from pack import ROOT
 from wan21.nodes import host
 
 SMALL = ["--width", "32", "--height", "32", "--num-frames", "5"]
@@ -75,6 +77,11 @@ def test_options_are_compared_with_the_plain_run(files, tmp_path):
     assert by_name["teacache-2"][5] < 4 and by_name["teacache-2"][3] < 100
     assert compare_options.side_by_side(videos).size == (5 * 32, 4 * (32 + compare_options.LABEL_HEIGHT))
     assert compare_options.table(rows).count("\n") == 5
+
+
+def test_the_page_on_memory_holds_the_table_of_today():
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert "\n".join(memory_table.table()) in page
 
 
 def test_psnr_and_ssim():

@@ -9,8 +9,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from wan21.wan.config import SIZES, WanConfig
-from wan21.wan.dit import WanModel
-from wan21.wan.memory import GIB, Load, MemoryPlan, choose_plans, plans_from, step_bytes, weight_counts
+from wan21.wan.dit import WanModel, run_blocks
+from wan21.wan.memory import (
+    GIB,
+    LATENT_COPIES,
+    Load,
+    MemoryPlan,
+    choose_plans,
+    plans_from,
+    step_bytes,
+    weight_counts,
+)
+from wan21.wan.teacache import Plan, TeaCache
 
 TOY = WanConfig(in_dim=36, dim=256, ffn_dim=1024, num_heads=2, num_layers=2, text_dim=64, image_dim=1280)
 
@@ -38,8 +48,8 @@ class LiveBytes(TorchDispatchMode):
             self.peak = max(self.peak, sum(self.live.values()))
 
 
-def counted(config, latent, dtype, plan, passes=2, image_tokens=0, device="cuda"):
-    """Peak of the new tensors of one model call. On `cuda` they are fake: shapes, and no device needed.
+def counted(config, latent, dtype, plan, passes=2, image_tokens=0, device="cuda", teacache=False):
+    """Peak of the new tensors of a step. On `cuda` they are fake: shapes, and no device needed.
 
     The model computes float32 where the loaded one does: patches, time, modulation, residual stream.
     """
@@ -59,16 +69,19 @@ def counted(config, latent, dtype, plan, passes=2, image_tokens=0, device="cuda"
         timestep = torch.zeros(batch, device=device)
         given = [x, text, timestep] + ([clip] if image_tokens else [])
         with LiveBytes(device, [*model.parameters(), *given]) as live:
-            names = ("cond", "uncond")[:count]
-            model(x, timestep, text, clip, pass_names=names, attention=attention, parts=plan.parts)
+            runner = TeaCache(Plan((True, False), 0.0, 1)).around(0)(run_blocks) if teacache else run_blocks
+            names = ("cond", "uncond")[:passes]
+            for group in [names] if plan.joint else [(name,) for name in names]:
+                how = {"attention": attention, "runner": runner, "parts": plan.parts}
+                model(x, timestep, text, clip, pass_names=group, **how)
     return live.peak
 
 
-def estimated(config, latent, dtype, plan, passes=2, image_tokens=0):
+def estimated(config, latent, dtype, plan, passes=2, image_tokens=0, teacache=False):
     """The estimate, less what is held outside the model call: the latents, the input and its parts."""
-    load = Load(config, latent, passes, dtype.itemsize, image_tokens=image_tokens)
+    load = Load(config, latent, passes, dtype.itemsize, image_tokens=image_tokens, teacache=teacache)
     area, together = 16 * load.tokens, passes if plan.joint else 1
-    return step_bytes(load, plan) - area * (16 * (6 + passes) + together * 2 * config.in_dim)
+    return step_bytes(load, plan) - area * (16 * (LATENT_COPIES + passes) + together * 2 * config.in_dim)
 
 
 PLANS = [MemoryPlan(), MemoryPlan(True, 4), MemoryPlan(False), MemoryPlan(False, 4)]
@@ -91,6 +104,16 @@ def test_estimate_at_released_sizes(size, latent, dtype, plan):
     real = counted(config, latent, dtype, plan, image_tokens=image_tokens)
     ours = estimated(config, latent, dtype, plan, image_tokens=image_tokens)
     assert 0.97 < ours / real < 1.1, f"{ours / GIB:.2f} estimated, {real / GIB:.2f} GiB counted"
+
+
+@pytest.mark.parametrize("plan", PLANS[::3], ids=str)
+def test_estimate_with_teacache(plan):
+    """It keeps the residual of each pass, and the tokens before the blocks while a pass walks."""
+    config = replace(SIZES["i2v-14B"], num_layers=1)
+    real, plain = (counted(config, SHORT, torch.bfloat16, plan, teacache=on) for on in (True, False))
+    ours = estimated(config, SHORT, torch.bfloat16, plan, teacache=True)
+    assert 0.97 < ours / real < 1.1, f"{ours / GIB:.2f} estimated, {real / GIB:.2f} GiB counted"
+    assert real > 1.05 * plain
 
 
 @pytest.mark.parametrize("plan", PLANS[::3], ids=str)
