@@ -42,6 +42,25 @@ def test_dit_in_16_bit_is_near_float32(dtype):
     assert error < 0.02
 
 
+def test_multiplication_in_fp8_is_near_that_of_fp8_weights(tmp_path):
+    import comfy.model_management
+    from make_random_checkpoints import T2V, make_checkpoints
+    from wan21.nodes import host
+
+    if not comfy.model_management.supports_fp8_compute(torch.device("cuda", 0)):
+        pytest.skip("this device does not multiply in fp8")
+    path = make_checkpoints(tmp_path) / "diffusion_models" / T2V
+    outs = []
+    for weight_dtype in ("fp8_e4m3fn", "fp8_e4m3fn_fast"):
+        patcher = host.load_model(path, weight_dtype)
+        comfy.model_management.load_models_gpu([patcher])
+        g = torch.Generator().manual_seed(0)
+        x, text = torch.randn(1, 16, 3, 32, 32, generator=g), torch.randn(1, 512, 128, generator=g)
+        t = torch.tensor([700.0], device="cuda")
+        outs.append(patcher.model.diffusion_model(x.cuda(), t, text.to("cuda", torch.bfloat16)).float())
+    assert 0 < (outs[1] - outs[0]).norm() < 0.2 * outs[0].norm()
+
+
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_vae_memory_does_not_grow_with_the_frames(direction):
     vae = fill_randomly(WanVAE(dim=32)).cuda()
@@ -115,7 +134,7 @@ def test_vae_goes_on_when_memory_really_runs_out():
 
 
 def test_vae_decode_beside_the_native_one():
-    """81 frames of 480x832: the time and, in tiles of 512, the memory that this pack promises."""
+    """81 frames of 480x832: the time and, in tiles of 512, the memory that were aimed at."""
     from bench import measure
 
     row = measure("vae-tiles", "cuda", 3, quick=False)

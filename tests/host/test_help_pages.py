@@ -52,6 +52,24 @@ def test_defaults_are_those_documented(our_nodes):
             assert f"**{shown}**" in row, f"{node_id}.{name}: {shown} is not in {row}"
 
 
+def test_ranges_and_choices_are_those_documented(our_nodes):
+    """Lists of installed files are not choices of ours."""
+    checked = 0
+    for node_id, node in our_nodes.items():
+        page = (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
+        for name, (kind, options) in widgets(node):
+            values = re.search(rf"^\| `{name}` \| (.*?) \|", page, re.MULTILINE)[1].replace("**", "")
+            if kind in {"INT", "FLOAT"}:
+                highest = "2⁶⁴-1" if options["max"] == 2**64 - 1 else f"{options['max']:g}"
+                assert values.startswith(f"{options['min']:g} to {highest}, "), f"{node_id}.{name}: {values}"
+            elif kind == "COMBO" and "files" not in values:
+                assert set(values.split(", ")) == set(options["options"]), f"{node_id}.{name}: {values}"
+            else:
+                continue
+            checked += 1
+    assert checked > 25
+
+
 def defaults(node):
     for group in node["input"].values():
         for name, spec in group.items():

@@ -1,6 +1,7 @@
 """A GGUF checkpoint gives the numbers of its unpacked weights, and LoRAs work on top."""
 
 import folder_paths
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -9,8 +10,6 @@ from safetensors.torch import load_file, save_file
 from wan21.nodes import host
 from wan21.nodes.load import Wan21ModelLoader, model_names
 from wan21.wan.lora import apply_patch
-
-gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
 """GGUF files are read with their shapes, and what is damaged is named."""
 
+import gguf
 import numpy as np
 import pytest
 from wan21.nodes.gguf_file import read_gguf
 from wan21.wan.gguf import dequantize
-
-gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
 
 def write(path, tensors, orig_shapes=()):

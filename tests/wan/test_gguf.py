@@ -1,11 +1,10 @@
 """Unpacked GGUF blocks equal those of the gguf package bit for bit, for any bytes."""
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from wan21.wan import gguf as wg
-
-gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
 
 def random_bytes(kind, blocks, seed):
