@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from train_tiny import captions, data, dit, latents, metrics, optim, progress, train_vae
 from train_tiny.export import metadata, stored
 from train_tiny.text import HOST_TOKENS, train_tokenizer
-from train_tiny.train_dit import TinyModel, random_sigmas, sigma_shift
+from train_tiny.train_dit import Schedule, TinyModel, learning_rate, random_sigmas, sigma_shift
 from wan21.nodes import host
 from wan21.nodes.image_to_video import Wan21ImageToVideo
 from wan21.nodes.sampler import Wan21Sampler
@@ -157,6 +157,13 @@ def test_an_interrupted_encoding_goes_on(vaes, folder):
     rows = ([0, 1, 2], ["end"] * 3)
     for a, b in zip(whole.batch(plan[0][0], *rows)[:2], cut.batch(plan[0][0], *rows)[:2]):
         assert torch.equal(a, b)
+
+
+def test_the_learning_rate_ends_at_zero_twice():
+    schedule = Schedule(clips=1, steps=1500, tokens=1, hold=0.4, second=(1000, 0.3))
+    rates = [learning_rate(step, schedule) for step in range(schedule.steps)]
+    assert max(rates[:1000]) == 1 and rates[399] == 1 and 0.49 < rates[700] < 0.51 and rates[999] < 0.002
+    assert 0.26 < max(rates[1000:]) < 0.3 and rates[1000] < 0.01 and 0 < rates[-1] < 0.001
 
 
 def test_each_plan_is_encoded_with_its_own_pictures(vaes, folder):
