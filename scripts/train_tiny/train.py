@@ -22,7 +22,11 @@ from train_tiny.export import export  # noqa: E402
 from train_tiny.progress import WORK, Stage  # noqa: E402
 
 # If nothing else runs. Of "cuda" only the devices were checked, on a pretended one.
-DURATION = {"cpu": "about 4 hours", "cuda": "a schedule that has not been run yet", "smoke": "about three minutes"}
+DURATION = {
+    "cpu": "about 3.5 hours",
+    "cuda": "a schedule that has not been run yet",
+    "smoke": "about three minutes",
+}
 STAGES = ("vae", "encode", "dit", "lora", "vae_refined")
 VAE_SCHEDULES = {
     "cpu": train_vae.CPU,
