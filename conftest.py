@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "tests"))  # for helpers.py
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 
 import pack

@@ -3,11 +3,6 @@
 import torch
 
 
-def relative(a, b):
-    """Relative error of a against b."""
-    return ((a - b).norm() / b.norm()).item()
-
-
 def clip_vision(tokens=257, seed=0):
     """A CLIP_VISION_OUTPUT as the host's CLIPVisionEncode gives it, with random features."""
     import comfy.clip_vision

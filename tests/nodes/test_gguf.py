@@ -5,7 +5,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from helpers_nodes import relative
+from helpers import relative
 from safetensors.torch import load_file, save_file
 from wan21.nodes import host
 from wan21.nodes.load import Wan21ModelLoader, model_names

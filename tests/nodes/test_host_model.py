@@ -6,7 +6,8 @@ import comfy.samplers
 import comfy.sd
 import pytest
 import torch
-from helpers_nodes import clip_vision, relative
+from helpers import relative
+from helpers_nodes import clip_vision
 from safetensors.torch import load_file, save_file
 from wan21.nodes import host
 

@@ -3,7 +3,7 @@
 import comfy.sd
 import pytest
 import torch
-from helpers_nodes import relative
+from helpers import relative
 from safetensors.torch import load_file
 from wan21.nodes import host
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers_nodes import clip_vision, relative
+from helpers import relative
+from helpers_nodes import clip_vision
 from wan21.nodes.image_to_video import Wan21ImageToVideo
 from wan21.wan.conditioning import END_LATENT_ALONE, fit_image
 

@@ -4,7 +4,7 @@ import comfy.sample
 import folder_paths
 import pytest
 import torch
-from helpers_nodes import relative
+from helpers import relative
 from safetensors.torch import load_file, save_file
 from wan21.nodes import host
 from wan21.nodes.lora import Wan21LoraLoader

@@ -5,7 +5,8 @@ import re
 import comfy.model_management as management
 import pytest
 import torch
-from helpers_nodes import clip_vision, host_euler, relative
+from helpers import relative
+from helpers_nodes import clip_vision, host_euler
 from wan21.nodes import host
 from wan21.nodes.sampler import Wan21Sampler
 from wan21.nodes.vae_decode import Wan21VAEDecode

@@ -8,7 +8,7 @@ import types
 import comfy.model_management as management
 import pytest
 import torch
-from helpers_nodes import relative
+from helpers import relative
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open

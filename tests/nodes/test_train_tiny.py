@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from helpers_nodes import relative
+from helpers import relative
 from safetensors.torch import save_file
 from train_tiny import captions, data, dit, latents, metrics, optim, progress, train_vae
 from train_tiny.export import metadata, stored

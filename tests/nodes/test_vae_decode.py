@@ -8,7 +8,7 @@ import comfy.model_management as management
 import folder_paths
 import pytest
 import torch
-from helpers_nodes import relative
+from helpers import relative
 from wan21.nodes.vae_decode import Wan21VAEDecode
 from wan21.wan.conditioning import END_LATENT_ALONE, SAMPLING_SECONDS
 

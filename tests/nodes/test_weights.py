@@ -9,7 +9,7 @@ import comfy.quant_ops
 import pytest
 import torch
 from comfy_extras.nodes_torch_compile import TorchCompileModel
-from helpers_nodes import relative
+from helpers import relative
 from safetensors.torch import load_file, save_file
 from wan21.nodes import host
 from wan21.nodes.host import weights

@@ -27,11 +27,6 @@ def latents(frames, h=3, w=5, batch=1):
     return torch.randn(batch, 16, frames, h, w, generator=torch.Generator().manual_seed(frames))
 
 
-def relative_error(ours, reference):
-    assert ours.shape == reference.shape
-    return ((ours.float() - reference.float()).norm() / reference.float().norm()).item()
-
-
 class PeakBytes(TorchDispatchMode):
     """Most bytes of tensor storage alive at once among those made within the context."""
 

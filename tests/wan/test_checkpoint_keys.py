@@ -6,6 +6,8 @@ import torch
 from comfy.ldm.wan.model import WanModel as NativeModel
 from comfy.ldm.wan.vae import WanVAE as NativeVAE
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from helpers import relative
+from helpers_checkpoint import meta_state_dict, randomise, with_prefix
 from transformers import UMT5Config, UMT5EncoderModel
 from wan21.wan import checkpoint as ck
 
@@ -34,32 +36,8 @@ def native_dit(**kwargs):
     return NativeModel(dim=24, num_heads=2, **DIT, operations=comfy.ops.disable_weight_init, **kwargs)
 
 
-def randomise(module, seed=0):
-    """Every parameter different, biases and norms too; matrices of unit gain."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 and "gamma" not in name else 0.2
-        parameter.data = noise * scale + ("norm" in name or "gamma" in name)
-    return module.eval().requires_grad_(False)
-
-
-def meta_state_dict(build):
-    """Keys and shapes of a model, without its memory."""
-    with torch.device("meta"):
-        return build().state_dict()
-
-
 def shapes(state_dict):
     return {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
-
-
-def with_prefix(prefix, state_dict):
-    return {prefix + key: tensor for key, tensor in state_dict.items()}
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 # --- DiT keys -----------------------------------------------------------------------------------------

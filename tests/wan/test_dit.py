@@ -4,6 +4,7 @@ import pytest
 import torch
 from comfy.ldm.wan.model import WanModel as NativeModel
 from diffusers import WanTransformer3DModel
+from helpers import relative
 from wan21.wan.checkpoint import to_wan_dit_keys
 from wan21.wan.config import SIZES, WanConfig, detect_config
 from wan21.wan.dit import WanModel, run_blocks
@@ -13,10 +14,6 @@ T2V = WanConfig(in_dim=16, **SMALL)
 I2V = WanConfig(in_dim=36, image_dim=1280, **SMALL)
 FLF = WanConfig(in_dim=36, image_dim=1280, image_tokens=514, **SMALL)
 PLAIN_I2V = WanConfig(in_dim=36, **SMALL)
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 def random_weights(model, seed=0):

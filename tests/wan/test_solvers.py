@@ -14,6 +14,7 @@ import math
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from helpers import relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wan21.wan.sigmas import flow_sigmas, partial_sigmas
@@ -54,10 +55,6 @@ def diffusers_scheduler(solver, shift):
     return DPMSolverMultistepScheduler(solver_order=2, algorithm_type="dpmsolver++", **common)
 
 
-def relative_error(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     # On tensors this small threads only wait for each other, for seconds on a busy machine.
@@ -84,7 +81,7 @@ SCHEDULES.append((4, 0.3))  # shifts DPM-Solver++'s first sigma to 0.99999999999
 def test_unipc_equals_diffusers_in_float64(steps, shift, float64_by_default):
     sigmas = flow_sigmas(steps, shift, "unipc")
     expected = run_diffusers(diffusers_scheduler("unipc", shift), noise(), sigmas)
-    assert relative_error(sample_unipc(toy_velocity, noise(), sigmas), expected) < 1e-12
+    assert relative(sample_unipc(toy_velocity, noise(), sigmas), expected) < 1e-12
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
@@ -93,7 +90,7 @@ def test_equals_diffusers_in_float32(solver, steps, shift):
     sigmas = flow_sigmas(steps, shift, solver)
     x = noise(dtype=torch.float32)
     expected = run_diffusers(diffusers_scheduler(solver, shift), x, sigmas)
-    assert relative_error(SOLVERS[solver](toy_velocity, x, sigmas), expected) < 3e-6
+    assert relative(SOLVERS[solver](toy_velocity, x, sigmas), expected) < 3e-6
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
@@ -101,7 +98,7 @@ def test_partial_run_equals_diffusers(solver):
     sigmas = partial_sigmas(12, 5.0, solver, 0.6)
     x = noise(dtype=torch.float32)
     expected = run_diffusers(diffusers_scheduler(solver, 5.0), x, sigmas)
-    assert relative_error(SOLVERS[solver](toy_velocity, x, sigmas), expected) < 3e-6
+    assert relative(SOLVERS[solver](toy_velocity, x, sigmas), expected) < 3e-6
 
 
 @every_solver
@@ -150,7 +147,7 @@ def test_order_of_convergence_on_wans_schedules(solver, lowest, highest, shift, 
     for steps in (160, 320, 640):
         sigmas = partial_sigmas(steps, shift, solver, denoise)
         end = SOLVERS[solver](gaussian_velocity, noise(), sigmas)
-        errors.append(relative_error(end, gaussian_flow(noise(), sigmas[0])))
+        errors.append(relative(end, gaussian_flow(noise(), sigmas[0])))
     assert all(lowest < p < highest for p in measured_orders(errors)), (errors, measured_orders(errors))
 
 
@@ -163,7 +160,7 @@ def test_order_of_convergence_on_even_lambdas(solver, order):
         sigmas = [1 / (1 + math.exp(-2 + 4 * i / steps)) for i in range(steps + 1)]
         seen = []
         SOLVERS[solver](gaussian_velocity, noise(), sigmas, lambda i, x0, x, seen=seen: seen.append(x))
-        errors.append(relative_error(seen[-1], gaussian_flow(noise(), sigmas[0], sigmas[-2])))
+        errors.append(relative(seen[-1], gaussian_flow(noise(), sigmas[0], sigmas[-2])))
     assert all(abs(p - order) < 0.25 for p in measured_orders(errors)), (errors, measured_orders(errors))
 
 
@@ -172,7 +169,7 @@ def test_second_order_pays_at_twenty_steps():
     for solver, sample in SOLVERS.items():
         sigmas = flow_sigmas(20, 3.0, solver)
         end = sample(gaussian_velocity, noise(), sigmas)
-        errors[solver] = relative_error(end, gaussian_flow(noise(), sigmas[0]))
+        errors[solver] = relative(end, gaussian_flow(noise(), sigmas[0]))
     assert errors["unipc"] < errors["dpm++"] < errors["euler"] / 3, errors
 
 
@@ -199,7 +196,7 @@ def test_one_and_two_steps_by_hand(solver):
 def test_unipc_takes_a_grid_that_starts_at_one():
     x = noise()
     end = sample_unipc(gaussian_velocity, x, flow_sigmas(50, 5.0, "euler"))
-    assert relative_error(end, gaussian_flow(x, 1.0)) < 2e-3
+    assert relative(end, gaussian_flow(x, 1.0)) < 2e-3
 
 
 @every_solver

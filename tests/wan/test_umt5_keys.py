@@ -8,34 +8,12 @@ import comfy.text_encoders.t5 as host_t5
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import relative
+from helpers_checkpoint import meta_state_dict, randomise, with_prefix
 from transformers import UMT5Config, UMT5EncoderModel, UMT5ForConditionalGeneration
 from wan21.wan import checkpoint as ck
 
 UMT5_SIZE = {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 3, "num_heads": 2}
-
-
-def randomise(module, seed=0):
-    """Every parameter different, biases and norms too; matrices of unit gain."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 and "gamma" not in name else 0.2
-        parameter.data = noise * scale + ("norm" in name or "gamma" in name)
-    return module.eval().requires_grad_(False)
-
-
-def meta_state_dict(build):
-    """Keys and shapes of a model, without its memory."""
-    with torch.device("meta"):
-        return build().state_dict()
-
-
-def with_prefix(prefix, state_dict):
-    return {prefix + key: tensor for key, tensor in state_dict.items()}
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 def umt5_state_dict(**changes):

@@ -7,21 +7,13 @@ import torch
 from comfy.ldm.wan.vae import WanVAE as NativeVAE
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-from helpers_vae import latents, peak_bytes, pixels, randomise, relative_error
+from helpers import relative
+from helpers_vae import latents, peak_bytes, pixels, randomise
 from wan21.wan.vae import WanVAE
 from wan21.wan.vae_layers import AttentionBlock, RMSNorm, norm_silu
 
 DIM = 16
 MULTIPLIERS = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """At this size threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +50,8 @@ def test_state_dict_is_the_releases(vae, native):
 def test_encode_equals_native_and_diffusers(vae, native, diffusers, frames):
     x = pixels(frames)
     ours = vae.encode(x)
-    assert relative_error(ours, native.encode(x)) <= 1e-5
-    assert relative_error(ours, diffusers.encode(x).latent_dist.mean) <= 1e-5
+    assert relative(ours, native.encode(x)) <= 1e-5
+    assert relative(ours, diffusers.encode(x).latent_dist.mean) <= 1e-5
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 9])
@@ -68,9 +60,9 @@ def test_decode_equals_native_and_diffusers(vae, native, diffusers, frames):
     ours = vae.decode(z)
     reference = native.decode(z)
     assert 0.1 < reference.std() < 10  # a comparison of zeros or of explosions proves nothing
-    assert relative_error(ours, reference) <= 1e-5
+    assert relative(ours, reference) <= 1e-5
     # diffusers clamps its result to [-1, 1]
-    assert relative_error(ours.clamp(-1, 1), diffusers.decode(z).sample) <= 1e-5
+    assert relative(ours.clamp(-1, 1), diffusers.decode(z).sample) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -99,14 +91,14 @@ def test_cpu_convolution_equals_the_direct_sum(h, w, m, known, monkeypatch):
     given = fresh.clone()
     before = normed[:, :, : known - m] if known > m else None
     y, kept = vae_cpu.causal_conv3(conv, before.clone() if known > m else None, fresh, norm)
-    assert relative_error(y, expected) <= 1e-6
-    assert relative_error(kept, normed[:, :, -2:]) <= 1e-6
+    assert relative(y, expected) <= 1e-6
+    assert relative(kept, normed[:, :, -2:]) <= 1e-6
     assert torch.equal(fresh, given)
     again = before.clone() if known > m else None  # a full cache is overwritten
     added, _ = vae_cpu.causal_conv3(conv, again, fresh, norm, add_to=base.clone())
-    assert relative_error(added, expected + base) <= 1e-6
+    assert relative(added, expected + base) <= 1e-6
     plain, kept = vae_cpu.causal_conv3(conv, before, normed[:, :, known - m :])
-    assert relative_error(plain, expected) <= 1e-6
+    assert relative(plain, expected) <= 1e-6
     assert torch.equal(kept, normed[:, :, -2:])
 
 
@@ -116,20 +108,20 @@ def test_cpu_upsampling_equals_the_direct_sum():
     conv = randomise(torch.nn.Conv2d(16, 8, 3, padding=1))
     x = torch.randn(3, 16, 5, 7)
     expected = conv(torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest-exact"))
-    assert relative_error(vae_cpu.upsample_conv(conv, x), expected) <= 1e-6
+    assert relative(vae_cpu.upsample_conv(conv, x), expected) <= 1e-6
 
 
 def test_batch_is_independent(vae, native):
     z = latents(2, batch=3)
-    assert relative_error(vae.decode(z), native.decode(z)) <= 1e-5
-    assert relative_error(vae.decode(z)[1:2], vae.decode(z[1:2])) <= 2e-6
+    assert relative(vae.decode(z), native.decode(z)) <= 1e-5
+    assert relative(vae.decode(z)[1:2], vae.decode(z[1:2])) <= 2e-6
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 2, 3, 4, 7, 100])
 def test_chunk_length_changes_nothing(vae, chunk_frames):
     x, z = pixels(17, 24, 40), latents(5, 3, 5)
-    assert relative_error(vae.encode(x, chunk_frames=chunk_frames), vae.encode(x)) <= 5e-6
-    assert relative_error(vae.decode(z, chunk_frames=chunk_frames), vae.decode(z)) <= 5e-6
+    assert relative(vae.encode(x, chunk_frames=chunk_frames), vae.encode(x)) <= 5e-6
+    assert relative(vae.decode(z, chunk_frames=chunk_frames), vae.decode(z)) <= 5e-6
 
 
 def test_same_call_same_bytes(vae):
@@ -190,8 +182,8 @@ def test_host_operations_and_other_floats(vae):
         low = WanVAE(dim=DIM, dtype=dtype).requires_grad_(False)
         low.load_state_dict(vae.state_dict())
         assert low.decode(z.to(dtype)).dtype == dtype
-        assert relative_error(low.decode(z.to(dtype)), vae.decode(z)) < 0.05
-        assert relative_error(low.encode(x.to(dtype)), vae.encode(x)) < 0.05
+        assert relative(low.decode(z.to(dtype)), vae.decode(z)) < 0.05
+        assert relative(low.encode(x.to(dtype)), vae.encode(x)) < 0.05
 
 
 def test_gradients_reach_every_parameter(vae):
@@ -204,7 +196,7 @@ def test_gradients_reach_every_parameter(vae):
         assert parameter.grad is not None, name
         # the log-variance half of conv1 is unused, so its weights see zeros there, and only there
         assert parameter.grad.abs().sum() > 0, name
-    assert relative_error(recorded, model.decode(latents(2))) <= 2e-6
+    assert relative(recorded, model.decode(latents(2))) <= 2e-6
 
 
 # Tiles
@@ -213,10 +205,10 @@ def test_gradients_reach_every_parameter(vae):
 def test_one_tile_is_the_whole(vae):
     x, z = pixels(5), latents(2)
     assert torch.equal(vae.encode_tiled(x), vae.encode(x))
-    assert relative_error(vae.decode_tiled(z), vae.decode(z)) <= 2e-6
+    assert relative(vae.decode_tiled(z), vae.decode(z)) <= 2e-6
     buffer = torch.full(vae.decode_output_shape(z.shape), float("nan"))
     assert vae.decode_tiled(z, output_buffer=buffer) is buffer
-    assert relative_error(buffer, vae.decode(z)) <= 2e-6
+    assert relative(buffer, vae.decode(z)) <= 2e-6
 
 
 @pytest.mark.parametrize(
@@ -246,13 +238,13 @@ def test_tiles_blend_without_a_seam():
         if "to_qkv" in name or "proj" in name:
             parameter.zero_()
     whole = local.decode(latents(2, 9, 10))
-    assert relative_error(local.encode_tiled(whole, 48, 40, 16), local.encode(whole)) <= 1e-6
+    assert relative(local.encode_tiled(whole, 48, 40, 16), local.encode(whole)) <= 1e-6
 
 
 @pytest.mark.parametrize(("h", "w", "tile_x", "tile_y"), [(5, 7, 3, 2), (1, 30, 4, 4), (34, 3, 8, 16)])
 def test_decoded_tiles_are_the_whole(vae, h, w, tile_x, tile_y):
     z = latents(2, h, w)
-    assert relative_error(vae.decode_tiled(z, tile_x, tile_y), vae.decode(z)) <= 2e-6
+    assert relative(vae.decode_tiled(z, tile_x, tile_y), vae.decode(z)) <= 2e-6
 
 
 # Memory
@@ -320,5 +312,5 @@ def test_attention_gets_what_fused_kernels_take(monkeypatch):
     attention = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
     block.to_qkv.register_forward_hook(lambda _, __, out: out.contiguous())
-    assert relative_error(block(x, past), expected) < 1e-6
+    assert relative(block(x, past), expected) < 1e-6
     assert seen == 2 * [1, 1, 1]  # frame by frame

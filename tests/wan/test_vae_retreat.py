@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers_vae import latents, peak_bytes, randomise, relative_error
+from helpers import relative
+from helpers_vae import latents, peak_bytes, randomise
 from wan21.wan import vae_cpu
 from wan21.wan.vae import WanVAE
 from wan21.wan.vae_layers import AttentionBlock
@@ -45,10 +46,10 @@ def test_a_part_from_any_frame_on_is_that_of_the_whole(vae, long_clip, first):
     z, expected = long_clip
     expected = expected[:, :, first:]
     part = torch.cat([chunk for _, chunk in vae.decode_part(z, first=first)], 2)
-    assert relative_error(part, expected) <= 2e-6
+    assert relative(part, expected) <= 2e-6
     window = slice(0, 1), slice(1, 2)
     part = torch.cat([chunk for _, chunk in vae.decode_part(z, window, vae.features(z), first)], 2)
-    assert relative_error(part, expected[..., 8:]) <= 2e-6
+    assert relative(part, expected[..., 8:]) <= 2e-6
 
 
 def test_a_late_part_costs_little(vae, long_clip):
@@ -99,7 +100,7 @@ def decode(vae, whole, **options):
 @pytest.mark.parametrize("tile", [None, 0, 128])
 def test_enough_memory_is_a_plain_decode(vae, whole, tile):
     out, said, counted, _ = decode(vae, whole, tile=tile)
-    assert relative_error(out, whole[1]) <= 2e-6
+    assert relative(out, whole[1]) <= 2e-6
     assert not said
     assert counted == sorted(counted) and counted[-1] == (18, 18)
 
@@ -109,7 +110,7 @@ def test_enough_memory_is_a_plain_decode(vae, whole, tile):
 def test_smaller_tiles_go_on_at_the_first_missing_frame(vae, whole, calls, limit, steps):
     with Memory(vae, limit, calls):
         out, said, counted, states = decode(vae, whole)
-    assert relative_error(out, whole[1]) <= 2e-6
+    assert relative(out, whole[1]) <= 2e-6
     assert [sentence.split("in ")[-1] for sentence in said] == [
         f"tiles of {size} pixels" for size in (256, 128, 64)[:steps]
     ]
@@ -128,7 +129,7 @@ def test_the_last_resort_takes_what_is_left(vae, whole):
     )
     with Memory(vae, 0, calls=2):
         out, said, _, states = decode(vae, whole, last_resort=lambda: twin)
-    assert relative_error(out, whole[1]) <= 2e-6
+    assert relative(out, whole[1]) <= 2e-6
     assert said[-1].endswith("on the CPU")
     done = ~states[-1].isnan()
     assert done.any() and torch.equal(out[done], states[-1][done])
@@ -142,7 +143,7 @@ def test_the_last_resort_is_in_float32(vae):
     z = latents(2, 2, 2)
     out = torch.empty(half.decode_output_shape(z.shape))
     decode_within_memory(half, z.bfloat16(), out, last_resort=lambda: on_cpu(half))
-    assert relative_error(out, on_cpu(half).decode(z.bfloat16().float())) <= 2e-6
+    assert relative(out, on_cpu(half).decode(z.bfloat16().float())) <= 2e-6
 
 
 def fail_with(error):
