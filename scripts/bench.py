@@ -210,7 +210,8 @@ def cold_calls(case, quick):
     return used, seconds, size
 
 
-def measure(case, device, repeat, quick):
+def measure(case, device, repeat, quick, memory=True):
+    """One row; `memory` of CPU calls takes a process each."""
     row = {"case": case}
     used = seconds = None
     if repeat:
@@ -219,7 +220,7 @@ def measure(case, device, repeat, quick):
         used = memory_on_cuda(calls) if device == "cuda" else None
         del calls
         gc.collect()
-    if used is None and sys.platform.startswith("linux"):
+    if used is None and memory and sys.platform.startswith("linux"):
         used, cold, row["size"] = cold_calls(case, quick)
         seconds = seconds or cold
     row["seconds"] = seconds

@@ -4,13 +4,26 @@ Muon: Keller Jordan et al., https://kellerjordan.github.io/posts/muon. The size 
 Liu et al., "Muon is Scalable for LLM Training" (arXiv:2502.16982): a root mean square of 0.2 lr, as AdamW's.
 """
 
+import contextlib
 import fnmatch
 from collections import defaultdict
-from contextlib import contextmanager
 
 import torch
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def has_bf16_products(device):
+    """Whether the device multiplies bfloat16 matrices in hardware, about twice as fast as float32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def bf16_products(device):
+    """A context in which matrix products are taken in bfloat16 where that is faster; weights stay float32."""
+    enabled = has_bf16_products(device)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
 class MuonAdamW:
@@ -84,8 +97,10 @@ def orthogonalize(matrices, iterations):
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
+    if has_bf16_products(x.device):
+        x = x.bfloat16()
     x = newton_schulz(x, iterations) if 2 * x.shape[1] > x.shape[2] else newton_schulz_wide(x, iterations)
-    return x.mT if is_tall else x
+    return (x.mT if is_tall else x).to(matrices.dtype)
 
 
 def newton_schulz(x, iterations):
@@ -123,7 +138,7 @@ class Average:
         share = max(1 - self.decay, 1 / (self.steps + 1))
         torch._foreach_lerp_(self.weights, list(self.module.parameters()), share)
 
-    @contextmanager
+    @contextlib.contextmanager
     def applied(self):
         """The module has the averaged weights inside the `with`."""
         self._swap()

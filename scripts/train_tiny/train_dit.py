@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from train_tiny import captions, data, dit, latents
-from train_tiny.optim import Average, MuonAdamW, warm_up_then_decay
+from train_tiny.optim import Average, MuonAdamW, bf16_products, warm_up_then_decay
 from train_tiny.progress import Parts, train
 from train_tiny.text import TextEncoder, train_tokenizer
 from wan21.wan.config import PATCH_SIZE
@@ -125,7 +125,8 @@ def dit_stage(stage, schedule, device="cpu"):
         clip, condition, motions = clips.draw(rng, schedule.tokens)
         texts = random_captions(motions, rng)
         sigma = random_sigmas(rng, len(clip), sigma_shift(clip, condition))
-        loss = flow_loss(model, clip.to(device), condition.to(device), texts, sigma, step)
+        with bf16_products(device):
+            loss = flow_loss(model, clip.to(device), condition.to(device), texts, sigma, step)
         loss.backward()
         norm = optimizer.step(learning_rate(step, schedule))
         average.update()

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 from train_tiny import latents
-from train_tiny.optim import MuonAdamW, warm_up_then_decay
+from train_tiny.optim import MuonAdamW, bf16_products, warm_up_then_decay
 from train_tiny.progress import Parts, train
 from train_tiny.train_dit import HeldOut, averaged_model, random_captions, random_sigmas
 
@@ -124,7 +124,8 @@ def lora_stage(stage, dit_stage, vae, size="cpu", device="cpu"):
         one, other = ([part.to(device) for part in parts] for parts in (one, other))
         rng = random.Random(f"lora texts {step}")
         texts, sigma = random_captions(motions, rng), random_sigmas(rng, len(motions))
-        loss = colour_loss(model, lora, other, one, texts, sigma, step)
+        with bf16_products(device):
+            loss = colour_loss(model, lora, other, one, texts, sigma, step)
         loss.backward()
         return {"loss": loss.item(), "norm": optimizer.step(warm_up_then_decay(step, steps))}
 

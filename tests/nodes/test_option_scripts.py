@@ -1,7 +1,8 @@
-"""The scripts that measure the options, on small random checkpoints: they run, and they compute right."""
+"""The scripts that measure, on small random checkpoints: they run, and they compute right."""
 
 import json
 
+import bench
 import bench_joint
 import calibrate_teacache
 import compare_interpolation
@@ -97,6 +98,23 @@ def test_the_three_ways_of_both_passes():
     assert [name for name, _, _ in rows] == ["joint", "separate", "stacked"]
     rows = bench_joint.measure("cpu", streamed=True, repeat=1, quick=True)
     assert [name for name, _, _ in rows] == ["joint", "separate", "stacked"]
+
+
+@pytest.mark.parametrize("case", ["dit", "vae-encode", "vae-decode"])
+def test_the_peers_of_the_benchmark_compute_the_same(case):
+    row = bench.measure(case, "cpu", repeat=1, quick=True, memory=False)
+    assert row["relative_error"].keys() == row["seconds"].keys() - {"ours"} == set(bench.PEERS)
+    assert max(row["relative_error"].values()) < 3e-5
+    ours, *theirs = (row["seconds"][peer] for peer in bench.CONTESTANTS[case])
+    assert row["time_ratio"] == pytest.approx(ours / min(theirs))
+    assert bench.table([row]).count("\n") == 4
+
+
+def test_the_benchmark_measures_memory_in_a_process_of_its_own():
+    used, seconds, size = bench.cold_calls("vae-decode", quick=True)
+    assert used.keys() == seconds.keys() == set(bench.CONTESTANTS["vae-decode"]) and "5 frames of 64x64" in size
+    frames = 5 * 3 * 64 * 64 * 4
+    assert all(frames < n < 2**30 for n in used.values())
 
 
 def test_interpolation_is_compared_with_the_true_frames():
