@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from train_tiny import captions, data, dit, latents, metrics, optim, progress, train_vae
 from train_tiny.export import metadata, stored
 from train_tiny.text import HOST_TOKENS, train_tokenizer
-from train_tiny.train_dit import Schedule, TinyModel, learning_rate, random_sigmas, sigma_shift
+from train_tiny.train_dit import Schedule, TinyModel, flow_loss, learning_rate, random_sigmas, sigma_shift
 from wan21.nodes import host
 from wan21.nodes.image_to_video import Wan21ImageToVideo
 from wan21.nodes.sampler import Wan21Sampler
@@ -185,15 +185,37 @@ def test_a_longer_training_is_not_taken_for_a_finished_one(folder):
     assert not stage.done and stage.load()["step"] == 9
 
 
-def test_muon_makes_the_same_of_wide_and_tall_matrices_as_of_square_ones():
+@pytest.mark.parametrize("in_bf16, bound", [(False, 1e-5), (True, 0.05)])
+def test_muon_makes_the_same_of_wide_and_tall_matrices_as_of_square_ones(monkeypatch, in_bf16, bound):
     """The short way over the gram matrix against the iteration as it is published, singular values near 1."""
+    monkeypatch.setattr(optim, "has_bf16_products", lambda device: in_bf16)
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(3, 32, 128, generator=generator)
     expected = optim.newton_schulz(wide / wide.norm(dim=(1, 2), keepdim=True), 5)
-    assert relative(optim.orthogonalize(wide, 5), expected) < 1e-5
+    assert relative(optim.orthogonalize(wide, 5), expected) < bound
     assert torch.equal(optim.orthogonalize(wide.mT, 5), optim.orthogonalize(wide, 5).mT)
     values = torch.linalg.svdvals(expected)
     assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_products_in_bfloat16_leave_weights_and_gradients_in_float32(monkeypatch, tokenizer):
+    generator = torch.Generator().manual_seed(0)
+    clip, condition = (torch.randn(2, c, 2, 4, 4, generator=generator) for c in (16, 20))
+    gradients = []
+    for in_bf16 in (False, True):
+        monkeypatch.setattr(optim, "has_bf16_products", lambda device, answer=in_bf16: answer)
+        with torch.inference_mode(False), torch.enable_grad():
+            model = TinyModel(tokenizer)
+            torch.nn.init.normal_(model.dit.head.head.weight, std=0.05, generator=generator.manual_seed(1))
+            with optim.bf16_products("cpu"):
+                loss = flow_loss(
+                    model, clip.clone(), condition.clone(), ["pan left", ""], torch.tensor([0.3, 0.8]), 0
+                )
+            loss.backward()
+        assert loss.dtype == torch.float32
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert gradients[1].dtype == torch.float32
+    assert 1e-4 < relative(*gradients) < 0.03
 
 
 def test_clips_are_drawn_as_often_as_said(vaes, folder):
