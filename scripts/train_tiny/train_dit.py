@@ -56,7 +56,7 @@ class Schedule:
 SCHEDULES = {
     "smoke": Schedule(clips=40, steps=6, tokens=160, measure_every=3),  # whether it runs at all
     "cpu": Schedule(clips=5200, steps=6000, tokens=24 * 80, second=(4600, 0.3)),
-    "cuda": Schedule(clips=60_000, steps=6000, tokens=256 * 80, average=0.999),
+    "cuda": Schedule(clips=40_000, steps=6000, tokens=256 * 80, average=0.999),
 }
 
 

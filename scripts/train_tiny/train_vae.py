@@ -67,7 +67,7 @@ class Schedule:
 
 
 CPU = Schedule(image_steps=1300, video_steps=450, refine_steps=60, batch=1)
-CUDA = Schedule(image_steps=6000, video_steps=8000, refine_steps=3000, batch=16)  # a guess, never run
+CUDA = Schedule(image_steps=2000, video_steps=2500, refine_steps=600, batch=16)  # never run, see README
 
 
 class LatentNorm(nn.Module):
