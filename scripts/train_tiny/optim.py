@@ -36,10 +36,19 @@ class MuonAdamW:
             layers.
         weight_decay: Decoupled; of matrices only.
         iterations: Of Newton-Schulz; 4 is cheaper and nearly as good.
+        in_bf16: Newton-Schulz in bfloat16 but for wide matrices.
     """
 
     def __init__(
-        self, named_parameters, lr_muon, lr_adam, adam=(), weight_decay=0.0, momentum=0.95, iterations=5
+        self,
+        named_parameters,
+        lr_muon,
+        lr_adam,
+        adam=(),
+        weight_decay=0.0,
+        momentum=0.95,
+        iterations=5,
+        in_bf16=False,
     ):
         named = [(name, p) for name, p in named_parameters if p.requires_grad]
         is_vector = [p.ndim < 2 or any(fnmatch.fnmatch(n, pattern) for pattern in adam) for n, p in named]
@@ -47,6 +56,7 @@ class MuonAdamW:
         vectors = [p for (_, p), vector in zip(named, is_vector) if vector]
         self.lr_muon, self.lr_adam = lr_muon, lr_adam
         self.weight_decay, self.momentum, self.iterations = weight_decay, momentum, iterations
+        self.in_bf16 = in_bf16
         self.buffers = [torch.zeros_like(p) for p in self.matrices]
         self.adamw = torch.optim.AdamW(vectors, lr_adam, betas=(0.9, 0.98), weight_decay=0.0, foreach=True)
         self.parameters = self.matrices + vectors
@@ -69,7 +79,9 @@ class MuonAdamW:
                 groups[matrix_shape(p)].append((p, p.grad.lerp(buffer, self.momentum)))
         for (rows, columns), members in groups.items():
             stacked = torch.stack([g.reshape(len(g), -1) for _, g in members])
-            updates = orthogonalize(stacked, self.iterations) * (0.2 * max(rows, columns) ** 0.5)
+            updates = orthogonalize(stacked, self.iterations, self.in_bf16) * (
+                0.2 * max(rows, columns) ** 0.5
+            )
             for (p, _), update in zip(members, updates):
                 p.mul_(1 - scale * self.lr_muon * self.weight_decay)
                 p.sub_(update.view(p.shape), alpha=scale * self.lr_muon)
@@ -92,15 +104,16 @@ def matrix_shape(p):
     return p.shape[0], p[0].numel()
 
 
-def orthogonalize(matrices, iterations):
+def orthogonalize(matrices, iterations, in_bf16=False):
     """[n, rows, columns] -> about the nearest matrices whose singular values are all one."""
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
-    if has_bf16_products(x.device):
-        x = x.bfloat16()
-    x = newton_schulz(x, iterations) if 2 * x.shape[1] > x.shape[2] else newton_schulz_wide(x, iterations)
-    return (x.mT if is_tall else x).to(matrices.dtype)
+    if 2 * x.shape[1] <= x.shape[2]:
+        x = newton_schulz_wide(x, iterations)
+    else:
+        x = newton_schulz(x.bfloat16() if in_bf16 else x, iterations).to(matrices.dtype)
+    return x.mT if is_tall else x
 
 
 def newton_schulz(x, iterations):

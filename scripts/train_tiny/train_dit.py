@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from train_tiny import captions, data, dit, latents
-from train_tiny.optim import Average, MuonAdamW, bf16_products, warm_up_then_decay
+from train_tiny.optim import Average, MuonAdamW, bf16_products, has_bf16_products, warm_up_then_decay
 from train_tiny.progress import Parts, train
 from train_tiny.text import TextEncoder, train_tokenizer
 from wan21.wan.config import PATCH_SIZE
@@ -116,6 +116,7 @@ def dit_stage(stage, schedule, device="cpu"):
         adam=BY_ADAM,
         weight_decay=0.02,
         iterations=4,
+        in_bf16=has_bf16_products(device),
     )
     average = Average(model, schedule.average)
     held_out = HeldOut(stage.work / "latents_held_out", held_out_plan(), device)

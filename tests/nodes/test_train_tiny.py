@@ -185,14 +185,23 @@ def test_a_longer_training_is_not_taken_for_a_finished_one(folder):
     assert not stage.done and stage.load()["step"] == 9
 
 
-@pytest.mark.parametrize("in_bf16, bound", [(False, 1e-5), (True, 0.05)])
-def test_muon_makes_the_same_of_wide_and_tall_matrices_as_of_square_ones(monkeypatch, in_bf16, bound):
+@pytest.mark.parametrize("in_bf16, bound", [(False, 1e-4), (True, 0.05)])
+def test_muon_in_bfloat16_is_near(in_bf16, bound):
+    """Singular values that fall by a thousand, square and wide, against the published form in float64."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 64, 64), (2, 32, 432)):
+        matrices = torch.randn(shape, generator=generator) * torch.logspace(0, -3, shape[1])[:, None]
+        whole = matrices.double()
+        expected = optim.newton_schulz(whole / whole.norm(dim=(1, 2), keepdim=True), 5)
+        assert relative(optim.orthogonalize(matrices, 5, in_bf16), expected) < bound
+
+
+def test_muon_makes_the_same_of_wide_and_tall_matrices_as_of_square_ones():
     """The short way over the gram matrix against the iteration as it is published, singular values near 1."""
-    monkeypatch.setattr(optim, "has_bf16_products", lambda device: in_bf16)
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(3, 32, 128, generator=generator)
     expected = optim.newton_schulz(wide / wide.norm(dim=(1, 2), keepdim=True), 5)
-    assert relative(optim.orthogonalize(wide, 5), expected) < bound
+    assert relative(optim.orthogonalize(wide, 5), expected) < 1e-5
     assert torch.equal(optim.orthogonalize(wide.mT, 5), optim.orthogonalize(wide, 5).mT)
     values = torch.linalg.svdvals(expected)
     assert values.min() > 0.6 and values.max() < 1.3
