@@ -55,20 +55,29 @@ def export(work, models, vae_schedule):
         "lora": trained_lora(Stage(work, "lora"), model),
     }
     seconds = {path.stem: seconds_of(work, path.stem) for path in sorted(work.glob("*.pt"))}
+    tensors = {part: stored(named) for part, named in tensors.items()}  # all of them, before any is written
     paths = {part: models / name for part, name in FILES.items()}
     for part, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(stored(tensors[part]), path, metadata=metadata(part, seconds))
+        save_file(tensors[part], path, metadata=metadata(part, seconds))
     check_sizes(paths)
     return paths
 
 
 def stored(tensors):
-    """float16, but for bytes."""
-    return {
+    """float16, but for bytes.
+
+    Raises:
+        ValueError: a weight is not finite, or too large for float16: that training has diverged.
+    """
+    halves = {
         name: (tensor if tensor.dtype == torch.uint8 else tensor.half()).contiguous().cpu()
         for name, tensor in tensors.items()
     }
+    broken = [name for name, tensor in halves.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{broken[0]} is not finite in float16: the training diverged, do its stage again")
+    return halves
 
 
 def metadata(part, seconds):

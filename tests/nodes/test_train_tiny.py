@@ -177,6 +177,14 @@ def test_each_plan_is_encoded_with_its_own_pictures(vaes, folder):
     assert torch.equal(after.parts[bucket]["tail"], alone.parts[bucket]["tail"])
 
 
+def test_weights_of_a_training_that_diverged_are_not_written():
+    fine = {"a.weight": torch.full((2,), 6e4), "bytes": torch.zeros(2, dtype=torch.uint8)}
+    assert stored(fine)["a.weight"].dtype == torch.float16
+    for value in (torch.nan, torch.inf, 1e5):
+        with pytest.raises(ValueError, match=r"b\.weight is not finite in float16"):
+            stored(fine | {"b.weight": torch.tensor([1.0, value])})
+
+
 def test_a_longer_training_is_not_taken_for_a_finished_one(folder):
     stage = progress.Stage(folder / "long", "x")
     stage.save({"step": 9, "parts": {}})
