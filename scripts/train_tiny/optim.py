@@ -4,9 +4,9 @@ Muon: Keller Jordan et al., https://kellerjordan.github.io/posts/muon. The size 
 Liu et al., "Muon is Scalable for LLM Training" (arXiv:2502.16982): a root mean square of 0.2 lr, as AdamW's.
 """
 
-import contextlib
 import fnmatch
 from collections import defaultdict
+from contextlib import contextmanager
 
 import torch
 
@@ -79,9 +79,8 @@ class MuonAdamW:
                 groups[matrix_shape(p)].append((p, p.grad.lerp(buffer, self.momentum)))
         for (rows, columns), members in groups.items():
             stacked = torch.stack([g.reshape(len(g), -1) for _, g in members])
-            updates = orthogonalize(stacked, self.iterations, self.in_bf16) * (
-                0.2 * max(rows, columns) ** 0.5
-            )
+            updates = orthogonalize(stacked, self.iterations, self.in_bf16)
+            updates = updates * (0.2 * max(rows, columns) ** 0.5)
             for (p, _), update in zip(members, updates):
                 p.mul_(1 - scale * self.lr_muon * self.weight_decay)
                 p.sub_(update.view(p.shape), alpha=scale * self.lr_muon)
@@ -151,7 +150,7 @@ class Average:
         share = max(1 - self.decay, 1 / (self.steps + 1))
         torch._foreach_lerp_(self.weights, list(self.module.parameters()), share)
 
-    @contextlib.contextmanager
+    @contextmanager
     def applied(self):
         """The module has the averaged weights inside the `with`."""
         self._swap()
