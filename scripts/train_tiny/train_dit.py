@@ -37,9 +37,7 @@ class Schedule:
 
     Attributes:
         tokens: size of a batch (80 are 17 frames of 64x64).
-        hold: part of the first cycle's steps before the learning rate falls.
-        second: (step, part): from this step, where the first cycle has ended, once more from this part of
-            the learning rate down to zero; None has one cycle.
+        hold: part of all steps before the learning rate falls.
     """
 
     clips: int
@@ -48,14 +46,13 @@ class Schedule:
     lr_muon: float = 3e-3
     lr_adam: float = 1.5e-3
     hold: float = 0.4
-    second: tuple[int, float] | None = None
     average: float = 0.998
     measure_every: int = 200
 
 
 SCHEDULES = {
     "smoke": Schedule(clips=40, steps=6, tokens=160, measure_every=3),  # whether it runs at all
-    "cpu": Schedule(clips=5200, steps=6000, tokens=24 * 80, second=(4600, 0.3)),
+    "cpu": Schedule(clips=5200, steps=8000, tokens=24 * 80),
     "cuda": Schedule(clips=40_000, steps=6000, tokens=256 * 80, average=0.999),
 }
 
@@ -129,7 +126,7 @@ def dit_stage(stage, schedule, device="cpu"):
         with bf16_products(device):
             loss = flow_loss(model, clip.to(device), condition.to(device), texts, sigma, step)
         loss.backward()
-        norm = optimizer.step(learning_rate(step, schedule))
+        norm = optimizer.step(warm_up_then_decay(step, schedule.steps, 50, schedule.hold))
         average.update()
         return {"loss": loss.item(), "norm": norm}
 
@@ -139,14 +136,6 @@ def dit_stage(stage, schedule, device="cpu"):
 
     parts = Parts(model=model, optimizer=optimizer, average=average)
     train(stage, parts, schedule.steps, do_step, measure, log_every=20, measure_every=schedule.measure_every)
-
-
-def learning_rate(step, schedule):
-    """Of a step, as a part of its full size."""
-    first, part = schedule.second or (schedule.steps, 0.0)
-    if step < first:
-        return warm_up_then_decay(step, first, 50, schedule.hold)
-    return part * warm_up_then_decay(step - first, schedule.steps - first, 50, 0.0)
 
 
 def random_captions(motions, rng):

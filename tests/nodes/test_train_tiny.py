@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from train_tiny import captions, data, dit, latents, metrics, optim, progress, train_vae
 from train_tiny.export import metadata, stored
 from train_tiny.text import HOST_TOKENS, train_tokenizer
-from train_tiny.train_dit import Schedule, TinyModel, flow_loss, learning_rate, random_sigmas, sigma_shift
+from train_tiny.train_dit import TinyModel, flow_loss, random_sigmas, sigma_shift
 from wan21.nodes import host
 from wan21.nodes.image_to_video import Wan21ImageToVideo
 from wan21.nodes.sampler import Wan21Sampler
@@ -159,11 +159,10 @@ def test_an_interrupted_encoding_goes_on(vaes, folder):
         assert torch.equal(a, b)
 
 
-def test_the_learning_rate_ends_at_zero_twice():
-    schedule = Schedule(clips=1, steps=1500, tokens=1, hold=0.4, second=(1000, 0.3))
-    rates = [learning_rate(step, schedule) for step in range(schedule.steps)]
-    assert max(rates[:1000]) == 1 and rates[399] == 1 and 0.49 < rates[700] < 0.51 and rates[999] < 0.002
-    assert 0.26 < max(rates[1000:]) < 0.3 and rates[1000] < 0.01 and 0 < rates[-1] < 0.001
+def test_the_learning_rate_rises_stays_and_falls_to_zero():
+    rates = [optim.warm_up_then_decay(step, 1000, 50, 0.4) for step in range(1000)]
+    assert rates[0] == 0.02 and rates[49] == rates[399] == 1 and 0.49 < rates[700] < 0.51
+    assert 0 < rates[-1] < 0.002
 
 
 def test_each_plan_is_encoded_with_its_own_pictures(vaes, folder):
