@@ -20,7 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint_keys import is_quantization_key, to_wan_dit_keys, to_wan_vae_keys, wan_dit_key
+from .checkpoint_keys import (
+    is_quantization_key,
+    refuse_loose_scales,
+    to_wan_dit_keys,
+    to_wan_vae_keys,
+    wan_dit_key,
+)
 from .checkpoint_kind import Kind, detect_kind
 from .umt5_keys import to_umt5_keys, umt5_config
 
@@ -32,6 +38,7 @@ __all__ = [
     "detect_kind",
     "is_quantization_key",
     "read_checkpoint",
+    "refuse_loose_scales",
     "to_umt5_keys",
     "to_wan_dit_keys",
     "to_wan_vae_keys",

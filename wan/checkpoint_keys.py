@@ -14,12 +14,14 @@ from .checkpoint_kind import WAN21_DIT, WAN21_VAE, Kind, detect_kind, not_a
 
 # Longest first: a key is stripped of the first prefix that the file uses.
 DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
-VAE_PREFIXES = ("first_stage_model.", "vae.")
+VAE_PREFIXES = ("first_stage_model.", "vae.", "model.")
 # Parts of a whole-pipeline checkpoint; those beside the one asked for are left out.
 PIPELINE_PARTS = (
     "model.diffusion_model.", "first_stage_model.", "vae.", "text_encoders.", "text_encoder.",
     "cond_stage_model.", "conditioner.", "clip_vision.",
 )  # fmt: skip
+MARKER = "model_type."  # a key that names the variant, in files for WanVideoWrapper; no weight
+QUANTO = "._data"  # how the keys of optimum-quanto's packed weights end
 QUANTIZATION_SUFFIXES = (
     "scaled_fp8", "scale_weight", "scale_input", "comfy_quant", "weight_scale", "weight_scale_2",
     "input_scale", "pre_quant_scale",
@@ -88,6 +90,36 @@ def is_quantization_key(key: str) -> bool:
     return key.rpartition(".")[2] in QUANTIZATION_SUFFIXES
 
 
+def refuse_quanto(state_dict: dict[str, Tensor]) -> None:
+    """
+    Raises:
+        ValueError: the weights are packed by optimum-quanto.
+    """
+    if any(key.endswith(QUANTO) for key in state_dict):
+        raise ValueError(
+            "The weights are in optimum-quanto's format (Wan2GP's quanto_*_int8 files), which is not read "
+            "here. Pick the bf16, fp8 or GGUF version of the file."
+        )
+
+
+def refuse_loose_scales(state_dict: dict[str, Tensor], known: set[str]) -> None:
+    """Refuse scales that nothing would apply: the weights without them are noise.
+
+    Args:
+        known: layers whose format is known, hence whose scales are applied.
+
+    Raises:
+        ValueError: the file has scales of other layers, as LightX2V's own fp8 and int8 files do.
+    """
+    loose = [key for key in state_dict if key.endswith((".weight_scale", ".scale_weight"))]
+    loose = [key for key in loose if key.rpartition(".")[0] not in known]
+    if loose:
+        raise ValueError(
+            f"{len(loose)} layers have scales ({loose[0]}) and nothing says in which format, as in "
+            "LightX2V's own files. Pick the file's _comfyui version, or bf16."
+        )
+
+
 def to_wan_dit_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename a DiT's keys to the Wan2.1 release's own (`blocks.0.self_attn.q.weight`, `head.modulation`).
 
@@ -98,7 +130,9 @@ def to_wan_dit_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is recognisably something else, or not known; names it.
     """
+    refuse_quanto(state_dict)
     part = select_part(state_dict, DIT_PREFIXES)
+    part = {key: tensor for key, tensor in part.items() if not key.startswith(MARKER)}
     _require(WAN21_DIT, part, state_dict)
     return renamed(part, wan_dit_key)
 

@@ -8,16 +8,17 @@ import re
 
 from torch import Tensor
 
-from .checkpoint_keys import renamed, replace_module, select_part
+from .checkpoint_keys import refuse_quanto, renamed, replace_module, select_part
 from .checkpoint_kind import UMT5, detect_kind, not_a
 
 UMT5_PREFIXES = (
     "text_encoders.umt5xxl.transformer.", "umt5xxl.transformer.", "umt5xxl.", "text_encoder.", "text_model.",
     "transformer.",
 )  # fmt: skip
+LAST_NORM = "encoder.final_layer_norm.weight"
 TOKENIZER_KEY = "spiece_model"  # bytes of the SentencePiece tokenizer, in ComfyUI's files
 
-RELEASE_MODULES = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
+RELEASE_MODULES = {"token_embedding": "shared", "norm": LAST_NORM.removesuffix(".weight")}
 RELEASE_BLOCK_MODULES = {
     "norm1": "layer.0.layer_norm",
     "attn.q": "layer.0.SelfAttention.q",
@@ -57,6 +58,7 @@ def to_umt5_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is another text encoder, or no text encoder; names it.
     """
+    refuse_quanto(state_dict)
     part = select_part(state_dict, UMT5_PREFIXES)
     if detect_kind(part) is not UMT5:
         raise not_a(UMT5, state_dict)
@@ -99,10 +101,12 @@ def umt5_config(state_dict: dict[str, Tensor]) -> dict:
         "gate": f"{block}1.DenseReluDense.wi_0.weight",  # [d_ff, d_model]
     }
     missing = [key for key in sources.values() if key not in state_dict or state_dict[key].ndim != 2]
+    if LAST_NORM not in state_dict:  # of a set of shards, only the last has it
+        missing.append(LAST_NORM)
     if missing:
         raise ValueError(
-            f"This umT5 text encoder lacks {', '.join(missing)}, from which its size is read: "
-            "the file is incomplete, download it again."
+            f"This umT5 text encoder lacks {', '.join(missing)}: the file is incomplete, or one of "
+            "several; download it again, or all of them with their index."
         )
     shapes = {name: state_dict[key].shape for name, key in sources.items()}
     vocab_size, d_model = shapes["embedding"]

@@ -11,12 +11,13 @@ import folder_paths
 import torch
 
 from ...wan import checkpoint
+from .weights import with_formats
 
 
 def load_text_encoder(path, device="default"):
     """Read a umT5 encoder of any size and published layout into a standard CLIP."""
     state_dict, metadata = checkpoint.read_checkpoint(path)
-    state_dict, _ = comfy.utils.convert_old_quants(state_dict, "", metadata=metadata)
+    state_dict, _ = with_formats(state_dict, metadata)
     state_dict = checkpoint.to_umt5_keys(state_dict)
     config = checkpoint.umt5_config(state_dict)
     tokenizer = state_dict.pop("spiece_model", None)

@@ -28,6 +28,7 @@ WEIGHT_DTYPES = DTYPES | {
     FP8_FAST: torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+MARK = ".comfy_quant"
 TWO_A_BYTE = ("nvfp4", "convrot_w4a4")  # of the host's formats: neighbours of a row share a byte
 
 
@@ -37,7 +38,7 @@ def load_model(path, weight_dtype="default", disable_dynamic=False):
         return _load_gguf(path, weight_dtype)
     state_dict, metadata = checkpoint.read_checkpoint(path)
     state_dict = checkpoint.to_wan_dit_keys(state_dict)
-    state_dict, metadata = comfy.utils.convert_old_quants(state_dict, "", metadata=metadata)
+    state_dict, metadata = with_formats(state_dict, metadata)
     formats = _quantised_layers(state_dict)
     shapes = _unpacked_shapes(state_dict, formats)
     config = detect_config(shapes, metadata)
@@ -68,6 +69,28 @@ def load_model(path, weight_dtype="default", disable_dynamic=False):
     # The host builds further patchers of this model (hooks, several GPUs) from this recipe.
     patcher.cached_patcher_init = (load_model, (path, weight_dtype))
     return patcher
+
+
+def with_formats(state_dict, metadata):
+    """Mark every quantised layer with its format as the host's layers read it (`<layer>.comfy_quant`).
+
+    The host takes all weights with scales for e4m3 and would convert those in e5m2, where some are too large.
+
+    Returns:
+        (state dict, metadata)
+
+    Raises:
+        ValueError: some scales belong to no layer of a known format.
+    """
+    state_dict, metadata = comfy.utils.convert_old_quants(state_dict, "", metadata=metadata)
+    layers = {key.removesuffix(MARK) for key in state_dict if key.endswith(MARK)}
+    checkpoint.refuse_loose_scales(state_dict, layers)
+    for layer in layers:
+        weight = state_dict.get(f"{layer}.weight")
+        if weight is not None and weight.dtype == torch.float8_e5m2:
+            config = json.loads(state_dict[layer + MARK].numpy().tobytes()) | {"format": "float8_e5m2"}
+            state_dict[layer + MARK] = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+    return state_dict, metadata
 
 
 def _quantised_layers(state_dict):

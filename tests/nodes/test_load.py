@@ -134,6 +134,46 @@ def test_stored_fp8(files, folders, models, prompts, sample, scaled):
     assert relative(*both) < (1e-5 if scaled else 0.05)
 
 
+def test_scaled_e5m2_stays_e5m2(files, folders, models, prompts, sample):
+    """Kijai's ..._fp8_e5m2_scaled files; in e4m3 most of these numbers are too large."""
+    state = as_fp8(load_file(files["t2v"]), True)
+    for key in [key for key in state if key.endswith(".scale_weight")]:
+        weight = key.replace(".scale_weight", ".weight")
+        scaled = state[weight].float() * (57344 / 448)
+        state |= {weight: scaled.to(torch.float8_e5m2), key: state[key] / (57344 / 448)}
+    save_file(state, folders["diffusion_models"] / "e5m2.safetensors", metadata=METADATA)
+    model = Wan21ModelLoader.execute("e5m2.safetensors", "default").result[0]
+    assert model.model.diffusion_model.blocks[0].ffn[0].weight._qdata.dtype == torch.float8_e5m2
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+    ours, exact = (sample(m, *prompts, latent)[0]["samples"] for m in (model, models["t2v"]))
+    assert 0 < relative(ours, exact) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("node", "folder", "kind", "inputs"),
+    [
+        (Wan21ModelLoader, "diffusion_models", "t2v", ["default"]),
+        (Wan21TextEncoderLoader, "text_encoders", "umt5", ["default"]),
+    ],
+)
+def test_scales_that_nothing_would_apply_are_named(files, folders, node, folder, kind, inputs):
+    """LightX2V's own fp8 files: a scale for each row, and no word on the format."""
+    state = as_fp8(load_file(files[kind]), True)
+    del state["scaled_fp8"]
+    state = {key.replace(".scale_weight", ".weight_scale"): value for key, value in state.items()}
+    save_file(state, folders[folder] / "loose.safetensors", metadata=METADATA)
+    with pytest.raises(ValueError, match="nothing says in which format"):
+        node.execute("loose.safetensors", *inputs)
+
+
+def test_one_shard_of_a_text_encoder_is_named(files, folders):
+    state = load_file(files["umt5"])
+    del state["encoder.final_layer_norm.weight"]
+    save_file(state, folders["text_encoders"] / "shard.safetensors")
+    with pytest.raises(ValueError, match=r"lacks encoder\.final_layer_norm\.weight"):
+        Wan21TextEncoderLoader.execute("shard.safetensors", "default")
+
+
 def test_quantised_weights_stay_as_they_are_stored(files, folders):
     save_file(as_fp8(load_file(files["t2v"]), True), folders["diffusion_models"] / "q.safetensors", METADATA)
     with pytest.raises(

@@ -162,7 +162,31 @@ def test_vae_encodes_and_decodes_the_same_after_renaming():
         assert relative(native.decode(latent).clamp(-1, 1), decoded) < 1e-5
 
 
-@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
+@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model.", "model."])
 def test_original_vae_keys_are_only_stripped(prefix):
     original = meta_state_dict(lambda: NativeVAE(dim=8, z_dim=16, **VAE_CONFIG))
     assert ck.to_wan_vae_keys(with_prefix(prefix, original)) == original
+
+
+# --- what some files carry besides --------------------------------------------------------------------
+
+
+def test_a_key_that_names_the_variant_is_no_weight():
+    """In files made for WanVideoWrapper, such as Wan2_1-FLF2V-14B-720P_fp8_e4m3fn.safetensors."""
+    weights = native_dit(**DIT_CASES["i2v"][1]).state_dict()
+    marked = weights | {"model_type.Wan2_1-FLF2V-14B-720P": torch.zeros(1)}
+    assert ck.to_wan_dit_keys(marked).keys() == weights.keys()
+    assert ck.to_wan_dit_keys(with_prefix("model.diffusion_model.", marked)).keys() == weights.keys()
+
+
+def test_scales_of_no_known_format_are_refused():
+    scales = {"blocks.0.ffn.0.weight_scale": torch.ones(1), "blocks.0.ffn.2.weight_scale": torch.ones(1)}
+    ck.refuse_loose_scales(scales, {"blocks.0.ffn.0", "blocks.0.ffn.2"})
+    with pytest.raises(ValueError, match=r"^1 layers have scales \(blocks.0.ffn.2.weight_scale\).*_comfyui"):
+        ck.refuse_loose_scales(scales, {"blocks.0.ffn.0"})
+
+
+@pytest.mark.parametrize("rename", [ck.to_wan_dit_keys, ck.to_umt5_keys])
+def test_quanto_files_are_named(rename):
+    with pytest.raises(ValueError, match="quanto"):
+        rename({"blocks.0.ffn.0.weight._data": torch.zeros(1), "blocks.0.ffn.0.weight._scale": torch.ones(1)})
