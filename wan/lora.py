@@ -249,24 +249,21 @@ class _Scaling:
     """alpha / r of a layer, by the file's own alphas or else PEFT's configuration in its metadata."""
 
     def __init__(self, metadata):
-        texts = [text for text in metadata.values() if isinstance(text, str)]
-        flag = re.compile(r'\b(use_rslora|rs_lora)\\*"\s*:\s*\\*"?true', re.IGNORECASE)
-        self.stabilised = any(flag.search(text) for text in texts)
         try:  # written by diffusers' save_lora_weights
             config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
-        except ValueError:
+            config = {key.rpartition(".")[2]: value for key, value in config.items()}
+        except (ValueError, AttributeError):
             config = {}
-        config = {key.rpartition(".")[2]: value for key, value in config.items()}
+        self.stabilised = config.get("use_rslora", False)
         self.default = config.get("lora_alpha")
         self.patterns = config.get("alpha_pattern") or {}
 
     def of(self, module, alpha, rank):
         if rank is None:
             return 1.0
-        if alpha is not None:
-            alpha = alpha.flatten()[0].item()
-        else:
-            alpha = next((a for name, a in self.patterns.items() if _names(name, module)), self.default)
+        if alpha is not None:  # LyCORIS writes one that holds its rank stabilisation already
+            return alpha.flatten()[0].item() / rank
+        alpha = next((a for name, a in self.patterns.items() if _names(name, module)), self.default)
         if alpha is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.stabilised else rank)

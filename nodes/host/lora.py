@@ -174,6 +174,8 @@ class _Run:
             self.tensors = [torch.tensor(strength) for strength in strengths]
             for key, (value, patches) in self.bare.items():
                 changed = value.detach().clone()
+                if changed.dtype.itemsize == 1:  # torch does not add in fp8
+                    changed = changed.float()
                 for i, patch in patches:
                     if strengths[i]:
                         apply_patch(patch, changed, strengths[i])

@@ -352,3 +352,22 @@ def test_a_lora_at_use_is_in_the_estimate(t2v_job, names):
     ]
     config = host.config_of(model)
     assert needs[1] - needs[0] == 3 * 4 * config.dim * config.ffn_dim
+
+
+def test_on_a_modulation_stored_in_fp8(files, loras, tmp_path, t2v_job, sample):
+    """Some files hold every tensor in fp8; the distilled LoRAs change `modulation`, and torch adds no fp8."""
+    change = torch.randn(1, 6, 256, generator=torch.Generator().manual_seed(5)) * 0.3
+    save_file({"diffusion_model.blocks.0.diff_m": change}, loras / "distilled.safetensors")
+    whole = load_file(files["t2v"])
+    rounded = whole["blocks.0.modulation"].to(torch.float8_e4m3fn)
+    results = []
+    for name, modulation in (("fp8", rounded), ("fp32", rounded.float())):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(whole | {"blocks.0.modulation": modulation}, path, metadata=METADATA)
+        model = host.load_model(path)
+        plain = sample(model, *t2v_job[1:])[0]["samples"]
+        changed, _ = load(model, "distilled.safetensors", schedule="1, 1")
+        results.append(sample(changed, *t2v_job[1:])[0]["samples"])
+        assert relative(results[-1], plain) > 1e-4
+        assert torch.equal(sample(model, *t2v_job[1:])[0]["samples"], plain)
+    assert relative(*results) < 1e-5

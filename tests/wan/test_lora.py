@@ -137,24 +137,28 @@ def test_mixed_ranks_each_with_its_alpha():
     assert "rank: 1 x 1, 1 x 3, 1 x 4" in report
 
 
-RS_METADATA = {
-    "PEFT through diffusers": {"lora_adapter_metadata": json.dumps({"transformer.use_rslora": True})},
-    "LyCORIS": {"ss_network_args": json.dumps({"rs_lora": "True"})},
-    "nested": {"config": json.dumps({"peft": json.dumps({"use_rslora": True})})},
-}
-
-
-@pytest.mark.parametrize("source", RS_METADATA)
-def test_rank_stabilised(source):
+def test_the_alpha_of_lycoris_holds_its_rank_stabilisation():
+    """lycoris/modules/locon.py: it scales by alpha / sqrt(rank), and stores alpha * rank / sqrt(rank)."""
     down, up = rand(4, 8), rand(8, 4)
-    name = "lora_unet_blocks_0_cross_attn_v"
+    name = "lycoris_blocks_0_cross_attn_v"
     file = {
         f"{name}.lora_down.weight": down,
         f"{name}.lora_up.weight": up,
-        f"{name}.alpha": torch.tensor(3.0),
+        f"{name}.alpha": torch.tensor(3.0 * 4 / 4**0.5),
     }
     change = 3.0 / 4**0.5 * f64(up) @ f64(down)
-    check(file, {"blocks.0.cross_attn.v.weight": lambda w: w + change}, metadata=RS_METADATA[source])
+    metadata = {"ss_network_args": json.dumps({"rs_lora": "True"})}
+    check(file, {"blocks.0.cross_attn.v.weight": lambda w: w + change}, metadata=metadata)
+
+
+def test_rank_stabilised_by_pefts_configuration():
+    down, up = rand(4, 8), rand(8, 4)
+    name = "transformer.blocks.0.attn2.to_v"
+    file = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    change = 3.0 / 4**0.5 * f64(up) @ f64(down)
+    config = {"transformer.use_rslora": True, "transformer.lora_alpha": 3}
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
+    check(file, {"blocks.0.cross_attn.v.weight": lambda w: w + change}, metadata=metadata)
 
 
 def test_alphas_of_pefts_configuration():
