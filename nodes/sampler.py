@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 from comfy_api.latest import io
@@ -15,6 +16,7 @@ from ..wan.sample import RIFLEX, NotFinite, SampleJob, sample
 from ..wan.skip_layer import parse_layers
 from ..wan.solvers import SOLVERS
 from . import host
+from .kept_latent import kept_until_done
 from .load import CATEGORY
 
 NODE = "Wan21Sampler"
@@ -196,8 +198,15 @@ class Wan21Sampler(io.ComfyNode):
     ) -> io.NodeOutput:
         """`settings` are the fields of `SampleJob`; the three before them are resolved here."""
         job = SampleJob(**settings)
+        options = (attention, skip_layers, teacache_profile)
+        refines = job.denoise < 1
+        with kept_until_done(NODE, latent, "refine or decode it") if refines else nullcontext():
+            return cls._sampled(model, positive, negative, latent, seed, job, options)
+
+    @classmethod
+    def _sampled(cls, model, positive, negative, latent, seed, job, options):
         positive, negative, warnings = prepare(model, positive, negative, latent, job)
-        job = resolve_options(model, latent["samples"], job, attention, skip_layers, teacache_profile)
+        job = resolve_options(model, latent["samples"], job, *options)
         job, need, plan = plan_memory(model, latent["samples"], job)
         if seed == -1:
             seed = secrets.randbelow(2**32)
@@ -329,6 +338,12 @@ def prepare(model, positive, negative, latent, job):
     if latent.get(END_LATENT_ALONE) and config.image_tokens:
         warnings.append(
             "add_frames_for_end_image is on and the model is first-last-frame, which was trained with it off"
+        )
+    if config.takes_image and config.image_dim is None:
+        warnings.append(
+            "the model has no image branch, as Wan2.2-A14B: CLIP vision is not used. If it is one of the two "
+            "experts (high noise, low noise), it is made for its part of the steps; the host's "
+            "KSamplerAdvanced runs both"
         )
     if config.image_tokens and _clip_tokens(positive) == CLIP_TOKENS:
         warnings.append(

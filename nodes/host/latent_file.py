@@ -1,4 +1,4 @@
-"""A LATENT kept in the host's output folder while it is decoded."""
+"""A LATENT kept in the host's output folder while other nodes work on it."""
 
 from pathlib import Path
 
@@ -22,7 +22,10 @@ class KeptLatent:
 
     def __init__(self, samples):
         output = folder_paths.get_output_directory()
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(PREFIX, output)
+        try:
+            folder, name, counter, _, _ = folder_paths.get_save_image_path(PREFIX, output)
+        except Exception as error:  # a plain one, when the folder is a link to elsewhere
+            raise OSError(str(error)) from error
         self.path = Path(folder) / f"{name}_{counter:05}_.latent"
         # The empty tensor says that the numbers are not scaled.
         tensors = {

@@ -3,10 +3,12 @@
 import re
 
 import comfy.model_management as management
+import folder_paths
 import pytest
 import torch
 from helpers import relative
 from helpers_nodes import clip_vision, host_euler
+from safetensors.torch import load_file, save_file
 from wan21.nodes import host
 from wan21.nodes.sampler import Wan21Sampler
 from wan21.nodes.vae_decode import Wan21VAEDecode
@@ -175,7 +177,7 @@ def _with_cache(name):
 )
 def test_patches_that_would_spoil_the_result(models, prompts, sample, monkeypatch, patch, message):
     monkeypatch.setattr(host, "run_sampling", lambda *_: pytest.fail("sampling began"))
-    with pytest.raises(ValueError, match="^Wan21Sampler: .*" + message):
+    with pytest.raises(ValueError, match=r"^Wan21Sampler: .*" + message):
         sample(patch(models["t2v"]), *prompts, {"samples": torch.zeros(1, 16, 2, 4, 4)})
 
 
@@ -192,6 +194,30 @@ def test_a_refinement_adds_its_time_to_what_it_refines(t2v_job, sample):
     assert again[SAMPLING_SECONDS] > 1000
     fresh, _ = sample(*t2v_job[:3], refined)
     assert fresh[SAMPLING_SECONDS] < 1000
+
+
+def test_a_refinement_that_fails_keeps_what_it_refines(t2v_job, sample, tmp_path, monkeypatch):
+    from nodes import LoadLatent
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    model, positive, negative, latent = t2v_job
+    first = sample(model, positive, negative, latent)[0] | {SAMPLING_SECONDS: 3600}
+    sample(model, positive, negative, first, denoise=0.5)
+    assert not [*tmp_path.rglob("*.latent")]
+    with pytest.raises(RuntimeError, match=r"^Wan21Sampler: .*skip_layers.*60 min.*is kept in"):
+        sample(model, positive, negative, first, denoise=0.5, skip_layers="99")
+    [path] = tmp_path.rglob("*.latent")
+    [kept] = LoadLatent().load(f"wan21/{path.name} [output]")
+    assert torch.equal(kept["samples"], first["samples"])
+
+
+def test_an_image_model_without_image_branch_is_told_of(files, image_to_video, sample, tmp_path):
+    image_branch = re.compile("img_emb|k_img|v_img")
+    weights = {key: value for key, value in load_file(files["i2v"]).items() if not image_branch.search(key)}
+    metadata = {"config": '{"transformer": {"text_dim": 128}}'}
+    save_file(weights, tmp_path / "wan2.2_i2v_low_noise.safetensors", metadata)
+    report = sample(host.load_model(tmp_path / "wan2.2_i2v_low_noise.safetensors"), *image_to_video())[1]
+    assert "Wan2.2-A14B" in report and "KSamplerAdvanced" in report
 
 
 def test_added_end_frame_is_dropped_by_the_decode(models, vae, picture, image_to_video, sample):
@@ -264,7 +290,7 @@ BAD = [
 def test_bad_input_is_named_before_any_step(i2v_job, sample, inputs, message, monkeypatch):
     monkeypatch.setattr(host, "run_sampling", lambda *_: pytest.fail("sampling began"))
     job = dict(zip(("model", "positive", "negative", "latent"), i2v_job))
-    with pytest.raises(ValueError, match="^Wan21Sampler: .*" + message):
+    with pytest.raises(ValueError, match=r"^Wan21Sampler: .*" + message):
         sample(**(job | inputs))
 
 

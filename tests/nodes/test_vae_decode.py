@@ -57,7 +57,7 @@ def before_block(vae, call):
 
 
 def fails(error):
-    def fail(x):
+    def fail(*_, **__):
         raise error
 
     return fail
@@ -142,6 +142,32 @@ def test_an_error_names_the_file_that_resumes(vae, decode, samples, output):
 
 def test_an_output_folder_that_cannot_be_written_does_not_stop_the_decode(decode, whole, output):
     (output / "wan21").write_text("a file where the folder should be")
+    images, said = decode(**{SAMPLING_SECONDS: 100})
+    assert torch.equal(images, whole)
+    assert "could not keep the latent" in said[0]
+
+
+def test_a_vae_of_another_model_does_not_cost_the_latent(decode, output):
+    class OtherVAE:
+        latent_channels, latent_dim = 4, 2
+
+        def spacial_compression_encode(self):
+            return 8
+
+    with pytest.raises(RuntimeError, match=r"^Wan21VAEDecode: the VAE has 4 channels.*is kept in"):
+        decode(vae=OtherVAE(), **{SAMPLING_SECONDS: 7200})
+    assert len([*output.rglob("*.latent")]) == 1
+
+
+def test_a_file_that_cannot_be_removed_does_not_cost_the_frames(decode, whole, output, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.unlink", fails(PermissionError("in use by another program")))
+    images, said = decode(**{SAMPLING_SECONDS: 100})
+    assert torch.equal(images, whole)
+    assert "could not remove" in said[-1] and "in use by another program" in said[-1]
+
+
+def test_an_output_folder_that_is_a_link_to_elsewhere(decode, whole, output, tmp_path_factory):
+    (output / "wan21").symlink_to(tmp_path_factory.mktemp("another_disk"))
     images, said = decode(**{SAMPLING_SECONDS: 100})
     assert torch.equal(images, whole)
     assert "could not keep the latent" in said[0]
