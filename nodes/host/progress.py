@@ -83,14 +83,18 @@ class StepProgress:
     def __init__(self, model, steps):
         self.steps = steps
         self.bar = comfy.utils.ProgressBar(steps)
-        self.previewer = previewer_for(model)
+        try:
+            self.previewer = previewer_for(model)
+        except Exception as error:  # a picture to look at must not cost the run
+            tell("Wan21Sampler", f"makes no previews in this run ({error})")
+            self.previewer = None
 
     def __call__(self, i, x0):
         preview = None
         if self.previewer is not None:
             try:
                 preview = ("JPEG", self.strip(x0), latent_preview.MAX_PREVIEW_RESOLUTION)
-            except Exception as error:  # a picture to look at must not cost the run
+            except Exception as error:  # as above
                 tell("Wan21Sampler", f"makes no more previews in this run ({error})")
                 self.previewer = None
         self.bar.update_absolute(i + 1, self.steps, preview)

@@ -75,3 +75,10 @@ def test_a_preview_that_fails_ends_the_previews_and_not_the_run(models, prompts,
     with caplog.at_level("INFO"):
         assert torch.equal(sample(*job, steps=3)[0]["samples"], plain)
     assert len(tried) == 1 and "no more previews in this run (CUDA out of memory.)" in caplog.text
+
+
+def test_a_broken_tiny_decoder_does_not_cost_the_run(models, prompts, sample, caplog, taesd_method, folder):
+    (folder / "taew2_1.safetensors").write_bytes(b"a download that ended early")
+    with caplog.at_level("INFO"):
+        sample(models["t2v"], *prompts, {"samples": torch.zeros(1, 16, 2, 4, 4)})
+    assert "makes no previews in this run" in caplog.text
