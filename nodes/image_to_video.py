@@ -111,7 +111,12 @@ class Wan21ImageToVideo(io.ComfyNode):
         check_inputs(vae, start_image, end_image, clip_vision_start, clip_vision_end, num_frames)
         if resize_mode == "keep_aspect":
             width, height = keep_aspect_size(start_image.shape[2], start_image.shape[1], width, height)
-        check_room(width, height, num_frames)
+        host.need_host_bytes(
+            NODE,
+            VIDEO_COPIES * 12 * width * height * num_frames,
+            f"{num_frames} frames of {width}x{height}",
+            "Set fewer frames or a smaller size",
+        )
         for name, image in (("start_image", start_image), ("end_image", end_image)):
             if image is not None and image.shape[-1] > 3:
                 host.tell(NODE, f"{name} has transparency, which is left out")
@@ -149,18 +154,6 @@ def check_sizes(width, height, num_frames):
             preflight.fail(NODE, f"{name} is {value}; the most is {limit}", f"Set {limit} or less")
     preflight.check_sides(NODE, 16 if width is None else width, 16 if height is None else height)
     preflight.check_num_frames(NODE, 1 if num_frames is None else num_frames)
-
-
-def check_room(width, height, num_frames):
-    """Refuse what does not fit into host memory before any of it is taken."""
-    need, free = VIDEO_COPIES * 12 * width * height * num_frames, host.free_host_bytes()
-    if need > free:
-        preflight.fail(
-            NODE,
-            f"{num_frames} frames of {width}x{height} take {need / 1e9:.1f} GB of host memory, and "
-            f"{free / 1e9:.1f} GB are free",
-            "Set fewer frames or a smaller size",
-        )
 
 
 def check_inputs(vae, start_image, end_image, clip_start, clip_end, num_frames):

@@ -13,6 +13,7 @@ from .load import CATEGORY
 SPACE = "Wan21SpatialUpsample"
 TIME = "Wan21TemporalUpsample"
 LANCZOS = {"lanczos1.5": 1.5, "lanczos2": 2}
+METHODS = ("none", *LANCZOS, "model")
 MULTIPLIERS = {"x2": 2, "x4": 4}
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Wan21SpatialUpsample(io.ComfyNode):
                 io.Image.Input("images"),
                 io.Combo.Input(
                     "method",
-                    options=["none", *LANCZOS, "model"],
+                    options=list(METHODS),
                     default="lanczos1.5",
                     tooltip="lanczos enlarges sharply and invents nothing; model runs upscale_model; none "
                     "passes the frames on. Sides come out even, as video encoders want them.",
@@ -43,6 +44,19 @@ class Wan21SpatialUpsample(io.ComfyNode):
             ],
             outputs=[io.Image.Output()],
         )
+
+    @classmethod
+    def validate_inputs(cls, method=None, upscale_model="absent"):
+        """Before the graph is queued: a missing model is not found out after hours of sampling.
+
+        What comes over a link is None here; an input without one is left out. The host leaves the check of
+        `method` to whoever reads it here.
+        """
+        if method is not None and method not in METHODS:
+            return f"method is {method!r}; choose one of {', '.join(METHODS)}"
+        if method == "model" and upscale_model == "absent":
+            return ". ".join(host.NO_UPSCALE_MODEL)
+        return True
 
     @classmethod
     def execute(cls, images, method, upscale_model=None) -> io.NodeOutput:
@@ -144,9 +158,15 @@ class Wan21TemporalUpsample(io.ComfyNode):
 
 def _with_cuts(images, spans, multiplier):
     """The whole result with the given frames and, at cuts, the nearer of the two; the rest is not set."""
-    result = torch.empty(
-        (len(images) - 1) * multiplier + 1, *images.shape[1:], dtype=images.dtype, device=images.device
-    )
+    count = (len(images) - 1) * multiplier + 1
+    if images.device.type == "cpu":
+        host.need_host_bytes(
+            TIME,
+            count * images[0].nbytes,
+            f"{count} frames of {_size(images)}",
+            "Choose x2, put this node before the spatial upsampling, or save the video and do it in parts",
+        )
+    result = torch.empty(count, *images.shape[1:], dtype=images.dtype, device=images.device)
     result[::multiplier] = images
     for span in spans:
         if span.cut:

@@ -7,7 +7,7 @@ sampler the host's life cycle: device memory, model patches, progress, preview a
 from .conditioning import describe_conditioning, trim_clip_vision
 from .latent_file import KeptLatent
 from .lora import add_lora, read_lora
-from .memory import free_host_bytes, plan_memory
+from .memory import need_host_bytes, plan_memory
 from .model import (
     checkpoint_name,
     choose_attention_for,
@@ -20,6 +20,7 @@ from .progress import Progress, StepProgress, check_cancelled, memory_watch, tel
 from .sampling import run_sampling
 from .text_encoder import load_text_encoder
 from .upsample import (
+    NO_UPSCALE_MODEL,
     InterpolationModel,
     check_upscale_model,
     fill_spans_with_model,
@@ -31,6 +32,7 @@ from .weights import DTYPES, WEIGHT_DTYPES, load_model
 
 __all__ = [
     "DTYPES",
+    "NO_UPSCALE_MODEL",
     "WEIGHT_DTYPES",
     "InterpolationModel",
     "KeptLatent",
@@ -46,7 +48,6 @@ __all__ = [
     "describe_conditioning",
     "encode_video",
     "fill_spans_with_model",
-    "free_host_bytes",
     "ignored_patches",
     "is_ours",
     "latent_device",
@@ -55,6 +56,7 @@ __all__ = [
     "load_vae",
     "measured_coefficients",
     "memory_watch",
+    "need_host_bytes",
     "plan_memory",
     "read_lora",
     "refused_patch",

@@ -3,10 +3,13 @@
 from contextlib import contextmanager
 
 import comfy.model_management
+import psutil
 import torch
+from comfy.memory_management import extra_ram_release
 from comfy.model_prefetch import cleanup_prefetched_modules
 
 from ...wan.memory import GIB, choose_plans, step_bytes
+from ...wan.preflight import fail
 from ...wan.vae_retreat import is_out_of_memory
 from .lora import changes_weights_at_use
 from .model import kept_dtype
@@ -52,8 +55,28 @@ def plan_memory(model, latent_shape, plans, passes, attention, teacache):
     return plans, need, said
 
 
-def free_host_bytes():
-    return comfy.model_management.get_free_memory(torch.device("cpu"))
+def need_host_bytes(node, need, what, fix):
+    """Have the host give back memory that it only keeps for later, and refuse what does not fit even then.
+
+    Where nobody refuses, Linux ends the whole server with the queue when memory and swap are full.
+
+    Args:
+        need: bytes.
+        what: the beginning of the sentence, such as "81 frames of 832x480".
+    """
+    management = comfy.model_management
+    extra_ram_release(need)  # outputs of earlier graphs
+    management.ensure_pin_budget(need)  # copies of weights that models not at work have left
+    free = management.get_free_memory(torch.device("cpu")) + _free_swap()
+    if need > free:
+        fail(node, f"{what} take {need / 1e9:.1f} GB of host memory, and {free / 1e9:.1f} GB are free", fix)
+
+
+def _free_swap():
+    try:
+        return psutil.swap_memory().free
+    except (RuntimeError, OSError):  # psutil cannot read it everywhere
+        return 0
 
 
 def weight_bytes(patcher):
@@ -68,6 +91,12 @@ def weight_bytes(patcher):
     return total
 
 
+def raise_unless_out_of_memory(error):
+    """Raise it again, unless it is one of the ways in which a device says that its memory has run out."""
+    if not (comfy.model_management.is_oom(error) or is_out_of_memory(error)):
+        raise error
+
+
 @contextmanager
 def tell_out_of_memory():
     """Whatever the device raises when its memory has run out, as `torch.OutOfMemoryError`."""
@@ -76,8 +105,7 @@ def tell_out_of_memory():
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        if not (comfy.model_management.is_oom(error) or is_out_of_memory(error)):
-            raise
+        raise_unless_out_of_memory(error)
         raise torch.OutOfMemoryError(str(error)) from None
 
 

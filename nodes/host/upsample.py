@@ -10,9 +10,14 @@ from comfy_extras.nodes_frame_interpolation import FrameInterpolationModel
 
 from ...wan.preflight import fail
 from ...wan.upsample import even_side, lanczos, upscale_tiled
+from .memory import need_host_bytes, raise_unless_out_of_memory
 from .progress import Progress, check_cancelled
 
 InterpolationModel = FrameInterpolationModel  # the socket type INTERP_MODEL
+NO_UPSCALE_MODEL = (
+    "method is model and upscale_model is not connected",
+    "Connect Load Upscale Model (UpscaleModelLoader), or choose lanczos1.5 or lanczos2",
+)
 TILES = (1024, 768, 512, 384, 256, 192, 128)  # pixels of a side before upscaling
 TILE_OVERLAP = 32
 MAX_BATCH = 16
@@ -71,11 +76,7 @@ def upscale_with_model(node, model, images):
 def check_upscale_model(node, model):
     """Whether the input is an RGB upscaler as the host's UpscaleModelLoader gives it."""
     if model is None:
-        fail(
-            node,
-            "method is model and upscale_model is not connected",
-            "Connect Load Upscale Model (UpscaleModelLoader), or choose lanczos1.5 or lanczos2",
-        )
+        fail(node, *NO_UPSCALE_MODEL)
     if not hasattr(model, "patcher") or not hasattr(model, "scale"):
         fail(node, f"upscale_model is a {type(model).__name__}", "Load it with the host's Load Upscale Model")
     channels = (model.input_channels, model.output_channels)
@@ -108,6 +109,13 @@ def _map_frames(node, images, size, run, room, device):
         run: (B, 3, H, W) float32 on `device` -> (B, 3, >= height, >= width).
         room: asked anew for each batch, and made smaller when one does not fit.
     """
+    if images.device.type == "cpu":
+        need_host_bytes(
+            node,
+            len(images) * size[0] * size[1] * 3 * images.element_size(),
+            f"{len(images)} frames of {size[1]}x{size[0]}",
+            "Choose a smaller scale, or save the video and enlarge it in parts",
+        )
     result = torch.empty(len(images), *size, 3, dtype=images.dtype, device=images.device)
     progress, done = Progress(), 0
 
@@ -116,7 +124,7 @@ def _map_frames(node, images, size, run, room, device):
             y = run(batch.to(device, torch.float32).permute(0, 3, 1, 2).contiguous())
             result[done : done + len(batch)] = y[:, :, : size[0], : size[1]].permute(0, 2, 3, 1)
         except Exception as error:
-            memory.raise_non_oom(error)
+            raise_unless_out_of_memory(error)
             return False
         return True
 
@@ -199,7 +207,7 @@ def _naming_the_fix(node):
     try:
         yield
     except Exception as error:
-        memory.raise_non_oom(error)
+        raise_unless_out_of_memory(error)
         raise ValueError(
             f"{node}: out of memory between two frames. Put this node before the spatial upsampling, or "
             "disconnect interpolation_model to interpolate on the CPU."

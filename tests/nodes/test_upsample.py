@@ -124,14 +124,15 @@ class SmallMemory:
     input_channels = output_channels = 3
     scale = 2
 
-    def __init__(self, upscaler, pixels):
+    def __init__(self, upscaler, pixels, error=None):
         self.upscaler, self.pixels, self.asked = upscaler, pixels, []
+        self.error = error or torch.OutOfMemoryError("out of memory")
         self.model, self.patcher = upscaler.model, upscaler.patcher
 
     def __call__(self, x):
         self.asked.append((x.shape[0], *x.shape[2:]))
         if x.shape[0] * x.shape[2] * x.shape[3] > self.pixels:
-            raise torch.OutOfMemoryError("out of memory")
+            raise self.error
         return self.upscaler(x)
 
 
@@ -149,9 +150,39 @@ def test_out_of_memory_makes_batch_then_tile_smaller(upscale_model, monkeypatch)
         spatial(images, "model", upscale_model=SmallMemory(upscale_model, pixels=100))
 
 
+def test_cudnns_words_for_no_memory_make_it_smaller_too(upscale_model):
+    error = RuntimeError("GET was unable to find an engine to execute this computation")
+    small = SmallMemory(upscale_model, 130 * 130, error)
+    assert spatial(clip(1, 150, 200), "model", upscale_model=small).shape == (1, 300, 400, 3)
+    assert small.asked[-1][1:] == (128, 128)
+    with pytest.raises(RuntimeError, match="a bug"):
+        spatial(clip(1), "model", upscale_model=SmallMemory(upscale_model, 1, RuntimeError("a bug")))
+
+
 def test_missing_model_is_named():
     with pytest.raises(ValueError, match=r"upscale_model is not connected\. Connect Load Upscale Model"):
         spatial(clip(2), "model")
+
+
+def test_a_missing_model_is_known_before_anything_runs():
+    """The host leaves an input without a link out, and gives None for one with a link."""
+    check = Wan21SpatialUpsample.validate_inputs
+    assert "upscale_model is not connected" in check(method="model")
+    assert check(method="model", upscale_model=None) is True
+    assert check(method="lanczos2") is True and check(method=None) is True
+    assert "choose one of none, lanczos1.5" in check(method="bicubic")
+
+
+def test_what_does_not_fit_into_host_memory_is_refused(upscale_model, monkeypatch):
+    images = clip(3)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 100_000)
+    monkeypatch.setattr("wan21.nodes.host.memory._free_swap", lambda: 0)
+    with pytest.raises(ValueError, match=r"^Wan21SpatialUpsample: 3 frames of 128x96 take 0\.0 GB of host"):
+        spatial(images, "model", upscale_model=upscale_model)
+    with pytest.raises(ValueError, match=r"^Wan21SpatialUpsample: 3 frames of 96x72"):
+        spatial(images, "lanczos1.5")
+    with pytest.raises(ValueError, match=r"^Wan21TemporalUpsample: 5 frames of 64x48"):
+        temporal(images)
 
 
 @pytest.mark.parametrize(
