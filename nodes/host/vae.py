@@ -1,5 +1,6 @@
 """Our VAE inside a standard VAE."""
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ...wan import checkpoint
 from ...wan.vae import WanVAE
 from ...wan.vae_memory import choose_tile, decode_bytes, encode_bytes
 from ...wan.vae_retreat import decode_within_memory, on_cpu
+from .memory import need_host_bytes
 from .progress import Progress, check_cancelled
 from .weights import DTYPES
 
@@ -111,15 +113,19 @@ def decode_video(vae, samples, tile_size, say):
 
 def _decode_ours(vae, samples, tile_size, say):
     management, model, device = comfy.model_management, vae.first_stage_model, vae.device
+    shape, dtype = model.decode_output_shape(samples.shape), vae.vae_output_dtype()
+    if vae.output_device.type == "cpu":
+        what = f"{shape[0] * shape[2]} frames of {shape[4]}x{shape[3]}"
+        need_host_bytes(
+            "Wan21VAEDecode", math.prod(shape) * dtype.itemsize, what, "Close other programs or add swap"
+        )
     h, w = samples.shape[-2:]
     tile = None if tile_size == "auto" else int(tile_size)
     itemsize = vae.vae_dtype.itemsize
     held = samples.shape[2] if vae.output_device.type == device.type else 0
     needed = decode_bytes(model, h, w, device, tile, itemsize, held)
     management.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=vae.disable_offload)
-    out = torch.empty(
-        model.decode_output_shape(samples.shape), device=vae.output_device, dtype=vae.vae_output_dtype()
-    )
+    out = torch.empty(shape, device=vae.output_device, dtype=dtype)
     if tile_size == "auto":
         free = vae.patcher.get_free_memory(device) - (out.nbytes if out.device == device else 0)
         tile = choose_tile(model, h, w, device, free, itemsize, held)

@@ -159,6 +159,13 @@ def test_a_vae_of_another_model_does_not_cost_the_latent(decode, output):
     assert len([*output.rglob("*.latent")]) == 1
 
 
+def test_frames_that_do_not_fit_into_host_memory_cost_no_latent(decode, output, monkeypatch):
+    monkeypatch.setattr(management, "get_free_memory", lambda device: 1000)
+    monkeypatch.setattr("wan21.nodes.host.memory._free_swap", lambda: 0)
+    with pytest.raises(RuntimeError, match=r"5 frames of 16x160 take .* GB of host memory.*is kept in"):
+        decode(**{SAMPLING_SECONDS: 7200})
+
+
 def test_a_file_that_cannot_be_removed_does_not_cost_the_frames(decode, whole, output, monkeypatch):
     monkeypatch.setattr("pathlib.Path.unlink", fails(PermissionError("in use by another program")))
     images, said = decode(**{SAMPLING_SECONDS: 100})
