@@ -10,8 +10,8 @@ from pathlib import Path
 STAGES = {
     "vae_image": "VAE, pictures",
     "vae_video": "VAE, clips",
-    "vae": "VAE, scaling folded in",
-    "encode": "clips encoded",
+    "vae": "VAE in all, its scale folded in",
+    "encode": "clips encoded, in shards",
     "dit": "DiT and text encoder",
     "lora": "LoRA",
     "vae_refined": "VAE decoder refined",
@@ -44,7 +44,7 @@ def last_row(path):
 
 def main():
     work = Path(sys.argv[1] if len(sys.argv) > 1 else "build/train_tiny")
-    print("| stage | steps | minutes | held-out |\n|---|---|---|---|")
+    print("| stage | steps | minutes | held out |\n|---|---|---|---|")
     for row in rows(work):
         print("| " + " | ".join(row) + " |")
 
