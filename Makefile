@@ -1,7 +1,7 @@
 # Everything a newcomer runs. Needs Python 3.10+ and make; all else is brought in by `setup`.
 #
 #   make demo                                  a still image becomes demo.mp4, through a real ComfyUI
-#   make demo IMAGE=cat.jpg PROMPT="a cat"     one's own; also SEED, STEPS, WIDTH, HEIGHT, FRAMES
+#   make demo IMAGE=cat.jpg PROMPT="zoom in"   your own picture; also SEED, STEPS, WIDTH, HEIGHT, FRAMES
 #   make test                                  all tests, the real host included; ARGS="-k vae" picks
 #   make bench                                 our model and VAE beside the host's and diffusers'
 #   make train-tiny                            trains the bundled checkpoint anew, hours without a GPU

@@ -1,7 +1,7 @@
 """Turn a still image into `demo.mp4` through a real ComfyUI, with `workflows/api/i2v.json`.
 
 Every option is also read from the environment variable of the same name in capitals, which is how
-`make demo IMAGE=cat.jpg PROMPT="a cat walks"` passes it on.
+`make demo IMAGE=cat.jpg PROMPT="zoom in"` passes it on.
 """
 
 import argparse

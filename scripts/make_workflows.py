@@ -133,8 +133,8 @@ NOTES = {
         "it out of GPU memory; prompts take longer there.",
         "**Image to video**, **Decode**: `tile_size` 128 takes a fraction of the memory of whole frames, and "
         "about twice the time.",
-        "**Sampler**: if memory still runs out, switch `joint_pass` off, then take a smaller size or fewer "
-        "frames.",
+        "**Sampler**: takes less memory by itself when it runs out. If that is not enough, take a smaller "
+        "size or fewer frames.",
         f"**Image to video**: size and length. {SIDES_AND_FRAMES}",
         "**CLIP vision** is optional: delete its nodes to save memory, the picture then follows the image "
         "less closely.",
