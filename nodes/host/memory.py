@@ -67,16 +67,17 @@ def need_host_bytes(node, need, what, fix):
     management = comfy.model_management
     extra_ram_release(need)  # outputs of earlier graphs
     management.ensure_pin_budget(need)  # copies of weights that models not at work have left
-    free = management.get_free_memory(torch.device("cpu")) + _free_swap()
+    free = _free_host_bytes()
     if need > free:
         fail(node, f"{what} take {need / 1e9:.1f} GB of host memory, and {free / 1e9:.1f} GB are free", fix)
 
 
-def _free_swap():
+def _free_host_bytes():
     try:
-        return psutil.swap_memory().free
+        swap = psutil.swap_memory().free
     except (RuntimeError, OSError):  # psutil cannot read it everywhere
-        return 0
+        swap = 0
+    return psutil.virtual_memory().available + swap
 
 
 def weight_bytes(patcher):

@@ -175,8 +175,7 @@ def test_a_missing_model_is_known_before_anything_runs():
 
 def test_what_does_not_fit_into_host_memory_is_refused(upscale_model, monkeypatch):
     images = clip(3)
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 100_000)
-    monkeypatch.setattr("wan21.nodes.host.memory._free_swap", lambda: 0)
+    monkeypatch.setattr("wan21.nodes.host.memory._free_host_bytes", lambda: 100_000)
     with pytest.raises(ValueError, match=r"^Wan21SpatialUpsample: 3 frames of 128x96 take 0\.0 GB of host"):
         spatial(images, "model", upscale_model=upscale_model)
     with pytest.raises(ValueError, match=r"^Wan21SpatialUpsample: 3 frames of 96x72"):
