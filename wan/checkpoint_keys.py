@@ -102,17 +102,15 @@ def refuse_quanto(state_dict: dict[str, Tensor]) -> None:
         )
 
 
-def refuse_loose_scales(state_dict: dict[str, Tensor], known: set[str]) -> None:
+def refuse_loose_scales(state_dict: dict[str, Tensor]) -> None:
     """Refuse scales that nothing would apply: the weights without them are noise.
 
-    Args:
-        known: layers whose format is known, hence whose scales are applied.
-
     Raises:
-        ValueError: the file has scales of other layers, as LightX2V's own fp8 and int8 files do.
+        ValueError: layers without a format (`<layer>.comfy_quant`) have scales, as in LightX2V's own fp8 and
+            int8 files.
     """
     loose = [key for key in state_dict if key.endswith((".weight_scale", ".scale_weight"))]
-    loose = [key for key in loose if key.rpartition(".")[0] not in known]
+    loose = [key for key in loose if f"{key.rpartition('.')[0]}.comfy_quant" not in state_dict]
     if loose:
         raise ValueError(
             f"{len(loose)} layers have scales ({loose[0]}) and nothing says in which format, as in "

@@ -19,6 +19,7 @@ def load_text_encoder(path, device="default"):
     state_dict, metadata = checkpoint.read_checkpoint(path)
     state_dict, _ = with_formats(state_dict, metadata)
     state_dict = checkpoint.to_umt5_keys(state_dict)
+    checkpoint.refuse_loose_scales(state_dict)
     config = checkpoint.umt5_config(state_dict)
     tokenizer = state_dict.pop("spiece_model", None)
     if tokenizer is None:

@@ -39,6 +39,7 @@ def load_model(path, weight_dtype="default", disable_dynamic=False):
     state_dict, metadata = checkpoint.read_checkpoint(path)
     state_dict = checkpoint.to_wan_dit_keys(state_dict)
     state_dict, metadata = with_formats(state_dict, metadata)
+    checkpoint.refuse_loose_scales(state_dict)
     formats = _quantised_layers(state_dict)
     shapes = _unpacked_shapes(state_dict, formats)
     config = detect_config(shapes, metadata)
@@ -78,14 +79,11 @@ def with_formats(state_dict, metadata):
 
     Returns:
         (state dict, metadata)
-
-    Raises:
-        ValueError: some scales belong to no layer of a known format.
     """
-    state_dict, metadata = comfy.utils.convert_old_quants(state_dict, "", metadata=metadata)
-    layers = {key.removesuffix(MARK) for key in state_dict if key.endswith(MARK)}
-    checkpoint.refuse_loose_scales(state_dict, layers)
-    for layer in layers:
+    old = "scaled_fp8"  # one for each part of a whole-pipeline checkpoint
+    for prefix in [key.removesuffix(old) for key in state_dict if key.endswith(old)] or [""]:
+        state_dict, metadata = comfy.utils.convert_old_quants(state_dict, prefix, metadata=metadata)
+    for layer in [key.removesuffix(MARK) for key in state_dict if key.endswith(MARK)]:
         weight = state_dict.get(f"{layer}.weight")
         if weight is not None and weight.dtype == torch.float8_e5m2:
             config = json.loads(state_dict[layer + MARK].numpy().tobytes()) | {"format": "float8_e5m2"}

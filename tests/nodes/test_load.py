@@ -166,6 +166,25 @@ def test_scales_that_nothing_would_apply_are_named(files, folders, node, folder,
         node.execute("loose.safetensors", *inputs)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_scaled_fp8_inside_a_whole_pipeline(files, folders, models, prompts, sample, scaled):
+    """Each part has a marker of its own; the scales of the others are not the business of a loader."""
+    dit = as_fp8(load_file(files["t2v"]), True)
+    text = as_fp8(load_file(files["umt5"]), True) if scaled else load_file(files["umt5"])
+    parts = {"model.diffusion_model.": dit, "text_encoders.umt5xxl.transformer.": text}
+    whole = {prefix + key: value for prefix, part in parts.items() for key, value in part.items()}
+    for folder in ("diffusion_models", "text_encoders"):
+        save_file(whole, folders[folder] / "whole.safetensors", metadata=METADATA)
+    clip = Wan21TextEncoderLoader.execute("whole.safetensors", "default").result[0]
+    cond = clip.encode_from_tokens_scheduled(clip.tokenize("a cat walks through the grass"))
+    difference = relative(cond[0][0], prompts[0][0][0])
+    assert 0 < difference < 0.2 if scaled else difference < 1e-5
+    model = Wan21ModelLoader.execute("whole.safetensors", "default").result[0]
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+    ours, exact = (sample(m, *prompts, latent)[0]["samples"] for m in (model, models["t2v"]))
+    assert 0 < relative(ours, exact) < 0.2
+
+
 def test_one_shard_of_a_text_encoder_is_named(files, folders):
     state = load_file(files["umt5"])
     del state["encoder.final_layer_norm.weight"]

@@ -181,9 +181,10 @@ def test_a_key_that_names_the_variant_is_no_weight():
 
 def test_scales_of_no_known_format_are_refused():
     scales = {"blocks.0.ffn.0.weight_scale": torch.ones(1), "blocks.0.ffn.2.weight_scale": torch.ones(1)}
-    ck.refuse_loose_scales(scales, {"blocks.0.ffn.0", "blocks.0.ffn.2"})
+    formats = {f"blocks.0.ffn.{i}.comfy_quant": torch.zeros(1) for i in (0, 2)}
+    ck.refuse_loose_scales(scales | formats)
     with pytest.raises(ValueError, match=r"^1 layers have scales \(blocks.0.ffn.2.weight_scale\).*_comfyui"):
-        ck.refuse_loose_scales(scales, {"blocks.0.ffn.0"})
+        ck.refuse_loose_scales(scales | {"blocks.0.ffn.0.comfy_quant": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("rename", [ck.to_wan_dit_keys, ck.to_umt5_keys])
