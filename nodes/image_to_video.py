@@ -4,6 +4,7 @@ import node_helpers
 import torch
 from comfy_api.latest import io
 
+from .. import host
 from ..wan import preflight
 from ..wan.conditioning import (
     END_LATENT_ALONE,
@@ -15,7 +16,6 @@ from ..wan.conditioning import (
     pixel_video,
 )
 from ..wan.config import LATENT_CHANNELS, VAE_STRIDE
-from . import host
 from .load import CATEGORY
 
 NODE = "Wan21ImageToVideo"

@@ -2,8 +2,8 @@
 
 from contextlib import contextmanager
 
+from .. import host
 from ..wan.conditioning import END_LATENT_ALONE, SAMPLING_SECONDS
-from . import host
 
 WORTH_KEEPING = 60  # seconds of sampling
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
+from .. import host
 from ..wan import attention, preflight, teacache
 from ..wan.conditioning import END_LATENT_ALONE, SAMPLING_SECONDS
 from ..wan.config import CLIP_TOKENS, VAE_STRIDE
@@ -15,7 +16,6 @@ from ..wan.report import sampling_report
 from ..wan.sample import RIFLEX, NotFinite, SampleJob, sample
 from ..wan.skip_layer import parse_layers
 from ..wan.solvers import SOLVERS
-from . import host
 from .kept_latent import kept_until_done
 from .load import CATEGORY
 

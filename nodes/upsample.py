@@ -6,8 +6,9 @@ import time
 import torch
 from comfy_api.latest import io
 
+from .. import host
 from ..wan import preflight, upsample
-from . import host, minterpolate
+from . import minterpolate
 from .load import CATEGORY
 
 SPACE = "Wan21SpatialUpsample"

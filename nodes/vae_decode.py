@@ -3,9 +3,9 @@
 import torch
 from comfy_api.latest import io
 
+from .. import host
 from ..wan import preflight
 from ..wan.conditioning import END_LATENT_ALONE
-from . import host
 from .kept_latent import kept_until_done
 from .load import CATEGORY
 

@@ -53,7 +53,7 @@ def resident():
 def load_watched(path, weight_dtype):
     """Load the checkpoint and print the most that was held beyond what was held before, as JSON."""
     import torch
-    from wan21.nodes import host
+    from wan21 import host
 
     torch.set_grad_enabled(False)
     before, done = resident(), threading.Event()

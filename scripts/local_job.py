@@ -10,7 +10,7 @@ pack.load_host()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from wan21.nodes import host  # noqa: E402
+from wan21 import host  # noqa: E402
 from wan21.nodes.image_to_video import Wan21ImageToVideo  # noqa: E402
 from wan21.wan.conditioning import latent_frames  # noqa: E402
 

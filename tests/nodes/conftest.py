@@ -34,14 +34,14 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="session")
 def models(files):
     """Our MODELs by kind, loaded once."""
-    from wan21.nodes import host
+    from wan21 import host
 
     return {kind: host.load_model(files[kind]) for kind in ("i2v", "flf2v", "t2v")}
 
 
 @pytest.fixture(scope="session")
 def vae(files):
-    from wan21.nodes import host
+    from wan21 import host
 
     return host.load_vae(files["vae"])
 
@@ -49,7 +49,7 @@ def vae(files):
 @pytest.fixture(scope="session")
 def prompts(files):
     """(positive, negative) CONDITIONING of our text encoder."""
-    from wan21.nodes import host
+    from wan21 import host
 
     with torch.inference_mode():
         clip = host.load_text_encoder(files["umt5"])

@@ -10,7 +10,7 @@ import torch
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 from helpers import relative
 from torch._dynamo.utils import counters
-from wan21.nodes import host
+from wan21 import host
 
 TEACACHE = dict(teacache_multiplier=2.0, teacache_profile="t2v_1.3b")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import relative
 from safetensors.torch import load_file, save_file
-from wan21.nodes import host
+from wan21 import host
 from wan21.nodes.load import Wan21ModelLoader, model_names
 from wan21.wan.lora import apply_patch
 

@@ -9,7 +9,7 @@ import torch
 from helpers import relative
 from helpers_nodes import clip_vision
 from safetensors.torch import load_file, save_file
-from wan21.nodes import host
+from wan21 import host
 
 
 def native(path):

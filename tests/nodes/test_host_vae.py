@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import relative
 from safetensors.torch import load_file
-from wan21.nodes import host
+from wan21 import host
 
 
 @pytest.fixture(scope="module")

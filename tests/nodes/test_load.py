@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from helpers import relative
 from helpers_nodes import host_euler
 from safetensors.torch import load_file, save_file
-from wan21.nodes import host
+from wan21 import host
 from wan21.nodes.load import Wan21ModelLoader, Wan21TextEncoderLoader, Wan21VAELoader, file_names
 
 

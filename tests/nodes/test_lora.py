@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import relative
 from safetensors.torch import load_file, save_file
-from wan21.nodes import host
+from wan21 import host
 from wan21.nodes.lora import Wan21LoraLoader
 from wan21.wan import lora as wl
 from wan21.wan.memory import MemoryPlan
@@ -335,7 +335,7 @@ def test_steps_that_share_a_timestep_are_told_apart(
         seen.append(step)
         return scheduled(values, step, count)
 
-    monkeypatch.setattr("wan21.nodes.host.lora.scheduled", watch)
+    monkeypatch.setattr("wan21.host.lora.scheduled", watch)
     patched = load(model, names[0], 1.0, "1, 0.5")[0]
     sample(patched, *rest, solver=solver, steps=steps, flow_shift=shift)
     assert list(dict.fromkeys(seen)) == [*range(steps)]

@@ -5,7 +5,7 @@ import torch
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 from safetensors.torch import save_file
 from torch._dynamo.utils import counters
-from wan21.nodes import host
+from wan21 import host
 
 NAME = "diffusion_model.blocks.1.ffn.0"
 

@@ -6,9 +6,9 @@ import comfy.model_management
 import comfy.sampler_helpers
 import pytest
 import torch
-from wan21.nodes import host
-from wan21.nodes.host.memory import make_room, usable_bytes, weight_bytes
-from wan21.nodes.host.model import kept_dtype
+from wan21 import host
+from wan21.host.memory import make_room, usable_bytes, weight_bytes
+from wan21.host.model import kept_dtype
 from wan21.wan.memory import Load, MemoryPlan, step_bytes
 
 

@@ -6,7 +6,7 @@ import bench_load
 import pytest
 import torch
 from safetensors.torch import save_file
-from wan21.nodes import host
+from wan21 import host
 
 JOBS = 20
 

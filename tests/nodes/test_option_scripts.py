@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from pack import ROOT
-from wan21.nodes import host
+from wan21 import host
 
 SMALL = ["--width", "32", "--height", "32", "--num-frames", "5"]
 

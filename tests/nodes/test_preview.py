@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from wan21.nodes import host
+from wan21 import host
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_a_preview_that_fails_ends_the_previews_and_not_the_run(models, prompts,
     tried = []
     job = (models["t2v"], *prompts, {"samples": torch.zeros(1, 16, 2, 4, 4)})
     plain = sample(*job, steps=3)[0]["samples"]
-    monkeypatch.setattr("wan21.nodes.host.progress.previewer_for", lambda model: Broken())
+    monkeypatch.setattr("wan21.host.progress.previewer_for", lambda model: Broken())
     with caplog.at_level("INFO"):
         assert torch.equal(sample(*job, steps=3)[0]["samples"], plain)
     assert len(tried) == 1 and "no more previews in this run (CUDA out of memory.)" in caplog.text

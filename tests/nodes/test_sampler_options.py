@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from wan21.nodes import host
+from wan21 import host
 from wan21.nodes.sampler import Wan21Sampler
 from wan21.wan import attention
 
@@ -253,7 +253,7 @@ def test_an_override_of_another_pack_is_honoured_when_auto(models, run):
 def test_sdpa_replaces_the_hosts_own_choice_on_the_cpu_only(monkeypatch):
     """Elsewhere the host takes its sub-quadratic one where SDPA has no kernel without the whole matrix."""
     import comfy.ldm.modules.attention as host_attention
-    from wan21.nodes.host.model import has_own_attention
+    from wan21.host.model import has_own_attention
 
     monkeypatch.setattr(host_attention, "optimized_attention", host_attention.attention_sub_quad)
     for device, own in (("cpu", False), ("mps", True)):

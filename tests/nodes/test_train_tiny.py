@@ -10,7 +10,7 @@ from train_tiny import captions, data, dit, latents, metrics, optim, progress, t
 from train_tiny.export import metadata, stored
 from train_tiny.text import HOST_TOKENS, train_tokenizer
 from train_tiny.train_dit import TinyModel, flow_loss, random_sigmas, sigma_shift
-from wan21.nodes import host
+from wan21 import host
 from wan21.nodes.image_to_video import Wan21ImageToVideo
 from wan21.nodes.sampler import Wan21Sampler
 from wan21.wan.vae import WanVAE

@@ -9,8 +9,8 @@ import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
+from wan21.host import upsample as host_upsample
 from wan21.nodes import minterpolate
-from wan21.nodes.host import upsample as host_upsample
 from wan21.nodes.upsample import Wan21SpatialUpsample, Wan21TemporalUpsample
 
 
@@ -175,7 +175,7 @@ def test_a_missing_model_is_known_before_anything_runs():
 
 def test_what_does_not_fit_into_host_memory_is_refused(upscale_model, monkeypatch):
     images = clip(3)
-    monkeypatch.setattr("wan21.nodes.host.memory._free_host_bytes", lambda: 100_000)
+    monkeypatch.setattr("wan21.host.memory._free_host_bytes", lambda: 100_000)
     with pytest.raises(ValueError, match=r"^Wan21SpatialUpsample: 3 frames of 128x96 take 0\.0 GB of host"):
         spatial(images, "model", upscale_model=upscale_model)
     with pytest.raises(ValueError, match=r"^Wan21SpatialUpsample: 3 frames of 96x72"):

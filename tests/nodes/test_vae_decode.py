@@ -160,7 +160,7 @@ def test_a_vae_of_another_model_does_not_cost_the_latent(decode, output):
 
 
 def test_frames_that_do_not_fit_into_host_memory_cost_no_latent(decode, output, monkeypatch):
-    monkeypatch.setattr("wan21.nodes.host.memory._free_host_bytes", lambda: 1000)
+    monkeypatch.setattr("wan21.host.memory._free_host_bytes", lambda: 1000)
     with pytest.raises(RuntimeError, match=r"5 frames of 16x160 take .* GB of host memory.*is kept in"):
         decode(**{SAMPLING_SECONDS: 7200})
 

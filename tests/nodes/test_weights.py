@@ -11,8 +11,8 @@ import torch
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 from helpers import relative
 from safetensors.torch import load_file, save_file
-from wan21.nodes import host
-from wan21.nodes.host import weights
+from wan21 import host
+from wan21.host import weights
 from wan21.wan import linear_cpu
 
 METADATA = {"config": '{"transformer": {"text_dim": 128}}'}

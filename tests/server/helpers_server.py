@@ -31,7 +31,7 @@ LISTS = {  # what the loaders offer: the random checkpoints
 
 
 def node_inputs(node_class):
-    """Inputs of our real nodes, described as `server.host.Host` does."""
+    """Inputs of our real nodes, described as `host.queue.Host` does."""
     nodes = {n.__name__: n for n in (Wan21ImageToVideo, Wan21LoraLoader, Wan21Sampler, Wan21VAEDecode)}
     if node_class == "CreateVideo":
         return {"images": {"type": "IMAGE"}, "fps": {"type": "FLOAT", "min": 1.0, "max": 120.0}}
@@ -48,7 +48,7 @@ def node_inputs(node_class):
 
 
 class FakeHost:
-    """Stands in for `server.host.Host`. Its methods and `play` are for the event loop of the server.
+    """Stands in for `host.queue.Host`. Its methods and `play` are for the event loop of the server.
 
     Attributes:
         queue: prompt ids that wait or run, in order.

@@ -7,7 +7,7 @@ import wan21.server
 
 
 def test_the_log_says_why(monkeypatch, caplog):
-    monkeypatch.delitem(sys.modules, "wan21.server.host", raising=False)
+    monkeypatch.delitem(sys.modules, "wan21.host.queue", raising=False)
     monkeypatch.setitem(sys.modules, "execution", None)  # as on a host without this module
     with caplog.at_level(logging.WARNING):
         wan21.server.mount()

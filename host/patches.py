@@ -2,7 +2,7 @@
 
 from comfy.patcher_extension import WrappersMP
 
-from ...wan.rope import axis_frequencies
+from ..wan.rope import axis_frequencies
 
 # Functions inside a block: our blocks have no place for them. Whole blocks can be replaced (`runner_of`).
 INSIDE_BLOCKS = ("attn1_patch", "attn2_patch", "double_block")

@@ -10,7 +10,7 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ...wan import checkpoint
+from ..wan import checkpoint
 from .weights import with_formats
 
 

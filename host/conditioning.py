@@ -3,8 +3,8 @@
 import node_helpers
 import torch
 
-from ...wan.config import CLIP_TOKENS
-from ...wan.preflight import Conditioning
+from ..wan.config import CLIP_TOKENS
+from ..wan.preflight import Conditioning
 
 # Keys by which other nodes ask for what our sampler does not do.
 UNSUPPORTED = ("area", "mask", "control", "gligen", "hooks", "start_percent", "end_percent")

@@ -13,10 +13,10 @@ import comfy.utils
 import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
-from ...wan import checkpoint
-from ...wan.config import detect_config
-from ...wan.dit import WanModel
-from ...wan.linear_cpu import linear
+from ..wan import checkpoint
+from ..wan.config import detect_config
+from ..wan.dit import WanModel
+from ..wan.linear_cpu import linear
 from .gguf import load_gguf
 from .model import Wan21, kept_dtype
 from .progress import tell

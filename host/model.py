@@ -11,12 +11,12 @@ from comfy.ldm.modules import attention as host_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from comfy.quant_ops import QuantizedTensor
 
-from ...wan.attention import best_kernels, choose_attention, sdpa
-from ...wan.config import CLIP_TOKENS
-from ...wan.dit import WanModel
-from ...wan.memory import Load, step_bytes
-from ...wan.sample import Call
-from ...wan.teacache import check_coefficients
+from ..wan.attention import best_kernels, choose_attention, sdpa
+from ..wan.config import CLIP_TOKENS
+from ..wan.dit import WanModel
+from ..wan.memory import Load, step_bytes
+from ..wan.sample import Call
+from ..wan.teacache import check_coefficients
 from .patches import patch_inside_blocks, scaled_frequencies
 from .progress import check_cancelled
 

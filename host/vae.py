@@ -11,10 +11,10 @@ import comfy.sd
 import torch
 from comfy.model_prefetch import cleanup_prefetched_modules
 
-from ...wan import checkpoint
-from ...wan.vae import WanVAE
-from ...wan.vae_memory import choose_tile, decode_bytes, encode_bytes
-from ...wan.vae_retreat import decode_within_memory, on_cpu
+from ..wan import checkpoint
+from ..wan.vae import WanVAE
+from ..wan.vae_memory import choose_tile, decode_bytes, encode_bytes
+from ..wan.vae_retreat import decode_within_memory, on_cpu
 from .memory import need_host_bytes
 from .progress import Progress, check_cancelled
 from .weights import DTYPES

@@ -8,12 +8,12 @@ import comfy.model_patcher
 import comfy.ops
 import torch
 
-from ...wan import checkpoint
-from ...wan.config import detect_config
-from ...wan.dit import WanModel
-from ...wan.gguf import Packed, dequantize
-from ...wan.linear_cpu import linear
-from ..gguf_file import read_gguf
+from ..nodes.gguf_file import read_gguf
+from ..wan import checkpoint
+from ..wan.config import detect_config
+from ..wan.dit import WanModel
+from ..wan.gguf import Packed, dequantize
+from ..wan.linear_cpu import linear
 from .model import kept_dtype
 
 PLAIN = ("F32", "F16", "BF16")

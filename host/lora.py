@@ -9,8 +9,8 @@ from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 
-from ...wan import checkpoint
-from ...wan.lora import Patch, apply_patch, match_lora, scheduled, step_at
+from ..wan import checkpoint
+from ..wan.lora import Patch, apply_patch, match_lora, scheduled, step_at
 from .model import CALL, kept_dtype
 
 PREFIX = "diffusion_model."
