@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, create_model
 
-from ..nodes.links import check_link
+from ..net.links import check_link
 from .problems import invalid
 
 REQUIRED = object()

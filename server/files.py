@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..nodes.fetch import fetch_bytes
+from ..net.fetch import fetch_bytes
 from .images import write_png
 from .problems import Problem, invalid
 from .store import FileRow

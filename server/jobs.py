@@ -7,7 +7,7 @@ import time
 import uuid
 from collections import Counter
 
-from ..nodes.links import check_link
+from ..net.links import check_link
 from .fields import MAX_URL, NODES, build_input_model, read_input
 from .graph import LOADERS, build_graph, load_workflow, preferred_names
 from .problems import Problem, invalid

@@ -1,6 +1,6 @@
 """Settings of the job API, all from the environment; none is needed.
 
-What links may lead to is set in `nodes/links.py` and `nodes/fetch.py`.
+What links may lead to is set in `net/links.py` and `net/fetch.py`.
 """
 
 import os

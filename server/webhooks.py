@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-from ..nodes.links import open_link
+from ..net.links import open_link
 from .tasks import snapshot
 
 TIMEOUT_S = 15

@@ -6,8 +6,8 @@ import threading
 import time
 
 import pytest
-from wan21.nodes import fetch as f
-from wan21.nodes import links
+from wan21.net import fetch as f
+from wan21.net import links
 
 BODY = bytes(range(256)) * 1200  # 300 KB
 
