@@ -9,6 +9,6 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint():
     """Return the extension that lists this pack's nodes (called by ComfyUI at start)."""
-    from .nodes import Wan21Extension
+    from .extension import Wan21Extension
 
     return Wan21Extension()

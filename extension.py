@@ -1,0 +1,37 @@
+"""What the pack brings into ComfyUI: its nodes, its bundled models, the job API."""
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import ComfyExtension, io
+
+from . import server
+from .nodes.image_to_video import Wan21ImageToVideo
+from .nodes.load import Wan21ModelLoader, Wan21TextEncoderLoader, Wan21VAELoader
+from .nodes.lora import Wan21LoraLoader
+from .nodes.sampler import Wan21Sampler
+from .nodes.upsample import Wan21SpatialUpsample, Wan21TemporalUpsample
+from .nodes.vae_decode import Wan21VAEDecode
+
+MODELS = Path(__file__).parent / "models"  # the bundled small checkpoint
+
+
+class Wan21Extension(ComfyExtension):
+    async def on_load(self):
+        """Show the bundled checkpoint in the host's lists, after the user's own folders; serve jobs."""
+        for folder in sorted(path for path in MODELS.glob("*") if path.is_dir()):
+            folder_paths.add_model_folder_path(folder.name, str(folder))
+        server.mount()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            Wan21ModelLoader,
+            Wan21TextEncoderLoader,
+            Wan21VAELoader,
+            Wan21LoraLoader,
+            Wan21ImageToVideo,
+            Wan21Sampler,
+            Wan21VAEDecode,
+            Wan21TemporalUpsample,
+            Wan21SpatialUpsample,
+        ]
