@@ -8,11 +8,10 @@ import comfy.model_patcher
 import comfy.ops
 import torch
 
-from ..nodes.gguf_file import read_gguf
-from ..wan import checkpoint
+from ..wan import files
 from ..wan.config import detect_config
 from ..wan.dit import WanModel
-from ..wan.gguf import Packed, dequantize
+from ..wan.files.gguf import Packed, dequantize, read_gguf
 from ..wan.linear_cpu import linear
 from .model import kept_dtype
 
@@ -58,12 +57,12 @@ def load_gguf(path, build, choose_dtype):
     packed = read_gguf(path)
     shapes = {key: torch.empty(p.shape, device="meta") for key, p in packed.items()}
     by_tensor = {id(shapes[key]): packed[key] for key in packed}
-    shapes = checkpoint.to_wan_dit_keys(shapes)
+    shapes = files.to_wan_dit_keys(shapes)
     weights = {key: by_tensor[id(tensor)] for key, tensor in shapes.items()}
     config = detect_config(shapes)
     with torch.device("meta"):
         expected = {k: tuple(v.shape) for k, v in WanModel(config, torch.nn).state_dict().items()}
-    checkpoint.check_keys(expected, shapes, Path(path).name)
+    files.check_keys(expected, shapes, Path(path).name)
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     model_config = comfy.model_detection.model_config_from_unet(shapes, "")

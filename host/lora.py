@@ -9,7 +9,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 
-from ..wan import checkpoint
+from ..wan import files
 from ..wan.lora import Patch, apply_patch, match_lora, scheduled, step_at
 from .model import CALL, kept_dtype
 
@@ -58,7 +58,7 @@ def read_lora(path, model):
         raise ValueError(
             f"the MODEL is a {type(model.model).__name__}, not a Wan2.1 model. Load one with Wan21ModelLoader"
         )
-    file = checkpoint.read_checkpoint(path)
+    file = files.read_checkpoint(path)
     return match_lora(file.state_dict, shapes, file.metadata)
 
 

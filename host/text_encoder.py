@@ -10,17 +10,17 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ..wan import checkpoint
+from ..wan import files
 from .weights import with_formats
 
 
 def load_text_encoder(path, device="default"):
     """Read a umT5 encoder of any size and published layout into a standard CLIP."""
-    state_dict, metadata = checkpoint.read_checkpoint(path)
+    state_dict, metadata = files.read_checkpoint(path)
     state_dict, _ = with_formats(state_dict, metadata)
-    state_dict = checkpoint.to_umt5_keys(state_dict)
-    checkpoint.refuse_loose_scales(state_dict)
-    config = checkpoint.umt5_config(state_dict)
+    state_dict = files.to_umt5_keys(state_dict)
+    files.refuse_loose_scales(state_dict)
+    config = files.umt5_config(state_dict)
     tokenizer = state_dict.pop("spiece_model", None)
     if tokenizer is None:
         tokenizer = _tokenizer_beside(Path(path))

@@ -11,7 +11,7 @@ import comfy.sd
 import torch
 from comfy.model_prefetch import cleanup_prefetched_modules
 
-from ..wan import checkpoint
+from ..wan import files
 from ..wan.vae import WanVAE
 from ..wan.vae_memory import choose_tile, decode_bytes, encode_bytes
 from ..wan.vae_retreat import decode_within_memory, on_cpu
@@ -38,7 +38,7 @@ class HostWanVAE(WanVAE):
 
 def load_vae(path, precision="auto"):
     """Read a Wan2.1 VAE of any published layout into a standard VAE."""
-    state_dict = checkpoint.to_wan_vae_keys(checkpoint.read_checkpoint(path).state_dict)
+    state_dict = files.to_wan_vae_keys(files.read_checkpoint(path).state_dict)
     vae = comfy.sd.VAE(sd=dict(state_dict), dtype=DTYPES.get(precision))
     model = HostWanVAE(
         dim=state_dict["decoder.head.0.gamma"].shape[0],
@@ -46,7 +46,7 @@ def load_vae(path, precision="auto"):
         dtype=vae.vae_dtype,
     ).eval()
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    checkpoint.check_keys(expected, state_dict, Path(path).name)
+    files.check_keys(expected, state_dict, Path(path).name)
     comfy.model_management.archive_model_dtypes(model)
     patcher = comfy.model_patcher.CoreModelPatcher(
         model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()

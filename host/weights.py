@@ -13,7 +13,7 @@ import comfy.utils
 import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
-from ..wan import checkpoint
+from ..wan import files
 from ..wan.config import detect_config
 from ..wan.dit import WanModel
 from ..wan.linear_cpu import linear
@@ -36,16 +36,16 @@ def load_model(path, weight_dtype="default", disable_dynamic=False):
     """Read a Wan2.1 checkpoint of any published layout, or a GGUF file, into a standard MODEL."""
     if str(path).lower().endswith(".gguf"):
         return _load_gguf(path, weight_dtype)
-    state_dict, metadata = checkpoint.read_checkpoint(path)
-    state_dict = checkpoint.to_wan_dit_keys(state_dict)
+    state_dict, metadata = files.read_checkpoint(path)
+    state_dict = files.to_wan_dit_keys(state_dict)
     state_dict, metadata = with_formats(state_dict, metadata)
-    checkpoint.refuse_loose_scales(state_dict)
+    files.refuse_loose_scales(state_dict)
     formats = _quantised_layers(state_dict)
     shapes = _unpacked_shapes(state_dict, formats)
     config = detect_config(shapes, metadata)
     with torch.device("meta"):
         expected = {k: tuple(v.shape) for k, v in WanModel(config, torch.nn).state_dict().items()}
-    checkpoint.check_keys(expected, shapes, Path(path).name)
+    files.check_keys(expected, shapes, Path(path).name)
     model_config = comfy.model_detection.model_config_from_unet(state_dict, "", metadata=metadata)
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()

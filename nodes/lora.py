@@ -7,8 +7,8 @@ from comfy_api.latest import io
 
 from .. import host
 from ..net.fetch import fetch
-from ..wan.checkpoint import check_head, detect_kind, read_checkpoint
-from ..wan.checkpoint_kind import LORA, not_a
+from ..wan.files import check_head, detect_kind, read_checkpoint
+from ..wan.files.kinds import LORA, not_a
 from ..wan.lora import check_lora, lora_report, parse_schedule
 from .load import CATEGORY
 

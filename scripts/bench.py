@@ -103,9 +103,9 @@ def dit_case(peers, device, dtype, quick):
     from comfy.ldm.wan.model import WanModel as NativeModel
     from diffusers import WanTransformer3DModel
     from wan21.host.weights import CpuOperations
-    from wan21.wan.checkpoint_keys import to_wan_dit_keys
     from wan21.wan.config import WanConfig
     from wan21.wan.dit import WanModel
+    from wan21.wan.files.keys import to_wan_dit_keys
 
     width, heads, ffn, layers, side = (256, 2, 1024, 2, 16) if quick else (1536, 12, 8960, 4, 56)
     config = WanConfig(in_dim=16, dim=width, ffn_dim=ffn, num_heads=heads, num_layers=layers)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..nodes.gguf_file import read_gguf
-from ..wan.checkpoint import read_checkpoint
-from ..wan.checkpoint_kind import UMT5, WAN21_DIT, WAN21_VAE, detect_kind
+from ..wan.files import read_checkpoint
+from ..wan.files.gguf import read_gguf
+from ..wan.files.kinds import UMT5, WAN21_DIT, WAN21_VAE, detect_kind
 from .graph import LOADERS
 from .problems import invalid
 

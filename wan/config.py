@@ -86,7 +86,7 @@ def detect_config(state_dict, metadata=None):
     """Read the sizes of a Wan2.1 DiT from its weights.
 
     Args:
-        state_dict: tensors under Wan2.1's own names (`wan.checkpoint.to_wan_dit_keys`).
+        state_dict: tensors under Wan2.1's own names (`wan.files.to_wan_dit_keys`).
         metadata: safetensors metadata; its `config` JSON may set `num_heads` and `freq_dim` under
             `"transformer"`, as ComfyUI reads it; `empty_start` = "true" sets the field of that name.
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpoint_kind import LORA, not_a
-from .lora_keys import TEXT_PREFIXES, parameter_of, split_lora_key
+from .files.kinds import LORA, not_a
+from .files.lora_keys import TEXT_PREFIXES, parameter_of, split_lora_key
 
 KINDS = {
     "low_rank": ("up", "down", "mid"),

@@ -184,13 +184,13 @@ def test_a_cancelled_run_leaves_nothing_behind(t2v_job, sample, names):
 
 
 def test_changing_strength_reads_the_lora_and_not_the_base(t2v_job, sample, names, monkeypatch):
-    from wan21.wan import checkpoint
+    from wan21.wan import files
 
     model, *rest = t2v_job
     before = sample(load(model, names[0], 1.0)[0], *rest)[0]["samples"]
     read = []
-    original = checkpoint.read_checkpoint
-    monkeypatch.setattr(checkpoint, "read_checkpoint", lambda path: read.append(str(path)) or original(path))
+    original = files.read_checkpoint
+    monkeypatch.setattr(files, "read_checkpoint", lambda path: read.append(str(path)) or original(path))
     after = sample(load(model, names[0], 0.5)[0], *rest)[0]["samples"]
     assert [path.rpartition("/")[2] for path in read] == [names[0]]
     assert not torch.equal(before, after)

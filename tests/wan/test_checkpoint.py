@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
-from wan21.wan import checkpoint as ck
+from wan21.wan import files as ck
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = {f"blocks.{i}.weight": torch.arange(6.0).reshape(2, 3) + i for i in range(5)}
@@ -303,7 +303,7 @@ sys.path.insert(0, sys.argv[1])
 import pack
 pack.load_pack()
 from pathlib import Path
-from wan21.wan.checkpoint import read_checkpoint
+from wan21.wan.files import read_checkpoint
 
 def peak():
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from helpers import relative
 from helpers_checkpoint import meta_state_dict, randomise, with_prefix
 from transformers import UMT5Config, UMT5EncoderModel
-from wan21.wan import checkpoint as ck
+from wan21.wan import files as ck
 
 DIT = {"ffn_dim": 30, "freq_dim": 16, "text_dim": 20, "num_layers": 2}
 DIT_CASES = {

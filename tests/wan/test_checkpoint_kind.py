@@ -24,7 +24,7 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
-from wan21.wan import checkpoint as ck
+from wan21.wan import files as ck
 
 DIT = {"ffn_dim": 30, "freq_dim": 16, "text_dim": 20, "num_layers": 2}
 VAE_CONFIG = {"num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True]}

@@ -5,9 +5,9 @@ import torch
 from comfy.ldm.wan.model import WanModel as NativeModel
 from diffusers import WanTransformer3DModel
 from helpers import relative
-from wan21.wan.checkpoint import to_wan_dit_keys
 from wan21.wan.config import SIZES, WanConfig, detect_config
 from wan21.wan.dit import WanModel, run_blocks
+from wan21.wan.files import to_wan_dit_keys
 
 SMALL = dict(dim=256, ffn_dim=320, num_heads=2, num_layers=3, text_dim=48)
 T2V = WanConfig(in_dim=16, **SMALL)

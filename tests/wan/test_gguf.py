@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import relative
-from wan21.wan import gguf as wg
+from wan21.wan.files import gguf as wg
 
 
 def random_bytes(kind, blocks, seed):

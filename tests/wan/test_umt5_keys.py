@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import relative
 from helpers_checkpoint import meta_state_dict, randomise, with_prefix
 from transformers import UMT5Config, UMT5EncoderModel, UMT5ForConditionalGeneration
-from wan21.wan import checkpoint as ck
+from wan21.wan import files as ck
 
 UMT5_SIZE = {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 3, "num_heads": 2}
 

@@ -1,4 +1,4 @@
-"""GGUF weights: the blocks of each quantisation type back into numbers, in torch, on any device.
+"""GGUF: the container, by the optional `gguf` package, and its blocks back into numbers, in torch.
 
 A row is cut into blocks of 32 or 256 numbers; a block holds a half-precision scale (and offset) and a few
 bits per number. The layouts are those of ggml (ggml-quants.c), as the `gguf` package reads them; in float32
@@ -8,6 +8,8 @@ N blocks.
 """
 
 import math
+import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ BLOCKS = {
     "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
     "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
 }  # fmt: skip
+MAX_TENSORS = 100_000
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -164,3 +167,56 @@ class Packed(NamedTuple):
     data: Tensor
     kind: str
     shape: tuple[int, ...]
+
+
+# --- the container ---------------------------------------------------------------------------------------
+
+
+def read_gguf(path: str | Path) -> dict[str, Packed]:
+    """Read a GGUF file in the layout of city96's conversions; data is mapped from the file, not copied.
+
+    Raises:
+        ValueError: the `gguf` package is missing, or the file is damaged, truncated or of unknown types.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ValueError(
+            "GGUF files are read with the gguf package, which is not installed. Run pip install gguf in "
+            "ComfyUI's Python, or pick a safetensors file"
+        ) from error
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(24)
+    count = int.from_bytes(head[8:16], "little")
+    if len(head) < 24 or head[:4] != b"GGUF" or count > MAX_TENSORS:
+        raise ValueError(f"{path.name!r} is not a GGUF file, or its head is damaged. Download it again")
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # the package reports damage with many types
+        raise ValueError(f"{path.name!r} is a damaged GGUF file ({error}). Download it again") from error
+    return {tensor.name: _packed(reader, tensor, size, path.name) for tensor in reader.tensors}
+
+
+def _packed(reader, tensor, size, name):
+    kind = tensor.tensor_type.name
+    stored = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")  # what has more than ggml's four axes
+    if stored is None:
+        shape = tuple(int(side) for side in reversed(tensor.shape))
+    else:
+        shape = tuple(int(stored.parts[i][0]) for i in stored.data)
+    try:
+        needed = packed_bytes(kind, (math.prod(shape),) if stored is not None else shape)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {tensor.name}: {error}") from error
+    if needed != tensor.n_bytes or tensor.data_offset + needed > size:
+        raise ValueError(
+            f"{name!r} is truncated or damaged: {tensor.name} {list(shape)} takes {needed} bytes at "
+            f"{tensor.data_offset} of {size}. Download it again"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the map is read-only, and nothing here writes to it
+        data = torch.from_numpy(tensor.data.reshape(-1).view("uint8"))
+    rows = shape[0] if len(shape) > 1 else 1
+    return Packed(data.view(rows, -1), kind, shape)

@@ -8,8 +8,8 @@ import re
 
 from torch import Tensor
 
-from .checkpoint_keys import refuse_quanto, renamed, replace_module, select_part
-from .checkpoint_kind import UMT5, detect_kind, not_a
+from .keys import refuse_quanto, renamed, replace_module, select_part
+from .kinds import UMT5, detect_kind, not_a
 
 UMT5_PREFIXES = (
     "text_encoders.umt5xxl.transformer.", "umt5xxl.transformer.", "umt5xxl.", "text_encoder.", "text_model.",

@@ -7,7 +7,7 @@ the double underscore of Wan2.1-Fun, and SimpleTuner's `lycoris_`.
 
 import re
 
-from .checkpoint_keys import DIT_BLOCK_MODULES, DIT_MODULES, wan_dit_key
+from .keys import DIT_BLOCK_MODULES, DIT_MODULES, wan_dit_key
 
 PREFIXES = (
     "base_model.model.", "pipe.dit.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .checkpoint_kind import WAN21_DIT, WAN21_VAE, Kind, detect_kind, not_a
+from .kinds import WAN21_DIT, WAN21_VAE, Kind, detect_kind, not_a
 
 # Longest first: a key is stripped of the first prefix that the file uses.
 DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")

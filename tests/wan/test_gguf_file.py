@@ -3,8 +3,7 @@
 import gguf
 import numpy as np
 import pytest
-from wan21.nodes.gguf_file import read_gguf
-from wan21.wan.gguf import dequantize
+from wan21.wan.files.gguf import dequantize, read_gguf
 
 
 def write(path, tensors, orig_shapes=()):

@@ -4,7 +4,7 @@ A file is looked at before it is opened: its first bytes tell a safetensors file
 a saved web page or a pickle, and every length in a safetensors header is checked against the size of the
 file before memory is taken for it. Tensors are mapped from the file, not copied.
 
-Renaming the layouts people have into Wan's own names is in `checkpoint_keys` (DiT, VAE) and `umt5_keys`
+Renaming the layouts people have into Wan's own names is in `keys` (DiT, VAE) and `umt5`
 (text encoder); the functions a loader needs are also importable from here.
 """
 
@@ -20,15 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint_keys import (
-    is_quantization_key,
-    refuse_loose_scales,
-    to_wan_dit_keys,
-    to_wan_vae_keys,
-    wan_dit_key,
-)
-from .checkpoint_kind import Kind, detect_kind
-from .umt5_keys import to_umt5_keys, umt5_config
+from .keys import is_quantization_key, refuse_loose_scales, to_wan_dit_keys, to_wan_vae_keys, wan_dit_key
+from .kinds import Kind, detect_kind
+from .umt5 import to_umt5_keys, umt5_config
 
 __all__ = [
     "Checkpoint",
