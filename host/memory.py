@@ -10,7 +10,7 @@ from comfy.model_prefetch import cleanup_prefetched_modules
 
 from ..wan.memory import GIB, choose_plans, step_bytes
 from ..wan.preflight import fail
-from ..wan.vae_retreat import is_out_of_memory
+from ..wan.vae.fallback import is_out_of_memory
 from .lora import changes_weights_at_use
 from .model import kept_dtype
 

@@ -13,8 +13,8 @@ from comfy.model_prefetch import cleanup_prefetched_modules
 
 from ..wan import files
 from ..wan.vae import WanVAE
-from ..wan.vae_memory import choose_tile, decode_bytes, encode_bytes
-from ..wan.vae_retreat import decode_within_memory, on_cpu
+from ..wan.vae.fallback import decode_within_memory, on_cpu
+from ..wan.vae.memory import choose_tile, decode_bytes, encode_bytes
 from .memory import need_host_bytes
 from .progress import Progress, check_cancelled
 from .weights import DTYPES

@@ -28,7 +28,7 @@ from train_tiny import data  # noqa: E402
 from train_tiny.optim import MuonAdamW, warm_up_then_decay  # noqa: E402
 from train_tiny.progress import WORK, Parts, Stage, train  # noqa: E402
 from wan21.wan.vae import WanVAE  # noqa: E402
-from wan21.wan.vae_layers import Resample, ResidualBlock  # noqa: E402
+from wan21.wan.vae.layers import Resample, ResidualBlock  # noqa: E402
 
 SEEDS = {"vae_image": 10**8, "vae_video": 2 * 10**8, "vae_refined": 3 * 10**8, "fold": 4 * 10**8}
 LATENT_NOISE = 0.15  # largest, of latents of unit variance: what the DiT gets wrong must not show

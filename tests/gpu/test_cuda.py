@@ -7,8 +7,8 @@ from wan21.wan.config import WanConfig
 from wan21.wan.dit import WanModel
 from wan21.wan.memory import LATENT_COPIES, Load, MemoryPlan, step_bytes
 from wan21.wan.vae import WanVAE
-from wan21.wan.vae_memory import decode_bytes, encode_bytes
-from wan21.wan.vae_retreat import decode_within_memory
+from wan21.wan.vae.fallback import decode_within_memory
+from wan21.wan.vae.memory import decode_bytes, encode_bytes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -10,7 +10,7 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from helpers import relative
 from helpers_vae import latents, peak_bytes, pixels, randomise
 from wan21.wan.vae import WanVAE
-from wan21.wan.vae_layers import AttentionBlock, RMSNorm, norm_silu
+from wan21.wan.vae.layers import AttentionBlock, RMSNorm, norm_silu
 
 DIM = 16
 MULTIPLIERS = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
@@ -76,9 +76,9 @@ def test_the_norm_of_a_vector_near_zero_is_finite(dtype):
     ("h", "w", "m", "known"), [(5, 7, 4, 6), (70, 3, 4, 4), (9, 8, 3, 5), (8, 8, 2, 3), (6, 5, 1, 1)]
 )
 def test_cpu_convolution_equals_the_direct_sum(h, w, m, known, monkeypatch):
-    from wan21.wan import vae_cpu
+    from wan21.wan.vae import cpu
 
-    monkeypatch.setattr(vae_cpu, "STRIP_BYTES", 0)  # the smallest strips
+    monkeypatch.setattr(cpu, "STRIP_BYTES", 0)  # the smallest strips
     torch.manual_seed(m)
     conv = randomise(torch.nn.Conv3d(16, 24, 3, padding=(0, 1, 1)))
     norm = RMSNorm(16, 3)
@@ -90,25 +90,25 @@ def test_cpu_convolution_equals_the_direct_sum(h, w, m, known, monkeypatch):
     fresh = frames[:, :, known - m :].contiguous(memory_format=torch.channels_last_3d)
     given = fresh.clone()
     before = normed[:, :, : known - m] if known > m else None
-    y, kept = vae_cpu.causal_conv3(conv, before.clone() if known > m else None, fresh, norm)
+    y, kept = cpu.causal_conv3(conv, before.clone() if known > m else None, fresh, norm)
     assert relative(y, expected) <= 1e-6
     assert relative(kept, normed[:, :, -2:]) <= 1e-6
     assert torch.equal(fresh, given)
     again = before.clone() if known > m else None  # a full cache is overwritten
-    added, _ = vae_cpu.causal_conv3(conv, again, fresh, norm, add_to=base.clone())
+    added, _ = cpu.causal_conv3(conv, again, fresh, norm, add_to=base.clone())
     assert relative(added, expected + base) <= 1e-6
-    plain, kept = vae_cpu.causal_conv3(conv, before, normed[:, :, known - m :])
+    plain, kept = cpu.causal_conv3(conv, before, normed[:, :, known - m :])
     assert relative(plain, expected) <= 1e-6
     assert torch.equal(kept, normed[:, :, -2:])
 
 
 def test_cpu_upsampling_equals_the_direct_sum():
-    from wan21.wan import vae_cpu
+    from wan21.wan.vae import cpu
 
     conv = randomise(torch.nn.Conv2d(16, 8, 3, padding=1))
     x = torch.randn(3, 16, 5, 7)
     expected = conv(torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest-exact"))
-    assert relative(vae_cpu.upsample_conv(conv, x), expected) <= 1e-6
+    assert relative(cpu.upsample_conv(conv, x), expected) <= 1e-6
 
 
 def test_batch_is_independent(vae, native):
@@ -216,7 +216,7 @@ def test_one_tile_is_the_whole(vae):
     [(5, 7, 4, 3, 1), (9, 4, 4, 32, 2), (13, 11, 5, 5, 4), (8, 8, 4, 4, 0)],
 )
 def test_tile_weights_add_up_to_one(h, w, tile_y, tile_x, overlap):
-    from wan21.wan.vae_tiling import plan_tiles
+    from wan21.wan.vae.tiling import plan_tiles
 
     for scale in (1, 8):
         total = torch.zeros(h * scale, w * scale)

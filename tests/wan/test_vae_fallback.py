@@ -4,11 +4,10 @@ import pytest
 import torch
 from helpers import relative
 from helpers_vae import latents, peak_bytes, randomise
-from wan21.wan import vae_cpu
-from wan21.wan.vae import WanVAE
-from wan21.wan.vae_layers import AttentionBlock
-from wan21.wan.vae_memory import choose_tile, decode_bytes, encode_bytes
-from wan21.wan.vae_retreat import Piece, decode_within_memory, on_cpu, smaller_tiles
+from wan21.wan.vae import WanVAE, cpu
+from wan21.wan.vae.fallback import Piece, decode_within_memory, on_cpu, smaller_tiles
+from wan21.wan.vae.layers import AttentionBlock
+from wan21.wan.vae.memory import choose_tile, decode_bytes, encode_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 H, W, T = 40, 1, 3  # 320 x 8 pixels: whole, then tiles of 256, 128 and 64
@@ -182,7 +181,7 @@ def test_check_is_called_before_every_layer_and_strip(vae, monkeypatch):
     class Cancelled(BaseException):
         pass
 
-    monkeypatch.setattr(vae_cpu, "MIN_VOXELS", 1)
+    monkeypatch.setattr(cpu, "MIN_VOXELS", 1)
     blocks = []
     hook = vae.decoder.upsamples[-1].register_forward_pre_hook(lambda *_: blocks.append(1))
 
@@ -216,7 +215,7 @@ def test_slow_layers_listen_more_than_once(vae):
     conv = torch.nn.Conv2d(8, 4, 3, padding=1)
     calls.clear()
     with torch.inference_mode():
-        vae_cpu.upsample_conv(conv, torch.zeros(3, 8, 4, 4), Past().check)
+        cpu.upsample_conv(conv, torch.zeros(3, 8, 4, 4), Past().check)
     assert len(calls) == 3
 
 
@@ -240,8 +239,8 @@ def test_features_on_the_same_device_are_counted():
 
 @pytest.mark.parametrize("tile", [None, 64])
 def test_the_estimate_is_near_what_is_taken(vae, tile, monkeypatch):
-    monkeypatch.setattr(vae_cpu, "STRIP_BYTES", 0)
-    monkeypatch.setattr("wan21.wan.vae_memory.STRIP_BYTES", 0)
+    monkeypatch.setattr(cpu, "STRIP_BYTES", 0)
+    monkeypatch.setattr("wan21.wan.vae.memory.STRIP_BYTES", 0)
     z = latents(2, 20, 3)
     out = torch.empty(vae.decode_output_shape(z.shape))
     taken = peak_bytes(decode_within_memory, vae, z, out, tile)
@@ -271,8 +270,8 @@ def test_auto_takes_the_largest_tile_that_fits():
 
 @pytest.mark.parametrize("frames", [1, 17, 33])
 def test_the_estimate_of_an_encode_is_near_what_is_taken(vae, frames, monkeypatch):
-    monkeypatch.setattr(vae_cpu, "STRIP_BYTES", 0)
-    monkeypatch.setattr("wan21.wan.vae_memory.STRIP_BYTES", 0)
+    monkeypatch.setattr(cpu, "STRIP_BYTES", 0)
+    monkeypatch.setattr("wan21.wan.vae.memory.STRIP_BYTES", 0)
     x = torch.zeros(1, 3, frames, 160, 24)
     taken = peak_bytes(vae.encode, x)
     half = WanVAE(dim=8, dtype=torch.bfloat16)

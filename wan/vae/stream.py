@@ -1,4 +1,4 @@
-"""A clip as a stream of chunks through stages of layers; see vae.py for the letters.
+"""A clip as a stream of chunks through stages of layers; see `wan.vae` for the letters.
 
 Every layer is causal in time and finds the earlier frames it needs in a `Past`, which one stream makes and
 drops. How the clip is cut changes no number beyond rounding.
@@ -6,10 +6,10 @@ drops. How the clip is cut changes no number beyond rounding.
 
 import torch
 
-from .vae_layers import Past
+from .layers import Past
 
 # Frames a stage works on at once: few beside the frames that the caches must hold. Four are what the
-# CPU's convolution saves most with (vae_cpu.py).
+# CPU's convolution saves most with (cpu.py).
 CHUNK_FRAMES = {"cpu": 4, "cuda": 2}
 
 

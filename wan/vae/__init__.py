@@ -1,6 +1,6 @@
-"""The Wan2.1 video autoencoder: the executors that walk the layers of vae_layers.py.
+"""The Wan2.1 video autoencoder: the executors that walk the layers of layers.py.
 
-A clip runs as a stream of chunks (vae_stream.py), a frame whole or in windows (vae_tiling.py). What layers
+A clip runs as a stream of chunks (stream.py), a frame whole or in windows (tiling.py). What layers
 remember of a stream lives in one call; the model itself stores nothing.
 
 Frame 0 is special in Wan: it is one latent of its own, each later latent covers four frames. Hence
@@ -13,9 +13,9 @@ F = 4(T - 1) + 1.
 import torch
 from torch import nn
 
-from .vae_layers import Decoder, Encoder, conv_layer
-from .vae_stream import frames_per_chunk, regroup, stream
-from .vae_tiling import cut_windows, frames_left_out, plan_tiles, windowed
+from .layers import Decoder, Encoder, conv_layer
+from .stream import frames_per_chunk, regroup, stream
+from .tiling import cut_windows, frames_left_out, plan_tiles, windowed
 
 
 class WanVAE(nn.Module):

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from .vae import WanVAE, report, scaled
-from .vae_tiling import cut_windows
+from . import WanVAE, report, scaled
+from .tiling import cut_windows
 
 TILES = (512, 256, 128, 64)  # pixels, after whole frames
 

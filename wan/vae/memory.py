@@ -5,14 +5,14 @@ resolution. It is counted from the layers. The rest is one chunk under way at th
 that chunk.
 """
 
-from .vae_cpu import STRIP_BYTES
-from .vae_retreat import TILES
-from .vae_stream import frames_per_chunk
-from .vae_tiling import doubles, doubles_time, even_spans, margins, with_margin
+from .cpu import STRIP_BYTES
+from .fallback import TILES
+from .stream import frames_per_chunk
+from .tiling import doubles, doubles_time, even_spans, margins, with_margin
 
 # Chunks alive at once in a residual block: its input, the normed copy, that joined to the two frames before
 # it (twice a chunk of two), the result, and on CUDA what the library's convolution takes for itself, at most
-# its input and result in another layout. On the CPU the strips of vae_cpu.py take their place.
+# its input and result in another layout. On the CPU the strips of cpu.py take their place.
 CHUNKS_ALIVE = {"cpu": 5, "cuda": 8}
 SAFETY = 1.1
 

@@ -1,4 +1,4 @@
-"""Layers of the Wan2.1 video autoencoder. They know nothing of chunks or memory: vae.py walks them.
+"""Layers of the Wan2.1 video autoencoder. They know nothing of chunks or memory: executors walk them.
 
 Each is called as layer(x, past) with x [B, C, f, H, W], and is causal in time: an output frame needs its
 own and earlier input frames only. The earlier ones come from `past`; a layer itself stores nothing.
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import vae_cpu
+from . import cpu
 
 
 class Past:
@@ -51,8 +51,8 @@ def causal_conv(conv, x, past, norm=None, overwrite=False, add_to=None):
     """
     keep = conv.kernel_size[0] - 1
     before = past.frames.get(conv)
-    if keep and vae_cpu.fits(conv, x):
-        y, past.frames[conv] = vae_cpu.causal_conv3(conv, before, x, norm, add_to, past.check)
+    if keep and cpu.fits(conv, x):
+        y, past.frames[conv] = cpu.causal_conv3(conv, before, x, norm, add_to, past.check)
         return y
     if norm is not None:
         x = norm_silu(norm, x, overwrite)
@@ -178,8 +178,8 @@ class Resample(nn.Module):
 
     def space(self, x, past):
         frames = frames_to_batch(x)
-        if isinstance(self.resample[0], nn.Upsample) and vae_cpu.fits(self.resample[1], x):
-            return batch_to_frames(vae_cpu.upsample_conv(self.resample[1], frames, past.check), x.shape[0])
+        if isinstance(self.resample[0], nn.Upsample) and cpu.fits(self.resample[1], x):
+            return batch_to_frames(cpu.upsample_conv(self.resample[1], frames, past.check), x.shape[0])
         return batch_to_frames(self.resample(frames), x.shape[0])
 
     space.reach = 1
