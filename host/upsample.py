@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from comfy_extras.nodes_frame_interpolation import FrameInterpolationModel
 
+from ..frames.lanczos import even_side, lanczos, upscale_tiled
 from ..wan.preflight import fail
-from ..wan.upsample import even_side, lanczos, upscale_tiled
 from .memory import need_host_bytes, raise_unless_out_of_memory
 from .progress import Progress, check_cancelled
 

@@ -7,8 +7,9 @@ import torch
 from comfy_api.latest import io
 
 from .. import host
-from ..wan import preflight, upsample
-from . import minterpolate
+from ..frames import minterpolate
+from ..frames.spans import SCENE_CUT, frame_changes, plan_spans
+from ..wan import preflight
 from .load import CATEGORY
 
 SPACE = "Wan21SpatialUpsample"
@@ -110,7 +111,7 @@ class Wan21TemporalUpsample(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "scene_cut_threshold",
-                    default=upsample.SCENE_CUT,
+                    default=SCENE_CUT,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -125,7 +126,7 @@ class Wan21TemporalUpsample(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, images, fps, method, interpolation_model=None, scene_cut_threshold=upsample.SCENE_CUT
+        cls, images, fps, method, interpolation_model=None, scene_cut_threshold=SCENE_CUT
     ) -> io.NodeOutput:
         preflight.check_frames(TIME, images, least=2)
         preflight.check_fps(TIME, fps)
@@ -136,9 +137,7 @@ class Wan21TemporalUpsample(io.ComfyNode):
                 "Reinstall av from PyPI, or connect Load Frame Interpolation Model",
             )
         started, multiplier = time.perf_counter(), MULTIPLIERS[method]
-        spans = upsample.plan_spans(
-            *upsample.frame_changes(images, lambda i: host.check_cancelled()), scene_cut_threshold
-        )
+        spans = plan_spans(*frame_changes(images, lambda i: host.check_cancelled()), scene_cut_threshold)
         result = _with_cuts(images, spans, multiplier)
         motion = [span for span in spans if not span.cut]
         if interpolation_model is None:

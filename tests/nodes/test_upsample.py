@@ -9,8 +9,8 @@ import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
+from wan21.frames import minterpolate
 from wan21.host import upsample as host_upsample
-from wan21.nodes import minterpolate
 from wan21.nodes.upsample import Wan21SpatialUpsample, Wan21TemporalUpsample
 
 

@@ -38,7 +38,7 @@ def fill_spans(images, spans, multiplier, result, progress):
 
     Args:
         images: [F, H, W, 3] in [0, 1].
-        spans: of `wan.upsample`, in order, none of them a cut.
+        spans: of `frames.spans`, in order, none of them a cut.
         multiplier: new frame rate over old.
         result: [(F - 1) * multiplier + 1, H, W, 3]; only places strictly inside the spans are written.
         progress: `progress(done, total)` in frames, called from this thread at least every 0.1 s while FFmpeg

@@ -1,0 +1,1 @@
+"""What is done to finished frames. Nothing here is Wan."""
