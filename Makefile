@@ -36,10 +36,10 @@ bench: setup
 	$(VENV_PYTHON) scripts/bench.py $(ARGS)
 
 train-tiny: setup
-	$(VENV_PYTHON) scripts/train_tiny/train.py $(ARGS)
+	$(VENV_PYTHON) training/train.py $(ARGS)
 
 eval-tiny: setup
-	$(VENV_PYTHON) scripts/eval_tiny.py $(ARGS)
+	$(VENV_PYTHON) training/evaluate.py $(ARGS)
 
 lint: setup
 	$(VENV_PYTHON) -m ruff check .

@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "tests"))  # for helpers.py
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 
-import pack
+from lib import pack
 
 pack.load_pack()
 pack.load_host()

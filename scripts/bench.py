@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-import pack
+from lib import pack
 
 pack.load_pack()
 pack.load_host()

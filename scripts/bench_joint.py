@@ -10,7 +10,7 @@ the peak of memory above the weights. Joint and separate passes must give the sa
 import argparse
 import statistics
 
-import pack
+from lib import pack
 
 pack.load_pack()
 pack.load_host()

@@ -15,7 +15,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-import pack
+from lib import pack
 
 LIMIT = 1.15
 FIELDS = ("RssAnon", "RssFile")

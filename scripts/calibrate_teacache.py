@@ -17,8 +17,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from local_job import PROMPT, Files, LocalJob, add_job_arguments
-from pack import load_pack
+from lib.local_job import PROMPT, Files, LocalJob, add_job_arguments
+from lib.pack import load_pack
 
 load_pack()
 

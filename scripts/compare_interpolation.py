@@ -14,7 +14,7 @@ import math
 import time
 from pathlib import Path
 
-from pack import load_host, load_pack
+from lib.pack import load_host, load_pack
 
 load_pack()
 load_host()

@@ -15,8 +15,8 @@ import re
 import time
 from pathlib import Path
 
-from local_job import PROMPT, Files, LocalJob, add_job_arguments
-from pack import ROOT, load_pack
+from lib.local_job import PROMPT, Files, LocalJob, add_job_arguments
+from lib.pack import ROOT, load_pack
 
 load_pack()
 

@@ -12,11 +12,11 @@ import signal
 import sys
 from pathlib import Path
 
-import bundled
-from comfy_client import GraphRejected, JobFailed, fill, without
-from contact_sheet import contact_sheet, read_frames
-from host_server import HostServer
-from pack import ROOT, comfyui_path
+from lib import bundled
+from lib.comfy_client import GraphRejected, JobFailed, fill, without
+from lib.contact_sheet import contact_sheet, read_frames
+from lib.host_server import HostServer
+from lib.pack import ROOT, comfyui_path
 
 WORKFLOW = ROOT / "workflows" / "api" / "i2v.json"
 WORK_FOLDER = ROOT / "build" / "demo"

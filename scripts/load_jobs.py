@@ -20,8 +20,8 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import requests
-from host_server import HostServer
-from pack import comfyui_path
+from lib.host_server import HostServer
+from lib.pack import comfyui_path
 
 APP = "infsh/wan2-1-i2v"
 LIMIT_MS = 100

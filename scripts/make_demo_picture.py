@@ -3,16 +3,16 @@
 import tempfile
 from pathlib import Path
 
-import pack
+from lib import pack
 
 pack.load_pack()
 pack.load_host()
 
 import torch  # noqa: E402
-from host_server import HostServer  # noqa: E402
+from lib.host_server import HostServer  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
-from train_tiny import data  # noqa: E402
-from train_tiny.host import Host, to_picture  # noqa: E402
+from wan21.training import data  # noqa: E402
+from wan21.training.host import Host, to_picture  # noqa: E402
 
 SIZE = (17, 128, 128)  # frames, height, width
 SEED = data.HELD_OUT + 6 * 10**6

@@ -9,17 +9,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pack
+from lib import pack
 
 pack.load_pack()
 pack.load_host()
 
-from comfy_client import fill  # noqa: E402
-from contact_sheet import contact_sheet, read_frames  # noqa: E402
-from host_server import HostServer  # noqa: E402
-from small_graphs import panning_clip, small_graph  # noqa: E402
-from train_tiny import data  # noqa: E402
-from train_tiny.host import to_picture  # noqa: E402
+from lib.comfy_client import fill  # noqa: E402
+from lib.contact_sheet import contact_sheet, read_frames  # noqa: E402
+from lib.host_server import HostServer  # noqa: E402
+from lib.small_graphs import panning_clip, small_graph  # noqa: E402
+from wan21.training import data  # noqa: E402
+from wan21.training.host import to_picture  # noqa: E402
 
 WORKFLOWS = pack.ROOT / "workflows"
 SEED = data.HELD_OUT + 6 * 10**6 + 14  # a house before hills

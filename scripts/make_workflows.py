@@ -13,10 +13,10 @@ import sys
 import tempfile
 import uuid
 
-import bundled
-from editor import api_graph, editor_graph, load_api_graph, open_editor
-from host_server import HostServer
-from pack import ROOT
+from lib import bundled
+from lib.editor import api_graph, editor_graph, load_api_graph, open_editor
+from lib.host_server import HostServer
+from lib.pack import ROOT
 
 WORKFLOWS = ROOT / "workflows"
 REPOSITORY = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged"

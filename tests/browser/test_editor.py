@@ -4,12 +4,11 @@ import itertools
 import json
 import re
 
-import bundled
 import pytest
-from editor import VIEWPORT, api_graph, load_graph
-from pack import ROOT
-from setup_host import LINK_NAME
-from small_graphs import small_graph
+from lib import bundled
+from lib.editor import VIEWPORT, api_graph, load_graph
+from lib.pack import LINK_NAME, ROOT
+from lib.small_graphs import small_graph
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 EDITOR_ONLY = {"MarkdownNote", "Note"}  # not part of what is queued

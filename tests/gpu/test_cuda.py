@@ -44,7 +44,7 @@ def test_dit_in_16_bit_is_near_float32(dtype):
 
 def test_multiplication_in_fp8_is_near_that_of_fp8_weights(tmp_path):
     import comfy.model_management
-    from make_random_checkpoints import T2V, make_checkpoints
+    from lib.random_checkpoints import T2V, make_checkpoints
     from wan21 import host
 
     if not comfy.model_management.supports_fp8_compute(torch.device("cuda", 0)):

@@ -1,7 +1,7 @@
 """One real ComfyUI server for all tests of a session; its models are those that the pack brings."""
 
 import pytest
-from host_server import HostServer, group_lives
+from lib.host_server import HostServer, group_lives
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
 """What the bundled checkpoint does, through the real graphs: the picture stays and the prompt moves it."""
 
-import bundled
 import pytest
 import torch
-from comfy_client import fill, find_node
+from lib import bundled
+from lib.comfy_client import fill, find_node
 from safetensors import safe_open
-from train_tiny import data, metrics
-from train_tiny.host import Host
+from wan21.training import data, metrics
+from wan21.training.host import Host
 
 SIZE = (17, 64, 64)  # frames, height, width
 SEED = data.HELD_OUT + 5 * 10**6  # pictures that neither training nor evaluation has seen

@@ -1,8 +1,8 @@
 """The client that demo and tests use says clearly how a job ended."""
 
-import bundled
 import pytest
-from comfy_client import GraphRejected, JobFailed, JobInterrupted, fill
+from lib import bundled
+from lib.comfy_client import GraphRejected, JobFailed, JobInterrupted, fill
 
 GRAPH = {
     "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 255}},

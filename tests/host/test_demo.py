@@ -3,7 +3,7 @@
 import sys
 
 import demo
-from contact_sheet import contact_sheet, read_frames
+from lib.contact_sheet import contact_sheet, read_frames
 
 
 def test_the_demo_makes_a_video_and_its_contact_sheet(client, monkeypatch, tmp_path):

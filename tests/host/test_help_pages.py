@@ -3,8 +3,7 @@
 import re
 
 import pytest
-from pack import ROOT
-from setup_host import LINK_NAME
+from lib.pack import LINK_NAME, ROOT
 
 PAGES = ROOT / "web" / "docs"
 # Inputs that need no tooltip.

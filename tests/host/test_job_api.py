@@ -9,10 +9,10 @@ import av
 import inferencesh
 import pytest
 import requests
-from host_server import HostServer
 from inferencesh import APIError, TaskStatus
+from lib.host_server import HostServer
+from lib.pack import comfyui_path
 from load_jobs import Receiver
-from pack import comfyui_path
 from PIL import Image
 
 APP = "infsh/wan2-1-i2v"

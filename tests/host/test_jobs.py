@@ -7,10 +7,10 @@ import re
 import time
 
 import pytest
-from comfy_client import GraphRejected, JobFailed, JobInterrupted, fill, find_node
-from pack import ROOT, comfyui_path
+from lib.comfy_client import GraphRejected, JobFailed, JobInterrupted, fill, find_node
+from lib.pack import ROOT, comfyui_path
+from lib.small_graphs import small_graph
 from PIL import Image
-from small_graphs import small_graph
 
 SIZE, NUM_FRAMES, STEPS = (64, 48), 5, 3
 

@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from host_server import HostServer
-from pack import ROOT, comfyui_path
-from small_graphs import panning_clip, small_graph
-from train_tiny import metrics
-from train_tiny.host import Host
+from lib.host_server import HostServer
+from lib.pack import ROOT, comfyui_path
+from lib.small_graphs import panning_clip, small_graph
+from wan21.training import metrics
+from wan21.training.host import Host
 
 FOLDER = ROOT / "tests" / "pretended_gpu"
 # Otherwise the host computes in 16 bits on a GPU.

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import requests
-from pack import ROOT, comfyui_path
+from lib.pack import ROOT, comfyui_path
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 SMALLER = {'"832*480"': '"64*64"', '"num_frames": 81': '"num_frames": 5, "num_inference_steps": 2'}

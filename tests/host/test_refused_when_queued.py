@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from comfy_client import GraphRejected, fill
-from pack import ROOT
+from lib.comfy_client import GraphRejected, fill
+from lib.pack import ROOT
 
 UPSCALED = ROOT / "workflows" / "api" / "upscaled.json"
 

@@ -5,7 +5,8 @@ import tarfile
 
 import pytest
 import setup_host
-from pack import ROOT
+from lib import pack
+from lib.pack import ROOT
 
 
 def test_unpack_writes_comfyui_only(tmp_path):
@@ -28,25 +29,25 @@ def test_unpack_writes_comfyui_only(tmp_path):
 
 
 def test_link_is_made_once(tmp_path):
-    link = setup_host.link_pack(tmp_path)
-    assert link.name == setup_host.LINK_NAME
-    assert setup_host.link_pack(tmp_path) == link
+    link = pack.link_pack(tmp_path)
+    assert link.name == pack.LINK_NAME
+    assert pack.link_pack(tmp_path) == link
     assert [entry.resolve() for entry in tmp_path.iterdir()] == [ROOT]
 
 
 def test_pack_under_another_name_is_left(tmp_path):
     own = tmp_path / "my-wan"
     own.symlink_to(ROOT)
-    assert setup_host.link_pack(tmp_path) == own
+    assert pack.link_pack(tmp_path) == own
     assert list(tmp_path.iterdir()) == [own]
 
 
 def test_dead_link_is_replaced(tmp_path):
-    (tmp_path / setup_host.LINK_NAME).symlink_to(tmp_path / "gone")
-    assert setup_host.link_pack(tmp_path).resolve() == ROOT
+    (tmp_path / pack.LINK_NAME).symlink_to(tmp_path / "gone")
+    assert pack.link_pack(tmp_path).resolve() == ROOT
 
 
 def test_another_copy_is_refused(tmp_path):
-    (tmp_path / setup_host.LINK_NAME).mkdir()
+    (tmp_path / pack.LINK_NAME).mkdir()
     with pytest.raises(SystemExit, match="another copy"):
-        setup_host.link_pack(tmp_path)
+        pack.link_pack(tmp_path)

@@ -7,9 +7,8 @@ import subprocess
 import sys
 import time
 
-from host_server import group_lives
-from pack import ROOT
-from setup_host import LINK_NAME
+from lib.host_server import group_lives
+from lib.pack import LINK_NAME, ROOT
 
 NODE_IDS = {
     "Wan21ModelLoader",
@@ -29,7 +28,7 @@ IMPORT_BUDGET_S = 0.3
 IMPORT_PROBE = """
 import asyncio, json, sys, time
 sys.path.insert(0, "scripts")
-import pack
+from lib import pack
 pack.load_host()
 import nodes, comfy_api.latest, comfy_extras.nodes_wan
 before = set(sys.modules)
@@ -80,7 +79,7 @@ def test_import_is_quick_and_light():
 def test_server_ends_with_a_killed_parent(tmp_path):
     script = (
         "import sys, time; sys.path.insert(0, 'scripts')\n"
-        "from host_server import HostServer\n"
+        "from lib.host_server import HostServer\n"
         f"with HostServer({str(tmp_path)!r}, extra_args=['--disable-all-custom-nodes']) as server:\n"
         "    print(server.process.pid, flush=True)\n"
         "    time.sleep(600)\n"

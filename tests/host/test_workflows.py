@@ -6,9 +6,9 @@ from fractions import Fraction
 
 import av
 import pytest
-from comfy_client import find_node
-from pack import ROOT, comfyui_path
-from small_graphs import panning_clip, small_graph
+from lib.comfy_client import find_node
+from lib.pack import ROOT, comfyui_path
+from lib.small_graphs import panning_clip, small_graph
 
 WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
 SIZE = (96, 64)

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from make_random_checkpoints import make_checkpoints
+from lib.random_checkpoints import make_checkpoints
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers_server

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import inferencesh
 from aiohttp import web
-from make_random_checkpoints import FLF2V, I2V, T2V, TEXT_ENCODER, VAE
+from lib.random_checkpoints import FLF2V, I2V, T2V, TEXT_ENCODER, VAE
 from wan21.nodes.image_to_video import Wan21ImageToVideo
 from wan21.nodes.lora import Wan21LoraLoader
 from wan21.nodes.sampler import Wan21Sampler

@@ -3,7 +3,7 @@
 import os
 import time
 
-import pack
+from lib import pack
 
 pack.load_pack()
 pack.load_host()

@@ -7,7 +7,7 @@ import pytest
 import requests
 from helpers_server import APP
 from inferencesh import APIError
-from make_random_checkpoints import FLF2V, I2V, T2V
+from lib.random_checkpoints import FLF2V, I2V, T2V
 from wan21.server import installed
 from wan21.server.graph import load_workflow, preferred_names
 

@@ -300,7 +300,7 @@ def test_shards_of_different_sets_are_refused(sharded):
 MEASURE = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import pack
+from lib import pack
 pack.load_pack()
 from pathlib import Path
 from wan21.wan.files import read_checkpoint

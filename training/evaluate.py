@@ -1,8 +1,8 @@
 """Measure the bundled checkpoint on pictures it has never seen, through a real ComfyUI and our nodes.
 
-    python scripts/eval_tiny.py                      # all of it, about 20 minutes on two CPU cores
-    python scripts/eval_tiny.py --cases 18           # a quick look
-    python scripts/eval_tiny.py --only camera lora --json eval.json
+    python training/evaluate.py                      # all of it, about 20 minutes on two CPU cores
+    python training/evaluate.py --cases 18           # a quick look
+    python training/evaluate.py --only camera lora --json eval.json
 
 Prints a table of what was reached beside what was to be reached; ends with status 1 if anything is missed.
 Contact sheets of the cases are left in build/eval_tiny.
@@ -18,17 +18,18 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import bundled
-import pack
+sys.path[0] = str(Path(__file__).resolve().parents[1] / "scripts")  # in place of this folder
+
+from lib import bundled, pack  # noqa: E402
 
 pack.load_pack()
 pack.load_host()
 
 import torch  # noqa: E402
-from comfy_client import GraphRejected, JobFailed, fill, find_node  # noqa: E402
-from host_server import HostServer  # noqa: E402
-from train_tiny import captions, data, metrics  # noqa: E402
-from train_tiny.host import Host, to_picture  # noqa: E402
+from lib.comfy_client import GraphRejected, JobFailed, fill, find_node  # noqa: E402
+from lib.host_server import HostServer  # noqa: E402
+from wan21.training import captions, data, metrics  # noqa: E402
+from wan21.training.host import Host, to_picture  # noqa: E402
 
 WORK = pack.ROOT / "build" / "eval_tiny"
 CLIPS = data.HELD_OUT + 10**6  # seeds of their own: training measures itself on others

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-WORK = Path(__file__).resolve().parents[2] / "build" / "train_tiny"
+WORK = Path(__file__).resolve().parents[1] / "build" / "train_tiny"
 SAVE_SECONDS = 120
 
 

@@ -1,7 +1,7 @@
 """Train the bundled VAE: pictures, then clips, then its scaling folded in; later its decoder once more.
 
-    python scripts/train_tiny/train_vae.py            # an hour on two CPU cores; killed, it goes on
-    python scripts/train_tiny/train_vae.py --refine   # decoder only: latents made so far stay valid
+    python training/train_vae.py            # an hour on two CPU cores; killed, it goes on
+    python training/train_vae.py --refine   # decoder only: latents made so far stay valid
 
 It is `wan.vae.WanVAE` itself that is trained. Stages, in the work folder: vae_image, vae_video, vae (folded,
 ready for use) and vae_refined (the same encoder, a better decoder).
@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parents[1] / "scripts")  # in place of this folder
 
-import pack
+from lib import pack  # noqa: E402
 
 pack.load_pack()
 
-from train_tiny import data  # noqa: E402
-from train_tiny.optim import MuonAdamW, warm_up_then_decay  # noqa: E402
-from train_tiny.progress import WORK, Parts, Stage, train  # noqa: E402
+from wan21.training import data  # noqa: E402
+from wan21.training.optim import MuonAdamW, warm_up_then_decay  # noqa: E402
+from wan21.training.progress import WORK, Parts, Stage, train  # noqa: E402
 from wan21.wan.vae import WanVAE  # noqa: E402
 from wan21.wan.vae.layers import Resample, ResidualBlock  # noqa: E402
 

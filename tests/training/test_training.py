@@ -6,13 +6,13 @@ import pytest
 import torch
 from helpers import relative
 from safetensors.torch import save_file
-from train_tiny import captions, data, dit, latents, metrics, optim, progress, train_vae
-from train_tiny.export import metadata, stored
-from train_tiny.text import HOST_TOKENS, train_tokenizer
-from train_tiny.train_dit import TinyModel, flow_loss, random_sigmas, sigma_shift
 from wan21 import host
 from wan21.nodes.image_to_video import Wan21ImageToVideo
 from wan21.nodes.sampler import Wan21Sampler
+from wan21.training import captions, data, dit, latents, metrics, optim, progress, train_vae
+from wan21.training.export import metadata, stored
+from wan21.training.text import HOST_TOKENS, train_tokenizer
+from wan21.training.train_dit import TinyModel, flow_loss, random_sigmas, sigma_shift
 from wan21.wan.vae import WanVAE
 
 SIZE = (32, 48)  # height, width

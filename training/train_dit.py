@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from train_tiny import captions, data, dit, latents
-from train_tiny.optim import Average, MuonAdamW, bf16_products, has_bf16_products, warm_up_then_decay
-from train_tiny.progress import Parts, train
-from train_tiny.text import TextEncoder, train_tokenizer
-from wan21.wan.config import PATCH_SIZE
+
+from ..wan.config import PATCH_SIZE
+from . import captions, data, dit, latents
+from .optim import Average, MuonAdamW, bf16_products, has_bf16_products, warm_up_then_decay
+from .progress import Parts, train
+from .text import TextEncoder, train_tokenizer
 
 # Matrices that AdamW trains: first and last layers, embeddings, and what has the axis of a table.
 BY_ADAM = (

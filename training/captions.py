@@ -7,7 +7,7 @@ model so learns words and not templates. Case carries no meaning: the tokenizer 
 import json
 import re
 
-from pack import ROOT
+from lib.pack import ROOT
 
 
 def workflow_texts(title):

@@ -7,7 +7,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from train_tiny import data
+
+from . import data
 
 LATER = 0.5  # of the frames: what a motion has done by then can be told from what another has
 MARGIN = 1.5 / 64  # of the picture at its edges, where a warp interpolates with what it does not know

@@ -1,6 +1,6 @@
 """Print the table of a training for the README, from the logs in its work folder.
 
-python scripts/train_tiny/summary.py [build/train_tiny]
+python training/summary.py [build/train_tiny]
 """
 
 import csv

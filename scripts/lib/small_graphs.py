@@ -3,8 +3,8 @@
 import copy
 import io
 
-import bundled
-from comfy_client import without
+from . import bundled
+from .comfy_client import without
 
 
 def without_clip_vision(graph):

@@ -4,12 +4,13 @@ import json
 import subprocess
 
 import torch
-from pack import ROOT
+from lib.pack import ROOT
 from safetensors.torch import save_file
-from train_tiny.progress import Stage
-from train_tiny.train_dit import averaged_model
-from train_tiny.train_lora import trained_lora
-from train_tiny.train_vae import load_vae
+
+from .progress import Stage
+from .train_dit import averaged_model
+from .train_lora import trained_lora
+from .train_vae import load_vae
 
 FILES = {
     "dit": "diffusion_models/wan21-tiny-i2v.safetensors",
@@ -87,7 +88,7 @@ def metadata(part, seconds):
         "description": DESCRIPTIONS[part],
         "license": "Apache-2.0",
         "trained": "from random weights on procedural clips of our own, by `make train-tiny` "
-        "(scripts/train_tiny); no photograph and no other model was used",
+        "(training/); no photograph and no other model was used",
         "training_commit": commit(),
         "training_seconds": json.dumps(seconds),
     }

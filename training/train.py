@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parents[1] / "scripts")  # in place of this folder
 
-import pack
+from lib import pack  # noqa: E402
 
 pack.load_pack()
 pack.load_host()
 
-from train_tiny import train_dit, train_lora, train_vae  # noqa: E402
-from train_tiny.export import export  # noqa: E402
-from train_tiny.progress import WORK, Stage  # noqa: E402
+from wan21.training import train_dit, train_lora, train_vae  # noqa: E402
+from wan21.training.export import export  # noqa: E402
+from wan21.training.progress import WORK, Stage  # noqa: E402
 
 # If nothing else runs. Of "cuda" only the devices were checked, on a pretended one.
 DURATION = {

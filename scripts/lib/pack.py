@@ -10,7 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+LINK_NAME = "wan21-i2v"  # of the pack among the custom nodes
 
 
 def load_pack(name="wan21"):
@@ -44,3 +45,21 @@ def load_host():
     args.cpu = not torch.cuda.is_available()
     args.use_pytorch_cross_attention = True
     return path
+
+
+def link_pack(custom_nodes):
+    """Make the pack appear in the folder `custom_nodes` and return its path there.
+
+    A pack that already lies or is linked there, under whatever name, is left as it is.
+    """
+    custom_nodes = Path(custom_nodes)
+    for entry in custom_nodes.iterdir():
+        if entry.resolve() == ROOT:
+            return entry
+    link = custom_nodes / LINK_NAME
+    if link.is_symlink() and not link.exists():
+        link.unlink()  # it points to a folder that is gone
+    if link.exists():
+        raise SystemExit(f"{link} is another copy of this pack. Remove or rename it, then run again.")
+    link.symlink_to(ROOT, target_is_directory=True)
+    return link

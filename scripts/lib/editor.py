@@ -9,7 +9,7 @@ import json
 import shutil
 from contextlib import contextmanager
 
-from comfy_client import ComfyClient
+from .comfy_client import ComfyClient
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # No sandbox: containers have no user namespaces. The rest keeps Chromium from calling home.

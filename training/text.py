@@ -8,15 +8,12 @@ import io
 import math
 import random
 
-import pack
+import comfy.ops
+import sentencepiece
 import torch
+from comfy.text_encoders.t5 import T5, T5LayerNorm
 
-pack.load_host()
-
-import comfy.ops  # noqa: E402
-import sentencepiece  # noqa: E402
-from comfy.text_encoders.t5 import T5, T5LayerNorm  # noqa: E402
-from train_tiny import captions, data  # noqa: E402
+from . import captions, data
 
 VOCABULARY = 512
 EOS = 1

@@ -20,9 +20,8 @@ import time
 import urllib.error
 from pathlib import Path
 
-from comfy_client import ComfyClient
-from pack import comfyui_path
-from setup_host import link_pack
+from .comfy_client import ComfyClient
+from .pack import comfyui_path, link_pack
 
 LOG_TAIL_LINES = 30
 STOP_GRACE_S = 10

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import pack
+from . import pack
 
 pack.load_pack()
 pack.load_host()

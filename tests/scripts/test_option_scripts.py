@@ -11,7 +11,7 @@ import memory_table
 import numpy as np
 import pytest
 import torch
-from pack import ROOT
+from lib.pack import ROOT
 from wan21 import host
 
 SMALL = ["--width", "32", "--height", "32", "--num-frames", "5"]

@@ -6,15 +6,11 @@ B clips    F pixel frames    T latent frames    H W pixels    h w latent size
 from dataclasses import dataclass
 from pathlib import Path
 
-import pack
 import torch
+from comfy.latent_formats import Wan21
 
-pack.load_pack()
-pack.load_host()
-
-from comfy.latent_formats import Wan21  # noqa: E402
-from train_tiny import data  # noqa: E402
-from wan21.wan.conditioning import known_mask, latent_frames  # noqa: E402
+from ..wan.conditioning import known_mask, latent_frames
+from . import data
 
 FIRST_SEED = 10**6
 WARM_FRAMES = 5  # encoded of a start image and the grey behind it; later latents hardly know the image

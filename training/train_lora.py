@@ -14,10 +14,11 @@ import re
 from contextlib import contextmanager
 
 import torch
-from train_tiny import latents
-from train_tiny.optim import MuonAdamW, bf16_products, warm_up_then_decay
-from train_tiny.progress import Parts, train
-from train_tiny.train_dit import HeldOut, averaged_model, random_captions, random_sigmas
+
+from . import latents
+from .optim import MuonAdamW, bf16_products, warm_up_then_decay
+from .progress import Parts, train
+from .train_dit import HeldOut, averaged_model, random_captions, random_sigmas
 
 RANK = 8
 LEARNING_RATE = 4e-3

@@ -3,16 +3,13 @@
 B clips    T latent frames    h w latent size    D width of the text features
 """
 
-import pack
 import torch
 import torch.nn.functional as F
 
-pack.load_pack()
-
-from train_tiny.text import CONFIG as TEXT_CONFIG  # noqa: E402
-from train_tiny.text import PaddedTextAttention  # noqa: E402
-from wan21.wan.config import PATCH_SIZE, WanConfig  # noqa: E402
-from wan21.wan.dit import WanModel  # noqa: E402
+from ..wan.config import PATCH_SIZE, WanConfig
+from ..wan.dit import WanModel
+from .text import CONFIG as TEXT_CONFIG
+from .text import PaddedTextAttention
 
 CONFIG = WanConfig(
     in_dim=36,

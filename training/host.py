@@ -5,11 +5,10 @@ import io
 import json
 
 import av
-import bundled
 import numpy as np
-import pack
 import torch
-from comfy_client import fill, find_node, without
+from lib import bundled, pack
+from lib.comfy_client import fill, find_node, without
 from PIL import Image
 
 WORKFLOWS = pack.ROOT / "workflows" / "api"

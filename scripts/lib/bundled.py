@@ -1,6 +1,6 @@
 """Names of the small checkpoint in `models/`, which the pack shows in the host's model lists."""
 
-from pack import ROOT
+from .pack import ROOT
 
 MODELS = ROOT / "models"
 MODEL = "wan21-tiny-i2v.safetensors"
