@@ -12,7 +12,7 @@ from .files import described
 from .jobs import APP
 from .problems import Problem
 from .sessions import state_of
-from .tasks import iso_time, snapshot, snapshot_line
+from .snapshot import iso_time, snapshot, snapshot_line
 
 PREFIX = "/wan21"
 MAX_BODY_BYTES = 2**20

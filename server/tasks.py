@@ -6,12 +6,12 @@ import json
 import logging
 import time
 import uuid
-from datetime import datetime, timezone
 
 from . import states
 from .files import file_row
 from .problems import Problem
 from .progress import MAX_LOGS, JobProgress, later
+from .snapshot import iso_time, snapshot_line
 from .store import TaskRow
 
 CHECK_SECONDS = 2  # how often the host's queue is compared with our tasks
@@ -19,7 +19,6 @@ SAVE_SECONDS = 5  # how often the progress of a running task is written
 QUEUE_LENGTH = 64  # snapshots that a slow reader may lag behind
 MAX_ERROR = 4000  # characters; a snapshot line must stay far below 128 KiB
 LOST = "the server stopped while the task ran"
-PUBLIC_PREFIX = "task_"
 
 
 class LiveTask:
@@ -300,40 +299,3 @@ class Tasks:
 def _log_failure(task):
     if not task.cancelled() and task.exception() is not None:
         logging.error("Wan2.1 jobs: background work failed", exc_info=task.exception())
-
-
-def snapshot(row):
-    """Return the whole task as clients see it."""
-    return {
-        "id": row.id,
-        "short_id": row.id.removeprefix(PUBLIC_PREFIX)[:8],
-        "status": row.status,
-        "app": row.app,
-        "function": "run",
-        "input": row.input,
-        "output": row.output,
-        "error": row.error,
-        "logs": row.logs,
-        "progress": row.progress,
-        "session_id": row.session_id,
-        "metadata": row.meta,
-        "webhook": row.webhook,
-        "webhook_delivery": {
-            "state": row.hook_state,
-            "attempts": row.hook_attempts,
-            "error": row.hook_error,
-        },
-        "created_at": iso_time(row.created_at),
-        "updated_at": iso_time(row.updated_at),
-    }
-
-
-def snapshot_line(row):
-    """Return the task as one line of JSON, in bytes."""
-    return json.dumps(snapshot(row)).encode() + b"\n"
-
-
-def iso_time(seconds):
-    """Return seconds since 1970 as a UTC time in ISO 8601."""
-    text = datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")

@@ -12,7 +12,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from ..net.links import open_link
-from .tasks import snapshot
+from .snapshot import snapshot
 
 TIMEOUT_S = 15
 IDLE_SECONDS = 1
