@@ -11,8 +11,8 @@ from ..net.links import check_link
 from .fields import MAX_URL, NODES, build_input_model, read_input
 from .graph import LOADERS, build_graph, load_workflow, preferred_names
 from .problems import Problem, invalid
-from .store import TaskRow
 from .snapshot import PUBLIC_PREFIX
+from .store import TaskRow
 
 APP = "infsh/wan2-1-i2v"
 RETRY_SECONDS = 10
