@@ -4,7 +4,7 @@ It puts our model, VAE and text encoder into the host's standard MODEL, VAE and 
 sampler the host's life cycle: device memory, model patches, progress, preview and cancel.
 """
 
-from .conditioning import describe_conditioning, trim_clip_vision
+from .conditioning import Conditioning, describe_conditioning, trim_clip_vision
 from .latent_file import KeptLatent
 from .lora import add_lora, read_lora
 from .memory import need_host_bytes, plan_memory
@@ -16,14 +16,14 @@ from .model import (
     measured_coefficients,
 )
 from .patches import ignored_patches, refused_patch
-from .progress import Progress, StepProgress, check_cancelled, memory_watch, tell
+from .progress import Progress, StepProgress, check_cancelled, memory_watch, speaking_as, tell
 from .sampling import run_sampling
 from .text_encoder import load_text_encoder
 from .upsample import (
-    NO_UPSCALE_MODEL,
     InterpolationModel,
     check_upscale_model,
     fill_spans_with_model,
+    no_upscale_model,
     upscale_lanczos,
     upscale_with_model,
 )
@@ -32,8 +32,8 @@ from .weights import DTYPES, WEIGHT_DTYPES, load_model
 
 __all__ = [
     "DTYPES",
-    "NO_UPSCALE_MODEL",
     "WEIGHT_DTYPES",
+    "Conditioning",
     "InterpolationModel",
     "KeptLatent",
     "Progress",
@@ -57,10 +57,12 @@ __all__ = [
     "measured_coefficients",
     "memory_watch",
     "need_host_bytes",
+    "no_upscale_model",
     "plan_memory",
     "read_lora",
     "refused_patch",
     "run_sampling",
+    "speaking_as",
     "tell",
     "trim_clip_vision",
     "upscale_lanczos",

@@ -9,7 +9,7 @@ from comfy.memory_management import extra_ram_release
 from comfy.model_prefetch import cleanup_prefetched_modules
 
 from ..wan.memory import GIB, choose_plans, step_bytes
-from ..wan.preflight import fail
+from ..wan.refusal import Refusal
 from ..wan.vae.fallback import is_out_of_memory
 from .lora import changes_weights_at_use
 from .model import kept_dtype
@@ -55,7 +55,7 @@ def plan_memory(model, latent_shape, plans, passes, attention, teacache):
     return plans, need, said
 
 
-def need_host_bytes(node, need, what, fix):
+def need_host_bytes(need, what, fix):
     """Have the host give back memory that it only keeps for later, and refuse what does not fit even then.
 
     Where nobody refuses, Linux ends the whole server with the queue when memory and swap are full.
@@ -69,7 +69,9 @@ def need_host_bytes(node, need, what, fix):
     management.ensure_pin_budget(need)  # copies of weights that models not at work have left
     free = _free_host_bytes()
     if need > free:
-        fail(node, f"{what} take {need / 1e9:.1f} GB of host memory, and {free / 1e9:.1f} GB are free", fix)
+        raise Refusal(
+            f"{what} take {need / 1e9:.1f} GB of host memory, and {free / 1e9:.1f} GB are free", fix
+        )
 
 
 def _free_host_bytes():

@@ -15,8 +15,9 @@ from ..wan.attention import best_kernels, choose_attention, sdpa
 from ..wan.config import CLIP_TOKENS
 from ..wan.dit import WanModel
 from ..wan.memory import Load, step_bytes
+from ..wan.refusal import Refusal
 from ..wan.sample import Call
-from ..wan.teacache import check_coefficients
+from ..wan.teacache import NO_PROFILE, check_coefficients
 from .patches import patch_inside_blocks, scaled_frequencies
 from .progress import check_cancelled
 
@@ -138,12 +139,12 @@ class HostWanModel(WanModel):
         foreign = kwargs | {"time_dim_concat": time_dim_concat}
         for name in ("time_dim_concat", "reference_latent", "context_latents"):
             if foreign.get(name) is not None:
-                raise ValueError(
-                    f"Wan21ModelLoader: the conditioning carries {name} of another Wan family. "
-                    "Load the model with the host's Load Diffusion Model"
+                raise Refusal(
+                    f"the conditioning carries {name} of another Wan family, which this MODEL does not read",
+                    "Load the model with the host's Load Diffusion Model",
                 )
-        if found := patch_inside_blocks(transformer_options):
-            raise ValueError(f"Wan21ModelLoader: {'. '.join(found)}.")
+        if refusal := patch_inside_blocks(transformer_options):
+            raise refusal
         height, width = x.shape[-2:]
         x = comfy.ldm.common_dit.pad_to_patch_size(x, (1, 2, 2))
         chunks = transformer_options.get("cond_or_uncond") or [0]
@@ -276,7 +277,7 @@ def measured_coefficients(model):
     """TeaCache coefficients that belong to the checkpoint: beside it or in its metadata; None without any.
 
     Raises:
-        ValueError: they are there and damaged.
+        Refusal: they are there and damaged.
     """
     beside = model.model.checkpoint_path.with_name(checkpoint_name(model) + COEFFICIENTS_SUFFIX)
     stored = model.model.checkpoint_metadata.get(COEFFICIENTS_KEY)
@@ -288,5 +289,7 @@ def measured_coefficients(model):
         return None
     try:
         return check_coefficients(json.loads(stored))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    except Refusal as error:
+        raise error.about(name) from error
+    except ValueError as error:  # no JSON
+        raise Refusal(f"{name}: {error}", NO_PROFILE) from error

@@ -2,6 +2,7 @@
 
 from comfy.patcher_extension import WrappersMP
 
+from ..wan.refusal import Refusal
 from ..wan.rope import axis_frequencies
 
 # Functions inside a block: our blocks have no place for them. Whole blocks can be replaced (`runner_of`).
@@ -18,25 +19,27 @@ WRAPPERS_OF_HOST_STEPS = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)
 
 
 def patch_inside_blocks(transformer_options):
-    """What is wrong with the patches, and what to do: (problem, fix), or None if they can be honoured."""
+    """What is wrong with the patches, and what to do: a Refusal, or None if they can be honoured."""
     patches = transformer_options.get("patches", {})
     names = [name for name in INSIDE_BLOCKS if patches.get(name)]
     if not names:
         return None
-    problem = f"another node put {' and '.join(names)} on the MODEL, which acts inside the blocks of a model"
-    return problem, "Remove that node, or load the model with the host's Load Diffusion Model"
+    return Refusal(
+        f"another node put {' and '.join(names)} on the MODEL, which acts inside the blocks of a model",
+        "Remove that node, or load the model with the host's Load Diffusion Model",
+    )
 
 
 def refused_patch(model):
-    """(problem, fix) of what would make our sampler's result wrong, or None."""
+    """The refusal of what would make our sampler's result wrong, or None."""
     options = model.model_options
     if "easycache" in options["transformer_options"]:
-        return (
+        return Refusal(
             "the MODEL carries EasyCache or LazyCache, which acts on the host's own steps",
             "Remove it and set teacache_multiplier, or sample with the host's KSampler",
         )
     if options.get("context_handler") is not None:
-        return (
+        return Refusal(
             "the MODEL carries Context Windows, which act on the host's own steps",
             "Remove them, or sample with the host's KSampler",
         )

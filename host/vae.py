@@ -116,9 +116,7 @@ def _decode_ours(vae, samples, tile_size, say):
     shape, dtype = model.decode_output_shape(samples.shape), vae.vae_output_dtype()
     if vae.output_device.type == "cpu":
         what = f"{shape[0] * shape[2]} frames of {shape[4]}x{shape[3]}"
-        need_host_bytes(
-            "Wan21VAEDecode", math.prod(shape) * dtype.itemsize, what, "Close other programs or add swap"
-        )
+        need_host_bytes(math.prod(shape) * dtype.itemsize, what, "Close other programs or add swap")
     h, w = samples.shape[-2:]
     tile = None if tile_size == "auto" else int(tile_size)
     itemsize = vae.vae_dtype.itemsize

@@ -131,7 +131,6 @@ def _tell_unpacked(formats, device):
     if unpacked:
         device_name = management.get_torch_device_name(device)
         tell(
-            "Wan21ModelLoader",
             f"{device_name} cannot multiply in {', '.join(unpacked)}: weights are unpacked at each use",
         )
 

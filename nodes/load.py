@@ -7,6 +7,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from .. import host
+from ..wan.refusal import Refusal
+from .named import named
 
 CATEGORY = "Wan2.1 I2V"
 _LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.safetensors$")
@@ -24,13 +26,13 @@ def model_names():
     return file_names("diffusion_models") + sorted(set(found))
 
 
-def load(node, folder, name, build, *args):
-    """Call `build(path, *args)`; its `ValueError` gets the node and the file in front."""
+def load(folder, name, build, *args):
+    """Call `build(path, *args)`; its `Refusal` gets the file in front."""
     path = folder_paths.get_full_path_or_raise(folder, name)
     try:
         return io.NodeOutput(build(path, *args))
-    except ValueError as error:
-        raise ValueError(f"{node}: {name}: {error}") from error
+    except Refusal as error:
+        raise error.about(name) from error
 
 
 class Wan21ModelLoader(io.ComfyNode):
@@ -61,8 +63,9 @@ class Wan21ModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    @named("Wan21ModelLoader")
     def execute(cls, model_name, weight_dtype) -> io.NodeOutput:
-        return load("Wan21ModelLoader", "diffusion_models", model_name, host.load_model, weight_dtype)
+        return load("diffusion_models", model_name, host.load_model, weight_dtype)
 
 
 class Wan21TextEncoderLoader(io.ComfyNode):
@@ -93,10 +96,9 @@ class Wan21TextEncoderLoader(io.ComfyNode):
         )
 
     @classmethod
+    @named("Wan21TextEncoderLoader")
     def execute(cls, text_encoder_name, device) -> io.NodeOutput:
-        return load(
-            "Wan21TextEncoderLoader", "text_encoders", text_encoder_name, host.load_text_encoder, device
-        )
+        return load("text_encoders", text_encoder_name, host.load_text_encoder, device)
 
 
 class Wan21VAELoader(io.ComfyNode):
@@ -124,5 +126,6 @@ class Wan21VAELoader(io.ComfyNode):
         )
 
     @classmethod
+    @named("Wan21VAELoader")
     def execute(cls, vae_name, precision) -> io.NodeOutput:
-        return load("Wan21VAELoader", "vae", vae_name, host.load_vae, precision)
+        return load("vae", vae_name, host.load_vae, precision)

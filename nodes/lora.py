@@ -10,7 +10,9 @@ from ..net.fetch import fetch
 from ..wan.files import check_head, detect_kind, read_checkpoint
 from ..wan.files.kinds import LORA, not_a
 from ..wan.lora import check_lora, lora_report, parse_schedule
+from ..wan.refusal import Refusal
 from .load import CATEGORY
+from .named import named
 
 NODE = "Wan21LoraLoader"
 NONE = "none"
@@ -66,19 +68,17 @@ class Wan21LoraLoader(io.ComfyNode):
         )
 
     @classmethod
+    @named(NODE)
     def execute(cls, model, lora_name, strength, strength_schedule, lora_url, strict) -> io.NodeOutput:
-        try:
-            schedule = parse_schedule(strength_schedule)
-            path = _path(lora_name, lora_url)
-        except ValueError as error:
-            raise ValueError(f"{NODE}: {error}") from error
+        schedule = parse_schedule(strength_schedule)
+        path = _path(lora_name, lora_url)
         if path is None:
             return io.NodeOutput(model, "no LoRA chosen")
         try:
             lora = host.read_lora(path, model)
             check_lora(lora, strict)
-        except ValueError as error:
-            raise ValueError(f"{NODE}: {path.name}: {error}") from error
+        except Refusal as error:
+            raise error.about(path.name) from error
         lines = [f"LoRA: {path.name}, strength {_strength(strength, schedule)}", *lora_report(lora)]
         return io.NodeOutput(host.add_lora(model, lora, strength, schedule), "\n".join(lines))
 
@@ -90,9 +90,9 @@ def _path(lora_name, lora_url):
             return None
         return Path(folder_paths.get_full_path_or_raise("loras", lora_name))
     if lora_name != NONE:
-        raise ValueError(
-            f"lora_name is {lora_name} and lora_url is set; a loader applies one LoRA. Set lora_name to "
-            f"{NONE}, or add a second Wan21LoraLoader"
+        raise Refusal(
+            f"lora_name is {lora_name} and lora_url is set; a loader applies one LoRA",
+            f"Set lora_name to {NONE}, or add a second Wan21LoraLoader",
         )
     folder = folder_paths.get_folder_paths("loras")[0]
     return fetch(lora_url, folder, ".safetensors", _check_is_lora, check_head, host.Progress())

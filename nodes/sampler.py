@@ -8,16 +8,18 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from .. import host
-from ..wan import attention, preflight, teacache
-from ..wan.conditioning import END_LATENT_ALONE, SAMPLING_SECONDS
+from ..wan import attention, teacache
 from ..wan.config import CLIP_TOKENS, VAE_STRIDE
 from ..wan.memory import plans_from
-from ..wan.report import sampling_report
+from ..wan.refusal import Refusal
 from ..wan.sample import RIFLEX, NotFinite, SampleJob, sample
 from ..wan.skip_layer import parse_layers
 from ..wan.solvers import SOLVERS
-from .kept_latent import kept_until_done
+from . import checks
+from .kept_latent import END_LATENT_ALONE, SAMPLING_SECONDS, kept_until_done
 from .load import CATEGORY
+from .named import named
+from .report import sampling_report
 
 NODE = "Wan21Sampler"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -184,6 +186,7 @@ class Wan21Sampler(io.ComfyNode):
         return time.time_ns() if seed == -1 else seed
 
     @classmethod
+    @named(NODE)
     def execute(
         cls,
         model,
@@ -200,7 +203,7 @@ class Wan21Sampler(io.ComfyNode):
         job = SampleJob(**settings)
         options = (attention, skip_layers, teacache_profile)
         refines = job.denoise < 1
-        with kept_until_done(NODE, latent, "refine or decode it") if refines else nullcontext():
+        with kept_until_done(latent, "refine or decode it") if refines else nullcontext():
             return cls._sampled(model, positive, negative, latent, seed, job, options)
 
     @classmethod
@@ -217,7 +220,7 @@ class Wan21Sampler(io.ComfyNode):
             try:
                 samples, record = sample(job, denoiser, noise, start, on_step)
             except NotFinite as error:
-                preflight.fail(NODE, str(error), preflight.BROKEN_LATENT)
+                raise Refusal(str(error), checks.BROKEN_LATENT) from error
             records.append(record)
             return samples
 
@@ -233,7 +236,7 @@ class Wan21Sampler(io.ComfyNode):
                 run,
                 need,
             )
-        preflight.check_finite(NODE, samples)
+        checks.check_finite(samples)
         report = sampling_report(
             host.config_of(model),
             job,
@@ -256,30 +259,14 @@ def resolve_options(model, samples, job, attention_name, skip_layers, profile_na
         The job with its attention, skipped blocks and TeaCache coefficients.
     """
     config = host.config_of(model)
-    try:
-        layers = parse_layers(skip_layers)
-    except ValueError as error:
-        raise ValueError(f"{NODE}: {error}.") from error
-    job = replace(job, skip_layers=layers)
-    preflight.check_options(NODE, config, job)
+    job = replace(job, skip_layers=parse_layers(skip_layers))
+    checks.check_options(config, job)
     if job.teacache_multiplier > 1:
         pixels = samples.shape[-2] * samples.shape[-1] * VAE_STRIDE[1] * VAE_STRIDE[2]
-        try:
-            measured = host.measured_coefficients(model)
-            name = host.checkpoint_name(model)
-            profile = teacache.choose_profile(profile_name, config, name, pixels, measured)
-        except ValueError as error:
-            preflight.fail(
-                NODE,
-                str(error),
-                "Run scripts/calibrate_teacache.py on the checkpoint, choose a teacache_profile, or set "
-                "teacache_multiplier to 0",
-            )
+        measured, name = host.measured_coefficients(model), host.checkpoint_name(model)
+        profile = teacache.choose_profile(profile_name, config, name, pixels, measured)
         job = replace(job, teacache_profile=profile)
-    try:
-        return replace(job, attention=host.choose_attention_for(model, attention_name))
-    except ValueError as error:
-        preflight.fail(NODE, str(error), "Choose one of these, or auto")
+    return replace(job, attention=host.choose_attention_for(model, attention_name))
 
 
 def plan_memory(model, samples, job):
@@ -300,25 +287,22 @@ def prepare(model, positive, negative, latent, job):
         when no pass uses it.
     """
     if not host.is_ours(model):
-        preflight.fail(
-            NODE,
+        raise Refusal(
             "the MODEL was not loaded by Wan21ModelLoader",
             "Load it with Wan21ModelLoader, or sample it with the host's KSampler",
         )
-    if found := host.refused_patch(model):
-        preflight.fail(NODE, *found)
+    if refusal := host.refused_patch(model):
+        raise refusal
     config = host.config_of(model)
     samples = latent["samples"]
-    preflight.check_latent(NODE, samples)
+    checks.check_latent(samples)
     if "noise_mask" in latent:
-        preflight.fail(
-            NODE,
+        raise Refusal(
             "the latent carries a noise mask, which this sampler does not apply",
             "Remove SetLatentNoiseMask, or sample with the host's KSampler",
         )
     if job.denoise < 1 and not samples.any():
-        preflight.fail(
-            NODE,
+        raise Refusal(
             f"denoise is {job.denoise:g} and the latent is empty; there is no video to start from",
             "Set denoise to 1, or connect an encoded video (VAEEncode)",
         )
@@ -332,7 +316,7 @@ def prepare(model, positive, negative, latent, job):
             checked.append(None)
             continue
         cond, note = host.trim_clip_vision(cond, config)
-        preflight.check_conditioning(NODE, config, samples.shape, host.describe_conditioning(name, cond))
+        checks.check_conditioning(config, samples.shape, host.describe_conditioning(name, cond))
         checked.append(cond)
         warnings += [f"{name}: {note}"] if note else []
     if latent.get(END_LATENT_ALONE) and config.image_tokens:

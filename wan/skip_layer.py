@@ -4,6 +4,8 @@ The blocks are skipped on that pass only, in the middle of the run, as Wan2GP do
 (the form of Stable Diffusion 3.5, which costs half as much again).
 """
 
+from .refusal import Refusal
+
 
 def parse_layers(text):
     """ "9, 10" -> (9, 10): block numbers from 0, in order; "" -> ().
@@ -14,7 +16,7 @@ def parse_layers(text):
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     wrong = [part for part in parts if not (part.isascii() and part.isdigit())]
     if wrong:
-        raise ValueError(f"skip_layers holds {wrong[0]!r}; it takes block numbers with commas, such as 9,10")
+        raise Refusal(f"skip_layers holds {wrong[0]!r}; it takes block numbers", "Write them like 9,10")
     return tuple(sorted({int(part) for part in parts}))
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .refusal import Refusal
+
 PROFILES = ("auto", "i2v_480p", "i2v_720p", "t2v_14b", "t2v_1.3b", "measured")
 
 # Relative change of the time embedding -> of the blocks' residual; highest power first.
@@ -25,6 +27,10 @@ WIDTH_SMALL, WIDTH_LARGE = 1536, 5120  # of the 1.3B and the 14B models
 AREA_480P = 848 * 480  # pixels; the largest that Wan2GP runs with the 480p model
 
 DEGREE = 4
+NO_PROFILE = (
+    "Run scripts/calibrate_teacache.py on the checkpoint, choose a teacache_profile, or set "
+    "teacache_multiplier to 0"
+)
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,13 @@ def choose_profile(name, config, file_name, pixels, measured=None):
         measured: coefficients that belong to this very checkpoint, or None.
 
     Raises:
-        ValueError: there are none for it.
+        Refusal: there are none for it.
     """
     if name == "measured" or (name == "auto" and measured is not None):
         if measured is None:
-            raise ValueError(f"teacache_profile is measured and {file_name} has no coefficients of its own")
+            raise Refusal(
+                f"teacache_profile is measured and {file_name} has no coefficients of its own", NO_PROFILE
+            )
         return Profile("measured", tuple(measured))
     if name == "auto":
         name = _published_profile(config, file_name.lower(), pixels)
@@ -80,9 +88,10 @@ def _published_profile(config, file_name, pixels):
     if config.dim == WIDTH_SMALL:
         return "t2v_1.3b"
     if config.dim != WIDTH_LARGE:
-        raise ValueError(
+        raise Refusal(
             f"there are no TeaCache coefficients for a model of width {config.dim} "
-            f"(published: {WIDTH_SMALL} and {WIDTH_LARGE})"
+            f"(published: {WIDTH_SMALL} and {WIDTH_LARGE})",
+            NO_PROFILE,
         )
     if not config.takes_image:
         return "t2v_14b"
@@ -95,11 +104,11 @@ def check_coefficients(values):
     """Coefficients as read from a file -> tuple of floats.
 
     Raises:
-        ValueError: they are not a list of finite numbers.
+        Refusal: they are not a list of finite numbers.
     """
     numbers = isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
     if not values or not numbers:
-        raise ValueError(f"TeaCache coefficients are {values!r}; they must be a list of numbers")
+        raise Refusal(f"TeaCache coefficients are {values!r}; they must be a list of numbers", NO_PROFILE)
     return tuple(float(v) for v in values)
 
 

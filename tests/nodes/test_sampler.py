@@ -10,9 +10,9 @@ from helpers import relative
 from helpers_nodes import clip_vision, host_euler
 from safetensors.torch import load_file, save_file
 from wan21 import host
+from wan21.nodes.kept_latent import SAMPLING_SECONDS
 from wan21.nodes.sampler import Wan21Sampler
 from wan21.nodes.vae_decode import Wan21VAEDecode
-from wan21.wan.conditioning import SAMPLING_SECONDS
 from wan21.wan.sample import SampleJob
 
 

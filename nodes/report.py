@@ -3,8 +3,8 @@
 TeaCache's plan is a line of marks: # computed, . reused, 0 no velocity (zero-init).
 """
 
-from .conditioning import pixel_frames
-from .config import VAE_STRIDE
+from ..wan.conditioning import pixel_frames
+from ..wan.config import VAE_STRIDE
 
 
 def sampling_report(config, job, record, shape, seed, memory, end_alone=False, warnings=()):
