@@ -1,17 +1,19 @@
 """LoRAs on a MODEL: the host's weight patches, and strengths that change over the steps."""
 
 from functools import partial
+from pathlib import Path
 
 import comfy.patcher_extension
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 
 from ..wan import files
-from ..wan.lora import Patch, apply_patch, match_lora, scheduled, step_at
-from .model import CALL, kept_dtype
+from ..wan.lora import Lora, Patch, apply_patch, match_lora, scheduled, step_at
+from .model import CALL
+from .stored import kept_dtype, kept_shapes
 
 PREFIX = "diffusion_model."
 KEY = "wan21_loras"  # of our wrapper on a MODEL
@@ -40,29 +42,21 @@ class HostPatch(WeightAdapterBase):
         return apply_patch(Patch(*self.weights), weight, strength, intermediate_dtype)
 
 
-def other_family(model) -> str | None:
+def other_family(model: ModelPatcher) -> str | None:
     """What a MODEL that is no Wan model is called; None for one that is."""
     layers = getattr(model.model, "diffusion_model", None)
-    is_wan = layers is not None and "blocks.0.self_attn.q.weight" in layers.state_dict()
+    is_wan = layers is not None and "blocks.0.self_attn.q.weight" in kept_shapes(layers)
     return None if is_wan else type(model.model).__name__
 
 
-def read_lora(path, model):
-    """Match a LoRA file with a MODEL.
+def read_lora(path: str | Path, model: ModelPatcher) -> Lora:
+    """A LoRA file as far as it fits a MODEL of the Wan family, ours or the host's.
 
     Raises:
         Refusal: the file cannot be read or is no LoRA.
     """
-    state = model.model.state_dict()
-    shapes = {k.removeprefix(PREFIX): tuple(v.shape) for k, v in state.items() if k.startswith(PREFIX)}
-    for name, layer in model.model.named_modules():  # in the state dict these may have their packed shapes
-        weight = getattr(layer, "weight", None)
-        if getattr(layer, "packed", None):
-            shapes[name.removeprefix(PREFIX) + ".weight"] = layer.packed[1]
-        elif isinstance(weight, QuantizedTensor):
-            shapes[name.removeprefix(PREFIX) + ".weight"] = tuple(weight.shape)
     file = files.read_checkpoint(path)
-    return match_lora(file.state_dict, shapes, file.metadata)
+    return match_lora(file.state_dict, kept_shapes(model.model.diffusion_model), file.metadata)
 
 
 def add_lora(model, lora, strength, schedule=()):

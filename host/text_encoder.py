@@ -12,7 +12,7 @@ import torch
 
 from ..wan import files
 from ..wan.refusal import Refusal
-from .weights import with_formats
+from .quantised import with_formats
 
 
 def load_text_encoder(path, device="default"):
