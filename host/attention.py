@@ -1,5 +1,7 @@
 """The host's attention as an `AttentionFn`, and the choice between it and the backends of `wan/`."""
 
+from collections.abc import Callable
+
 import comfy.model_management
 from comfy.ldm.modules import attention as host_attention
 from comfy.model_patcher import ModelPatcher
@@ -11,7 +13,7 @@ from .runner import untraced
 
 def has_own_attention(transformer_options: dict) -> bool:
     """Whether another pack or the host's start options name an attention other than PyTorch's."""
-    plain = [host_attention.attention_pytorch]
+    plain: list[Callable] = [host_attention.attention_pytorch]
     if comfy.model_management.get_torch_device().type == "cpu":
         plain.append(host_attention.attention_sub_quad)
     overridden = "optimized_attention_override" in transformer_options

@@ -11,7 +11,7 @@ COEFFICIENTS_KEY = "teacache_coefficients"  # in a checkpoint's metadata
 COEFFICIENTS_SUFFIX = ".teacache.json"  # of the file beside a checkpoint, after its whole name
 
 
-def measured_coefficients(model: ModelPatcher) -> list[float] | None:
+def measured_coefficients(model: ModelPatcher) -> tuple[float, ...] | None:
     """Coefficients beside the checkpoint of a MODEL of ours or in its metadata; None without any.
 
     Raises:

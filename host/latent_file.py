@@ -6,6 +6,7 @@ import comfy.utils
 import folder_paths
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 PREFIX = "wan21/undecoded"
 
@@ -20,14 +21,14 @@ class KeptLatent:
         OSError: The output folder cannot be written.
     """
 
-    def __init__(self, samples):
+    def __init__(self, samples: Tensor):
         output = folder_paths.get_output_directory()
         try:
             folder, name, counter, _, _ = folder_paths.get_save_image_path(PREFIX, output)
         except Exception as error:  # a plain one, when the folder is a link to elsewhere
             raise OSError(str(error)) from error
         self.path = Path(folder) / f"{name}_{counter:05}_.latent"
-        # The empty tensor says that the numbers are not scaled.
+        # LoadLatent divides by SD's factor unless this marker is there.
         tensors = {
             "latent_tensor": samples.cpu().contiguous(),
             "latent_format_version_0": torch.tensor([]),
@@ -38,5 +39,6 @@ class KeptLatent:
             self.remove()  # a part of it, when the disk is full
             raise OSError(str(error)) from error
 
-    def remove(self):
+    def remove(self) -> None:
+        """Delete the file, if it is there."""
         self.path.unlink(missing_ok=True)

@@ -56,10 +56,12 @@ def load_model(
         expected = {k: tuple(v.shape) for k, v in WanModel(config, nn).state_dict().items()}
     files.check_keys(expected, file.shapes)
     host_config = comfy.model_detection.model_config_from_unet(file.detected, "", metadata=file.metadata)
+    assert host_config is not None  # the host knows every model that `detect_config` lets through
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     _choose_dtype(host_config, file.detected, load_device, weight_dtype)
-    file.choose_operations(host_config, load_device)
+    if operations := file.operations(load_device):
+        host_config.custom_operations = operations  # pyright: ignore[reportAttributeAccessIssue]
     model = Wan21(host_config, config, path, file.metadata, file.built_on, file.stored(host_config))
     model.device = offload_device
     patcher_class = ModelPatcher if disable_dynamic or is_gguf else CoreModelPatcher
@@ -77,8 +79,7 @@ def _choose_dtype(
 ) -> None:
     """Set storage and compute dtype.
 
-    The compute dtype is the host's choice. By default weights are stored as in the file, but float32 ones
-    only where the host computes in float32: twice the memory would give no other numbers.
+    The compute dtype is the host's choice. By default weights are stored as in the file.
     """
     management = comfy.model_management
     dtype = WEIGHT_DTYPES.get(weight_dtype)
@@ -97,10 +98,19 @@ def _choose_dtype(
         weight_dtype=stored,
     )
     cast = management.unet_manual_cast(None if quantised else chosen, load_device, supported)
-    kept = stored is not None and management.supports_cast(load_device, stored)  # not fp8 on a Mac
-    if dtype is None and kept and stored.itemsize <= chosen.itemsize and stored != chosen:
+    if dtype is None and stored is not None and _keeps(load_device, stored, chosen):
         chosen, cast = stored, cast or chosen
     host_config.set_inference_dtype(chosen, cast, device=load_device)
+
+
+def _keeps(device: torch.device, stored: torch.dtype, chosen: torch.dtype) -> bool:
+    """Whether weights keep the dtype of the file rather than the one that the host chose.
+
+    Not where the device does not have it (fp8 on a Mac), nor float32 where the host chose 16 bits: twice the
+    memory would give no other numbers.
+    """
+    has_it = comfy.model_management.supports_cast(device, stored)
+    return has_it and stored.itemsize <= chosen.itemsize and stored != chosen
 
 
 class _Safetensors:
@@ -123,13 +133,13 @@ class _Safetensors:
         # The host's quantised layers put what they load on the device they were built on.
         self.built_on = None if self.formats else torch.device("meta")
 
-    def choose_operations(self, host_config: BASE, load_device: torch.device) -> None:
-        """Set the layers' classes, where the host does not choose those of its quantised formats."""
+    def operations(self, load_device: torch.device) -> type | None:
+        """The classes of the layers; None for those the host has for its quantised formats."""
         tell_unpacked(set(self.formats.values()), load_device)
         if self.weight_dtype == FP8_FAST:
-            host_config.custom_operations = fp8_operations(load_device)
-        elif not self.formats:  # the time embedding is float32 whatever the weights are, so layers must cast
-            host_config.custom_operations = casting_operations(load_device)
+            return fp8_operations(load_device)
+        # The time embedding is float32 whatever the weights are, so layers must cast.
+        return None if self.formats else casting_operations(load_device)
 
     def stored(self, host_config: BASE) -> dict[str, torch.dtype]:
         """Dtypes by key of weights that stay as they are in the file; empty where another was chosen."""
@@ -183,9 +193,9 @@ class _GGUFFile:
         self.detected = self.shapes = files.to_wan_dit_keys(named)
         self.packed = {key: by_tensor[id(tensor)] for key, tensor in self.shapes.items()}
 
-    def choose_operations(self, host_config: BASE, load_device: torch.device) -> None:
-        """Set the classes of layers that hold packed matrices."""
-        host_config.custom_operations = GGUFOperations
+    def operations(self, load_device: torch.device) -> type:
+        """The classes of layers that hold packed matrices."""
+        return GGUFOperations
 
     def stored(self, host_config: BASE) -> dict[str, torch.dtype]:
         """None: what is not packed has the dtype chosen for all."""

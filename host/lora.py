@@ -32,6 +32,7 @@ class HostPatch(WeightAdapterBase):
     """
 
     name = "wan21"
+    weights: Any
 
     def __init__(self, loaded_keys: set[str], weights: tuple):
         self.loaded_keys = loaded_keys
@@ -212,7 +213,8 @@ class BareParameters:
         for lora in self.loras:
             for key, _ in lora.patches:
                 if _is_bare(self.model, key):
-                    self.values[key] = comfy.utils.get_attr(self.model, PREFIX + key)
+                    value: Any = comfy.utils.get_attr(self.model, PREFIX + key)
+                    self.values[key] = value
 
     def set(self) -> None:
         """Give each parameter the value of the step's strengths."""

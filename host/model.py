@@ -49,13 +49,13 @@ class HostWanModel(WanModel):
         compute_dtype: torch.dtype | None = None,
         stored: Mapping[str, torch.dtype] = MappingProxyType({}),
     ):
-        is_fp8 = dtype is not None and dtype.itemsize == 1
-        super().__init__(config, operations, device, compute_dtype if is_fp8 else dtype)
+        fp8 = dtype if dtype is not None and dtype.itemsize == 1 else None
+        super().__init__(config, operations, device, dtype if fp8 is None else compute_dtype)
         self.dtype = dtype
-        if is_fp8:
+        if fp8 is not None:
             for layer in self.blocks.modules():
                 if isinstance(layer, torch.nn.Linear):
-                    store_as(layer, "weight", dtype)
+                    store_as(layer, "weight", fp8)
         for key, other in stored.items():
             owner, _, name = key.rpartition(".")
             store_as(self.get_submodule(owner), name, other)
@@ -134,6 +134,8 @@ class Wan21(comfy.model_base.WAN21):
         stored: as of `HostWanModel`.
     """
 
+    diffusion_model: HostWanModel
+
     def __init__(
         self,
         host_config: BASE,
@@ -147,7 +149,10 @@ class Wan21(comfy.model_base.WAN21):
             return HostWanModel(config, operations, device, dtype, host_config.manual_cast_dtype, stored)
 
         super(comfy.model_base.WAN21, self).__init__(
-            host_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=build
+            host_config,
+            comfy.model_base.ModelType.FLOW,
+            device=device,
+            unet_model=build,  # pyright: ignore[reportArgumentType] (the host calls it, class or not)
         )
         self.image_to_video = config.takes_image
         self.checkpoint_path = path
@@ -185,7 +190,7 @@ class Wan21(comfy.model_base.WAN21):
 
     def matrix_bytes(self, itemsize: int) -> int:
         """Bytes for each number of the largest matrix while it is in use; see `stored.matrix_bytes`."""
-        return matrix_bytes(self.diffusion_model.blocks[0].ffn[0], itemsize)
+        return matrix_bytes(self.diffusion_model.get_submodule("blocks.0.ffn.0"), itemsize)
 
     def velocity(self, x: Tensor, timestep: Tensor, transformer_options: dict, **conds) -> Tensor:
         """`apply_model` without its change to denoised space; wrappers such as torch.compile apply.

@@ -1,7 +1,7 @@
 """The walk over the blocks on the host: it stops on cancel and honours replaced blocks; never compiled."""
 
 from collections.abc import Callable
-from functools import partial
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,12 @@ from .progress import check_cancelled
 # torch.compile compiles what is computed (the embeddings, one block for all, the head). The walk between them
 # is the host's and the options' Python, which reads transformer_options: TorchCompileModel drops every guard
 # on those, so traced code would never see a change in them.
-untraced = partial(torch.compiler.disable, recursive=False)
+Function = TypeVar("Function", bound=Callable)
+
+
+def untraced(function: Function) -> Function:
+    """The function as torch.compile leaves it alone; what it calls may be compiled."""
+    return cast(Function, torch.compiler.disable(function, recursive=False))
 
 
 @untraced

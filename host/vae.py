@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
@@ -35,8 +36,16 @@ class HostWanVAE(WanVAE):
         return super().decode_tiled(z, progress=Progress(), check=check_cancelled, **tiling)
 
 
-def load_vae(path, precision="auto"):
-    """Read a Wan2.1 VAE of any published layout into a standard VAE."""
+def load_vae(path: str | Path, precision: str = "auto") -> comfy.sd.VAE:
+    """A standard VAE from a Wan2.1 VAE of any published layout.
+
+    Args:
+        path: see `wan.files.read_checkpoint`.
+        precision: auto is the host's choice for the device; or a name of `DTYPES`.
+
+    Raises:
+        Refusal: the file is damaged or something else.
+    """
     state_dict = files.to_wan_vae_keys(files.read_checkpoint(path).state_dict)
     vae = comfy.sd.VAE(sd=dict(state_dict), dtype=DTYPES.get(precision))
     model = HostWanVAE(
@@ -51,7 +60,8 @@ def load_vae(path, precision="auto"):
         model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
     )
     model.load_state_dict(state_dict, assign=patcher.is_dynamic())
-    vae.first_stage_model, vae.patcher, vae.handles_tiling = model, patcher, True
+    vae.first_stage_model = model  # pyright: ignore[reportAttributeAccessIssue] (the host lists its own)
+    vae.patcher, vae.handles_tiling = patcher, True
     _set_estimates(vae, model, vae.device)
     return vae
 

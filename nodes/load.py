@@ -49,8 +49,9 @@ def about_file(name: str) -> Iterator[None]:
     except BadFile:
         raise  # with its own name, or that of another shard of the set
     except WrongKind as error:
-        kind = error.kind
-        fix = f"It is {kind.what}; {WHERE_TO_PICK[kind]}" if kind in WHERE_TO_PICK else error.fix
+        kind, fix = error.kind, error.fix
+        if kind is not None and kind in WHERE_TO_PICK:
+            fix = f"It is {kind.what}; {WHERE_TO_PICK[kind]}"
         raise Refusal(f"{name}: {error.problem}", fix) from error
     except Refusal as error:
         raise error.about(name) from error

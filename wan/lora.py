@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -179,19 +179,16 @@ def _layer_patches(
             scale = patches[0][1].scale if patches else 1.0
         else:
             scale = scaling.of(module, tensors.get("alpha"), patch.rank)
-        magnitude = patch.magnitude
-        if magnitude is not None:
-            magnitude = magnitude.reshape(_magnitude_sides(magnitude, shapes[target]))
-        patches.append((target, patch._replace(scale=scale, magnitude=magnitude)))
+        if patch.magnitude is not None:
+            patch = patch._replace(magnitude=_broadcast(patch.magnitude, shapes[target]))
+        patches.append((target, patch._replace(scale=scale)))
     return patches, reasons
 
 
-def _candidates(
-    module: str, tensors: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Patch | None, frozenset[str]]]:
+def _candidates(module: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Patch, frozenset[str]]]:
     """What the tensors of a layer may be: (parameter, unscaled patch, roles that it uses up).
 
-    Without a patch the roles are additions to factors that the file lacks.
+    A patch of no factors stands for additions to factors that the file lacks.
     """
     additions = frozenset(tensors.keys() & {"alpha", "magnitude", "up_bias"})
     for kind, names in KINDS.items():
@@ -201,17 +198,17 @@ def _candidates(
             yield parameter_of(module, names[0]), patch, roles | additions
             additions = frozenset()
     for role in sorted(additions - {"up_bias"}):
-        yield f"{module}.weight", None, frozenset({role})
+        yield f"{module}.weight", Patch("low_rank", ()), frozenset({role})
     for role in DIFFERENCES:
         if role in tensors:
             yield parameter_of(module, role), Patch("difference", (tensors[role],)), frozenset({role})
 
 
-def _reason(target: str, patch: Patch | None, shapes: Shapes) -> str | None:
+def _reason(target: str, patch: Patch, shapes: Shapes) -> str | None:
     """Why a patch does not fit the model, or None if it does."""
     if missing := _missing(target, shapes):
         return missing
-    if patch is None:
+    if not patch.factors:
         return "the factors that belong to it are missing"
     return _misfit(patch, shapes[target])
 
@@ -237,21 +234,21 @@ def _misfit(patch: Patch, shape: tuple[int, ...]) -> str | None:
         factors = tuple(None if t is None else t.to("meta") for t in patch.factors)
         made = delta(patch._replace(factors=factors), (-1,)).numel()
         if patch.kind == "difference":
-            fits = tuple(patch.factors[0].shape) == tuple(shape)
+            fits = [tuple(t.shape) for t in patch.factors if t is not None] == [tuple(shape)]
         else:
             fits = made == math.prod(shape) and _rows(patch) == shape[0]
     except (RuntimeError, AttributeError, TypeError, IndexError, ValueError):
         return "its factors are incomplete or do not fit each other"
     if not fits:
         return "made for layers of another size"
-    if patch.magnitude is not None and _magnitude_sides(patch.magnitude, shape) is None:
+    if patch.magnitude is not None and _broadcast(patch.magnitude, shape) is None:
         return f"its DoRA magnitude {tuple(patch.magnitude.shape)} does not fit a layer of {tuple(shape)}"
     return None
 
 
 def _rows(patch: Patch) -> int:
     """Output width that the factors make."""
-    f = patch.factors
+    f: tuple[Any, ...] = patch.factors
     if patch.kind == "low_rank":
         return f[0].shape[0]
     if patch.kind == "loha":
@@ -261,8 +258,8 @@ def _rows(patch: Patch) -> int:
     return first.shape[0] * second.shape[0]
 
 
-def _magnitude_sides(magnitude: Tensor, shape: tuple[int, ...]) -> list[int] | None:
-    """Sides with which a DoRA's magnitude broadcasts over a parameter; None if it does not fit.
+def _broadcast(magnitude: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """A DoRA's magnitude with sides that broadcast over a parameter; None if it does not fit.
 
     Its norm is per output ([O], PEFT; [O, 1], LyCORIS) or per input ([1, I]).
     """
@@ -275,7 +272,7 @@ def _magnitude_sides(magnitude: Tensor, shape: tuple[int, ...]) -> list[int] | N
         return None
     view = [1] * len(shape)
     view[axis] = shape[axis]
-    return view
+    return magnitude.reshape(view)
 
 
 class _Scaling:
@@ -301,16 +298,16 @@ class _Scaling:
             return 1.0
         if alpha is not None:  # LyCORIS writes one that holds its rank stabilisation already
             return alpha.flatten()[0].item() / rank
-        alpha = next((a for name, a in self.patterns.items() if _names(name, module)), self.default)
-        if alpha is None:
+        configured = next((a for name, a in self.patterns.items() if _names(name, module)), self.default)
+        if configured is None:
             return 1.0
-        return alpha / (math.sqrt(rank) if self.stabilised else rank)
+        return configured / (math.sqrt(rank) if self.stabilised else rank)
 
 
 def _names(pattern: str, module: str) -> bool:
     """Whether a name of PEFT's `alpha_pattern`, in diffusers' or Wan's names, means this layer."""
-    name, _ = split_lora_key(f"{pattern}.alpha")
-    return module == name or module.endswith("." + name)
+    split = split_lora_key(f"{pattern}.alpha")
+    return split is not None and (module == split[0] or module.endswith("." + split[0]))
 
 
 # --- strength over the steps --------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def _signed(data):
 def _fields(data, shifts, width, mask):
     """Bit fields: of each run of `width` bytes first all of one shift, then all of the next -> (N, count)."""
     runs = data.reshape(data.shape[0], -1, 1, width)
-    # Numbers, not a tensor of them: bringing that to a GPU would wait for all that runs there.
+    # Shifts are Python ints: copying a tensor of them to the GPU would synchronise.
     return torch.cat([(runs >> shift) & mask for shift in shifts], dim=2).flatten(1)
 
 

@@ -55,9 +55,10 @@ def split_lora_key(key: str) -> tuple[str, str] | None:
 def _role(match: re.Match) -> str:
     factor = match["factor"] or match["factor2"]
     if factor:
-        role = _FACTORS.get(factor, factor)
+        role = _FACTORS.get(factor) or factor
         return f"{role}_bias" if match["part"] == "bias" else role
-    return "magnitude" if match["magnitude"] else _ALIASES.get(match["role"], match["role"])
+    role = match["role"]
+    return "magnitude" if match["magnitude"] else _ALIASES.get(role) or role
 
 
 def bare_module(module: str) -> str:
