@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ..wan import files
 from ..wan.config import detect_config
 from ..wan.dit import WanModel
-from ..wan.files.gguf import dequantize, read_gguf
+from ..wan.files.gguf import BLOCKS, dequantize, read_gguf
 from ..wan.refusal import Refusal
 from .model import Wan21
 from .operations import GGUFOperations, casting_operations, fp8_operations
+from .progress import tell
 from .quantised import quantised_layers, tell_unpacked, with_formats
 from .stored import kept_dtype, unpacked_shapes
 
@@ -205,13 +206,20 @@ class _GGUFFile:
         """Give the model its weights: matrices packed, the rest in the dtype of its parameter.
 
         For a device other than the CPU packed ones are copied into memory, from where it fetches them fast.
+        Matrices of types that only the gguf package unpacks are unpacked here, once.
         """
         copy = not comfy.model_management.is_device_cpu(patcher.load_device)
+        foreign = sorted({weight.kind for weight in self.packed.values()} - BLOCKS.keys())
+        if foreign:
+            tell(
+                f"{', '.join(foreign)} weights are unpacked while loading: they do not stay packed in memory"
+            )
         layers = dict(model.diffusion_model.named_modules())
         for key, weight in self.packed.items():
             owner, _, name = key.rpartition(".")
             layer = layers[owner]
-            if isinstance(layer, GGUFOperations.Linear) and name == "weight" and weight.kind not in PLAIN:
+            stays_packed = weight.kind in BLOCKS and weight.kind not in PLAIN
+            if isinstance(layer, GGUFOperations.Linear) and name == "weight" and stays_packed:
                 layer.packed = (weight.kind, weight.shape)
                 value = weight.data.clone() if copy else weight.data
             else:
