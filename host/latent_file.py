@@ -40,5 +40,5 @@ class KeptLatent:
             raise OSError(str(error)) from error
 
     def remove(self) -> None:
-        """Delete the file, if it is there."""
+        """Deletes the file, if it is there."""
         self.path.unlink(missing_ok=True)

@@ -78,7 +78,7 @@ def load_model(
 def _choose_dtype(
     host_config: BASE, state_dict: dict[str, Tensor], load_device: torch.device, weight_dtype: str
 ) -> None:
-    """Set storage and compute dtype.
+    """Sets storage and compute dtype.
 
     The compute dtype is the host's choice. By default weights are stored as in the file.
     """
@@ -150,7 +150,7 @@ class _Safetensors:
         return {k: v.dtype for k, v in self.detected.items() if not files.is_quantization_key(k)}
 
     def fill(self, model: Wan21, patcher: ModelPatcher) -> None:
-        """Give the model its weights, each in the dtype of its parameter."""
+        """Gives the model its weights, each in the dtype of its parameter."""
         quantised, dynamic = bool(self.formats), patcher.is_dynamic()
         # Dynamic memory converts at each use, but the host's fp8 product asks for weight.dtype before that.
         if not quantised and (self.weight_dtype == FP8_FAST or not dynamic):
@@ -170,7 +170,7 @@ def is_mapped(load_device: torch.device) -> bool:
 
 
 def convert(dit: nn.Module, state_dict: dict[str, Tensor], mapped: bool) -> None:
-    """Give each tensor the dtype of its parameter, one after the other, in the state dict itself."""
+    """Gives each tensor the dtype of its parameter, one after the other, in the state dict itself."""
     for key, value in state_dict.items():
         owner, _, name = key.rpartition(".")
         state_dict[key] = value.to(kept_dtype(dit.get_submodule(owner), name), copy=not mapped)
@@ -203,7 +203,7 @@ class _GGUFFile:
         return {}
 
     def fill(self, model: Wan21, patcher: ModelPatcher) -> None:
-        """Give the model its weights: matrices packed, the rest in the dtype of its parameter.
+        """Gives the model its weights: matrices packed, the rest in the dtype of its parameter.
 
         For a device other than the CPU packed ones are copied into memory, from where it fetches them fast.
         Matrices of types that only the gguf package unpacks are unpacked here, once.

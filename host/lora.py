@@ -175,7 +175,7 @@ class HookedWeights:
         self.functions: list[tuple[nn.Module, str, Callable]] = []  # layer, name of its list, function
 
     def attach(self) -> None:
-        """Give each layer the functions that change what it fetches."""
+        """Gives each layer the functions that change what it fetches."""
         for lora in self.loras:
             for key, patch in lora.patches:
                 if _is_bare(self.model, key):
@@ -191,7 +191,7 @@ class HookedWeights:
         """Nothing to do: the functions read each strength when they are called."""
 
     def detach(self) -> None:
-        """Take the functions away."""
+        """Takes the functions away."""
         for layer, name, function in self.functions:
             setattr(layer, name, [f for f in getattr(layer, name) if f is not function])
 
@@ -209,7 +209,7 @@ class BareParameters:
         self.values: dict[str, Tensor] = {}  # without LoRAs
 
     def attach(self) -> None:
-        """Keep the values that the model has."""
+        """Keeps the values that the model has."""
         for lora in self.loras:
             for key, _ in lora.patches:
                 if _is_bare(self.model, key):
@@ -217,7 +217,7 @@ class BareParameters:
                     self.values[key] = value
 
     def set(self) -> None:
-        """Give each parameter the value of the step's strengths."""
+        """Gives each parameter the value of the step's strengths."""
         for key, value in self.values.items():
             changed = value.detach().clone()
             if changed.dtype.itemsize == 1:  # torch does not add in fp8
@@ -229,7 +229,7 @@ class BareParameters:
             comfy.utils.set_attr_param(self.model, PREFIX + key, changed)
 
     def detach(self) -> None:
-        """Put the kept values back."""
+        """Puts the kept values back."""
         for key, value in self.values.items():
             comfy.utils.set_attr_param(self.model, PREFIX + key, value)
 

@@ -175,7 +175,7 @@ class Wan21(comfy.model_base.WAN21):
         return step_bytes(self.load((batch // passes, *sides), passes))
 
     def load(self, latent: tuple[int, ...], passes: int, **more) -> Load:
-        """What a step costs memory by.
+        """What the memory of a step depends on.
 
         Args:
             latent: its shape, [B, C, T, h, w].

@@ -53,7 +53,7 @@ def refused_patch(model: ModelPatcher) -> Refusal | None:
 
 
 def refuse_compiled_fp8(model: ModelPatcher) -> None:
-    """Refuse code that the device's compiler cannot make.
+    """Refuses code that the device's compiler cannot make.
 
     Raises:
         Refusal: the MODEL is compiled for an NVIDIA GPU below 8.9 with weights in float8_e4m3fn.

@@ -25,7 +25,7 @@ TINY_DECODERS = ("taew2_1", "lighttaew2_1")  # TAEHV, by how its files begin
 
 
 def check_cancelled() -> None:
-    """Raise the host's interrupt when the user has cancelled the job."""
+    """Raises the host's interrupt when the user has cancelled the job."""
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
@@ -43,7 +43,7 @@ def speaking_as(node: str) -> Iterator[None]:
 
 
 def tell(sentence: str) -> None:
-    """Put a sentence on the node that runs, in the editor, and into the host's log."""
+    """Puts a sentence on the node that runs, in the editor, and into the host's log."""
     logging.info("%s %s", _speaker.get(), sentence)
     context = get_executing_context()
     if context is not None:

@@ -60,7 +60,7 @@ def quantised_layers(state_dict: dict[str, Tensor]) -> dict[str, str]:
 
 
 def tell_unpacked(formats: set[str], device: torch.device) -> None:
-    """Say which formats the host unpacks before each multiplication on this device."""
+    """Says which formats the host unpacks before each multiplication on this device."""
     management = comfy.model_management
     multiplies = {"nvfp4": management.supports_nvfp4_compute, "mxfp8": management.supports_mxfp8_compute}
     multiplies |= dict.fromkeys(("float8_e4m3fn", "float8_e5m2"), management.supports_fp8_compute)

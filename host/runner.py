@@ -1,7 +1,8 @@
 """The walk over the blocks on the host: it stops on cancel and honours replaced blocks; never compiled."""
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from functools import partial
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -10,15 +11,17 @@ from ..wan.dit import BlockCall, BlockRunner, Pass
 from ..wan.sample import Call
 from .progress import check_cancelled
 
-# torch.compile compiles what is computed (the embeddings, one block for all, the head). The walk between them
-# is the host's and the options' Python, which reads transformer_options: TorchCompileModel drops every guard
-# on those, so traced code would never see a change in them.
 Function = TypeVar("Function", bound=Callable)
 
 
-def untraced(function: Function) -> Function:
-    """The function as torch.compile leaves it alone; what it calls may be compiled."""
-    return cast(Function, torch.compiler.disable(function, recursive=False))
+class _Untraced(Protocol):
+    def __call__(self, function: Function) -> Function: ...
+
+
+# torch.compile compiles what is computed (the embeddings, one block for all, the head). The walk between them
+# is the host's and the options' Python, which reads transformer_options: TorchCompileModel drops every guard
+# on those, so traced code would never see a change in them. A partial: a function of ours would be traced.
+untraced = cast(_Untraced, partial(torch.compiler.disable, recursive=False))
 
 
 @untraced

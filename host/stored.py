@@ -16,7 +16,7 @@ GGUF_UNPACKING_BYTES = 13  # measured peak bytes per weight of dequantize, 16-bi
 
 
 def store_as(layer: nn.Module, name: str, dtype: torch.dtype) -> None:
-    """Make a parameter, which holds no numbers yet, one of `dtype`."""
+    """Makes a parameter, which holds no numbers yet, one of `dtype`."""
     setattr(layer, f"{name}_comfy_model_dtype", dtype)  # read by the host's dynamic memory
     value = getattr(layer, name)
     if value is not None:

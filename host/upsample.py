@@ -36,7 +36,7 @@ class Room:
     tile: int = 0
 
     def shrink(self) -> bool:
-        """Halve the batch, else take the next smaller tile; whether that was possible."""
+        """Halves the batch, or else takes the next smaller tile; whether that was possible."""
         smaller = [tile for tile in TILES if tile < self.tile]
         if self.batch > 1:
             self.batch //= 2
@@ -91,7 +91,7 @@ def no_upscale_model() -> Refusal:
 
 
 def check_upscale_model(model: Any) -> None:
-    """Refuse what is no RGB upscaler of the host's UpscaleModelLoader.
+    """Refuses what is no RGB upscaler of the host's UpscaleModelLoader.
 
     Raises:
         Refusal: there is none, it is something else, or for another number of channels.
@@ -210,7 +210,7 @@ def fill_spans_with_model(
     result: Tensor,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Write the frames inside spans of motion with the host's RIFE or FILM.
+    """Writes the frames inside spans of motion with the host's RIFE or FILM.
 
     Args:
         model: INTERP_MODEL of the host's FrameInterpolationModelLoader.

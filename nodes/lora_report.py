@@ -9,7 +9,7 @@ from ..wan.refusal import Refusal
 
 
 def check_lora(lora: Lora, strict: bool = False) -> None:
-    """Refuse a LoRA that changes nothing, and in `strict` one that does not fit in whole.
+    """Refuses a LoRA that changes nothing, and in `strict` one that does not fit in whole.
 
     Raises:
         Refusal: with the keys that do not fit, and why.

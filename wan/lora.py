@@ -339,7 +339,7 @@ def scheduled(values: list[float], step: int, steps: int) -> float:
 
 
 def step_at(sigma: float, sigmas: list[float]) -> int:
-    """The step in which a model is told `sigma`.
+    """The step that a call of the model with `sigma` belongs to.
 
     Args:
         sigma: in [0, 1]; of the schedule, or truncated to a whole timestep (UniPC, DPM++).

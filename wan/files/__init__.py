@@ -62,7 +62,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: str | Path, name: str | None = None) -> Checkpoint:
-    """Read one checkpoint file, or the whole set that a shard or its index belongs to.
+    """One checkpoint file, or the whole set that a shard or its index belongs to.
 
     Tensors are on the CPU and mapped from the file: pages are read when first used, and writing to a
     tensor does not change the file.
@@ -100,7 +100,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def check_head(head: bytes) -> None:
-    """Refuse a download by its first bytes.
+    """Refuses a download by its first bytes.
 
     Raises:
         Refusal: it is something else than a safetensors file; without a name.
@@ -112,7 +112,7 @@ def check_head(head: bytes) -> None:
 def check_keys(
     expected: Mapping[str, tuple[int, ...]], state_dict: Mapping[str, Tensor], name: str = "this file"
 ) -> None:
-    """Compare a state dict with what a model needs.
+    """Compares a state dict with what a model needs.
 
     Bookkeeping keys of quantised checkpoints (`is_quantization_key`) are not compared.
 
@@ -154,7 +154,7 @@ def _shard_names(name: str, shard: re.Match) -> list[str]:
 
 
 def _read_index(path: Path) -> Checkpoint:
-    """Read the shards that a `*.safetensors.index.json` lists in its `weight_map` (key -> file name)."""
+    """Reads the shards that a `*.safetensors.index.json` lists in its `weight_map` (key -> file name)."""
     fault = "not the index of a sharded checkpoint"
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise Refusal(f"{fault}: it is larger than {MAX_INDEX_BYTES} bytes", AGAIN)
@@ -222,7 +222,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
 
 
 def _check_header(path: Path) -> None:
-    """Refuse a file that is shorter than it says, before memory is taken for what it says.
+    """Refuses a file that is shorter than it says, before memory is taken for what it says.
 
     Types, shapes against places, gaps and overlaps are checked by safetensors when it opens the file.
     """
@@ -266,7 +266,7 @@ def _check_header(path: Path) -> None:
 
 
 def _read_pickle(path: Path, head: bytes) -> Checkpoint:
-    """Read a tensors-only pickle; `weights_only` refuses whatever would have to be run."""
+    """Reads a tensors-only pickle; `weights_only` refuses whatever would have to be run."""
     if head[:1] == b"\x80":
         raise Refusal(
             "a pickle of PyTorch's old format, which cannot be mapped from the file",

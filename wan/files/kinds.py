@@ -115,7 +115,7 @@ _COMPILED = tuple((kind, re.compile(pattern, re.MULTILINE)) for kind, pattern in
 
 
 def detect_kind(state_dict: Mapping[str, Tensor]) -> Kind | None:
-    """Recognise a checkpoint by its keys (any layout or prefix) and, where those agree, its shapes.
+    """What a checkpoint is, by its keys (any layout or prefix) and, where those agree, its shapes.
 
     Returns:
         The kind, or `None` when nothing known matches. A file with several parts is named by its

@@ -38,7 +38,7 @@ _DOTTED_BLOCK = {name.replace(".", "_"): name for name in _BLOCK_MODULES}
 
 
 def split_lora_key(key: str) -> tuple[str, str] | None:
-    """Split a key of any dialect.
+    """The layer and the role that a key of any dialect means.
 
     Returns:
         (layer under Wan's own name, role), for example
