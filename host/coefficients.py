@@ -7,8 +7,8 @@ from comfy.model_patcher import ModelPatcher
 from ..wan.refusal import Refusal
 from ..wan.teacache import NO_PROFILE, check_coefficients
 
-COEFFICIENTS_KEY = "teacache_coefficients"  # in a checkpoint's metadata
-COEFFICIENTS_SUFFIX = ".teacache.json"  # of the file beside a checkpoint, after its whole name
+COEFFICIENTS_KEY = "teacache_coefficients"  # key in a checkpoint's metadata
+COEFFICIENTS_SUFFIX = ".teacache.json"  # a file beside a checkpoint has the checkpoint's whole name and this
 
 
 def measured_coefficients(model: ModelPatcher) -> tuple[float, ...] | None:

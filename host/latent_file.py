@@ -25,7 +25,7 @@ class KeptLatent:
         output = folder_paths.get_output_directory()
         try:
             folder, name, counter, _, _ = folder_paths.get_save_image_path(PREFIX, output)
-        except Exception as error:  # a plain one, when the folder is a link to elsewhere
+        except Exception as error:  # the host raises a plain one when the folder is a link to elsewhere
             raise OSError(str(error)) from error
         self.path = Path(folder) / f"{name}_{counter:05}_.latent"
         # LoadLatent divides by SD's factor unless this marker is there.
@@ -36,7 +36,7 @@ class KeptLatent:
         try:
             comfy.utils.save_torch_file(tensors, str(self.path))
         except SafetensorError as error:
-            self.remove()  # a part of it, when the disk is full
+            self.remove()  # a full disk leaves a part of it
             raise OSError(str(error)) from error
 
     def remove(self) -> None:

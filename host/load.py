@@ -131,7 +131,7 @@ class _Safetensors:
         self.formats = quantised_layers(self.detected)
         self.shapes = unpacked_shapes(self.detected, self.formats)
         self.weight_dtype = weight_dtype
-        # The host's quantised layers put what they load on the device they were built on.
+        # The host's quantised layers load onto the device they were built on, so meta would not do.
         self.built_on = None if self.formats else torch.device("meta")
 
     def operations(self, load_device: torch.device) -> type | None:
@@ -179,7 +179,6 @@ def convert(dit: nn.Module, state_dict: dict[str, Tensor], mapped: bool) -> None
 class _GGUFFile:
     """A GGUF file: matrices stay packed and are unpacked at each use. Attributes as of `_Safetensors`."""
 
-    metadata: dict[str, str] = {}
     built_on = torch.device("meta")
 
     def __init__(self, path: Path, weight_dtype: str):
@@ -188,6 +187,7 @@ class _GGUFFile:
                 f"weight_dtype is {weight_dtype}, and GGUF weights stay packed as they are",
                 "Set weight_dtype to default",
             )
+        self.metadata: dict[str, str] = {}
         packed = read_gguf(path)
         named = {key: torch.empty(p.shape, device="meta") for key, p in packed.items()}
         by_tensor = {id(named[key]): packed[key] for key in packed}

@@ -20,7 +20,7 @@ from .model import CALL
 from .stored import kept_dtype, kept_shapes
 
 PREFIX = "diffusion_model."
-KEY = "wan21_loras"  # of our wrapper and our attachment on a MODEL
+KEY = "wan21_loras"  # names our wrapper and our attachment on a MODEL
 
 
 class HostPatch(WeightAdapterBase):
@@ -206,7 +206,7 @@ class BareParameters:
     def __init__(self, model: nn.Module, loras: list[ActiveLora]):
         self.model = model
         self.loras = loras
-        self.values: dict[str, Tensor] = {}  # without LoRAs
+        self.values: dict[str, Tensor] = {}  # those without any LoRA
 
     def attach(self) -> None:
         """Keeps the values that the model has."""

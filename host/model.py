@@ -24,8 +24,8 @@ from .patches import patch_inside_blocks, scaled_frequencies
 from .runner import composed_runner, untraced
 from .stored import matrix_bytes, store_as
 
-CALL = "wan21_call"  # in transformer_options: the `Call` of our sampler's step
-NEED = "wan21_need"  # in a conditioning: bytes that a step of our sampler takes
+CALL = "wan21_call"  # key in transformer_options: the `Call` of our sampler's step
+NEED = "wan21_need"  # key in a conditioning: bytes of a step of our sampler
 
 
 class HostWanModel(WanModel):

@@ -48,7 +48,7 @@ class GGUFOperations(comfy.ops.manual_cast):
         def set_weight(
             self, weight: Tensor, inplace_update: bool = False, seed=None, return_weight=False, **kwargs
         ) -> Tensor | None:
-            assert self.bias is not None  # of every matrix of Wan's; it has the dtype of what is not packed
+            assert self.bias is not None  # each of Wan's matrices has one, in the dtype of what is not packed
             weight = weight.to(self.bias.dtype)
             if return_weight:
                 return weight

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 PREVIEW_FRAMES = 5
-TINY_DECODERS = ("taew2_1", "lighttaew2_1")  # TAEHV, by how its files begin
+TINY_DECODERS = ("taew2_1", "lighttaew2_1")  # file names of TAEHV for Wan2.1 begin with these
 
 
 def check_cancelled() -> None:
@@ -47,7 +47,7 @@ def tell(sentence: str) -> None:
     logging.info("%s %s", _speaker.get(), sentence)
     context = get_executing_context()
     if context is not None:
-        from server import PromptServer  # no server runs where nodes are called from a script
+        from server import PromptServer  # imported here: scripts call nodes without a server
 
         server = PromptServer.instance
         server.send_progress_text(sentence, context.node_id, server.client_id)
@@ -118,7 +118,7 @@ class StepProgress:
         if self.previewer is not None:
             try:
                 preview = ("JPEG", self.strip(x0), latent_preview.MAX_PREVIEW_RESOLUTION)
-            except Exception as error:  # as above
+            except Exception as error:  # as in __init__
                 tell(f"makes no more previews in this run ({error})")
                 self.previewer = None
         self.bar.update_absolute(i + 1, self.steps, preview)

@@ -17,7 +17,7 @@ from ..wan.refusal import Refusal
 from .memory import need_host_bytes, raise_unless_out_of_memory
 from .progress import Progress, check_cancelled
 
-InterpolationModel = FrameInterpolationModel  # the socket type INTERP_MODEL
+InterpolationModel = FrameInterpolationModel  # type of the socket INTERP_MODEL
 TILES = (1024, 768, 512, 384, 256, 192, 128)  # pixels of a side before upscaling
 TILE_OVERLAP = 32
 MAX_BATCH = 16

@@ -26,8 +26,8 @@ KINDS = {
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
 }
-DIFFERENCES = ("diff", "diff_b", "diff_m", "up_bias")  # roles whose tensor is itself what is added
-Shapes = Mapping[str, tuple[int, ...]]  # of a model's parameters
+DIFFERENCES = ("diff", "diff_b", "diff_m", "up_bias")  # the tensor of these roles is itself the change
+Shapes = Mapping[str, tuple[int, ...]]  # by parameter of a model
 _IMAGE_BRANCH = re.compile(r"(^|\.)(img_emb|k_img|v_img|norm_k_img|image_embedder)(\.|$)")
 
 
@@ -105,7 +105,7 @@ def _lokr(w1, w1_a, w1_b, w2, w2_a, w2_b, t2):
 
 def _tucker(core, a, b):
     """core [r, r, k...] with a [O, r] and b [I, r] -> [O, I, k...]."""
-    return torch.einsum("pq...,op,iq->oi...", core, a, b).contiguous()  # as torch.kron wants it
+    return torch.einsum("pq...,op,iq->oi...", core, a, b).contiguous()  # torch.kron needs that
 
 
 # --- what fits a model --------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ class _Scaling:
         """
         if rank is None:
             return 1.0
-        if alpha is not None:  # LyCORIS writes one that holds its rank stabilisation already
+        if alpha is not None:  # LyCORIS's holds its rank stabilisation already
             return alpha.flatten()[0].item() / rank
         configured = next((a for name, a in self.patterns.items() if _names(name, module)), self.default)
         if configured is None:

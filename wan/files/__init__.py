@@ -44,7 +44,7 @@ __all__ = [
     "wan_dit_key",
 ]
 
-MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format itself
 MAX_INDEX_BYTES = 100_000_000
 MAX_RANK = 64
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -252,7 +252,7 @@ def _check_header(path: Path) -> None:
         raise Refusal("its header is damaged (not JSON)", AGAIN) from error
     except (AttributeError, TypeError, KeyError, IndexError) as error:
         raise Refusal("its header is damaged (no table of tensors)", AGAIN) from error
-    if rank > MAX_RANK:  # of safetensors' own checks the one that is missing
+    if rank > MAX_RANK:  # safetensors itself has no bound
         raise Refusal(f"its header is damaged (a tensor of {rank} dimensions)", AGAIN)
     if is_cut:
         raise Refusal(

@@ -236,7 +236,7 @@ def _read(path: Path) -> dict[str, Packed]:
 
 def _packed(reader, tensor, size: int) -> Packed:
     kind = tensor.tensor_type.name
-    stored = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")  # what has more than ggml's four axes
+    stored = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")  # given for more axes than ggml's four
     if stored is None:
         shape = tuple(int(side) for side in reversed(tensor.shape))
     else:

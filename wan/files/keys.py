@@ -21,8 +21,8 @@ PIPELINE_PARTS = (
     "model.diffusion_model.", "first_stage_model.", "vae.", "text_encoders.", "text_encoder.",
     "cond_stage_model.", "conditioner.", "clip_vision.",
 )  # fmt: skip
-MARKER = "model_type."  # a key that names the variant, in files for WanVideoWrapper; no weight
-QUANTO = "._data"  # how the keys of optimum-quanto's packed weights end
+MARKER = "model_type."  # WanVideoWrapper's files name the variant in a key that is no weight
+QUANTO = "._data"  # keys of optimum-quanto's packed weights end so
 QUANTIZATION_SUFFIXES = (
     "scaled_fp8", "scale_weight", "scale_input", "comfy_quant", "weight_scale", "weight_scale_2",
     "input_scale", "pre_quant_scale",

@@ -15,7 +15,7 @@ PREFIXES = (
 )  # fmt: skip
 UNDERSCORED_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 TEXT_PREFIXES = ("lora_te", "text_encoder", "text_encoders", "te_", "conditioner")
-BARE_PARAMETERS = ("modulation", "emb_pos")  # their names are not followed by .weight
+BARE_PARAMETERS = ("modulation", "emb_pos")  # parameters whose names have no .weight after them
 
 # The end of a key says what its tensor is. `lora_A.default.weight` carries PEFT's adapter name.
 _ROLE = re.compile(

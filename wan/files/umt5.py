@@ -18,7 +18,7 @@ UMT5_PREFIXES = (
     "transformer.",
 )  # fmt: skip
 LAST_NORM = "encoder.final_layer_norm.weight"
-TOKENIZER_KEY = "spiece_model"  # bytes of the SentencePiece tokenizer, in ComfyUI's files
+TOKENIZER_KEY = "spiece_model"  # ComfyUI's files carry the SentencePiece tokenizer as bytes
 
 RELEASE_MODULES = {"token_embedding": "shared", "norm": LAST_NORM.removesuffix(".weight")}
 RELEASE_BLOCK_MODULES = {
