@@ -1,4 +1,4 @@
-"""The README's and docs/job-api.md's Python examples run as they are, on another port, with a smaller video."""
+"""The Python examples of README and docs/job-api.md run as they are, on another port, for a smaller video."""
 
 import os
 import re
