@@ -13,6 +13,7 @@ from .jobs import APP
 from .problems import Problem
 from .sessions import state_of
 from .snapshot import iso_time, snapshot, snapshot_line
+from .waiting import within
 
 PREFIX = "/wan21"
 MAX_BODY_BYTES = 2**20
@@ -117,8 +118,8 @@ class Routes:
             await response.write(snapshot_line(row))
             while reader is not None:
                 try:
-                    line = await asyncio.wait_for(reader.get(), SNAPSHOT_SECONDS)
-                except asyncio.TimeoutError:
+                    line = await within(SNAPSHOT_SECONDS, reader.get())
+                except TimeoutError:
                     line = snapshot_line(row)
                 if line is None:
                     break

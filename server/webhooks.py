@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ..net.links import open_link
 from .snapshot import snapshot
+from .waiting import within
 
 TIMEOUT_S = 15
 IDLE_SECONDS = 1
@@ -33,6 +34,7 @@ class Webhooks:
         self._settings = settings
         self._wake = asyncio.Event()
         self._task = None
+        self._stopping = False
         self._sending = {}  # task id -> (owner, its delivery)
         self._senders = ThreadPoolExecutor(SENDERS, thread_name_prefix="wan21-webhook")
 
@@ -40,10 +42,14 @@ class Webhooks:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self):
-        work = [self._task, *(delivery for _, delivery in self._sending.values())]
-        for task in work:
-            task.cancel()
-        await asyncio.gather(*work, return_exceptions=True)
+        """Ends deliveries; what was not noted as taken is sent again after a restart."""
+        self._stopping = True
+        self.wake()
+        await self._task
+        deliveries = [delivery for _, delivery in self._sending.values()]
+        for delivery in deliveries:
+            delivery.cancel()
+        await asyncio.gather(*deliveries, return_exceptions=True)
         self._senders.shutdown(wait=False)
 
     def wake(self):
@@ -51,7 +57,7 @@ class Webhooks:
         self._wake.set()
 
     async def _run(self):
-        while True:
+        while not self._stopping:
             try:
                 waiting = [o for o, n in self._sending_of().items() if n >= SENDERS_PER_OWNER]
                 for row in await self._store.due_webhooks(time.time(), [*self._sending], waiting):
@@ -60,8 +66,8 @@ class Webhooks:
                         self._sending[row.id] = row.owner, sending
             except Exception:
                 logging.exception("Wan2.1 jobs: webhooks could not be sent")
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), IDLE_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await within(IDLE_SECONDS, self._wake.wait())
             self._wake.clear()
 
     def _sending_of(self):
