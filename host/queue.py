@@ -149,6 +149,11 @@ class Host:
 
 def _sentence(problem):
     message, details = problem["message"], problem.get("details") or ""
+    _, own, complaint = details.partition(
+        " - "
+    )  # "input - complaint", from a node that checks its own inputs
+    if own and problem.get("type") == "custom_validation_failed":
+        return complaint
     return f"{message}: {details}" if details else message
 
 

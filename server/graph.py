@@ -42,6 +42,11 @@ def load_workflow(end_image):
     return json.loads((WORKFLOWS / name).read_text(encoding="utf-8"))
 
 
+def class_of(graph, node_id):
+    """The class of a node, empty for a node that the graph lacks."""
+    return graph[node_id]["class_type"] if node_id in graph else ""
+
+
 def preferred_names(workflow):
     """Return the model files that a workflow names, by part."""
     return {

@@ -9,8 +9,8 @@ from collections import Counter
 
 from ..net.links import check_link
 from .fields import MAX_URL, NODES, build_input_model, read_input
-from .graph import LOADERS, build_graph, load_workflow, preferred_names
-from .problems import Problem, invalid
+from .graph import LOADERS, build_graph, class_of, load_workflow, preferred_names
+from .problems import Problem, invalid, of_node, without_name
 from .snapshot import PUBLIC_PREFIX
 from .store import TaskRow
 
@@ -115,9 +115,9 @@ class Jobs:
                 f"wan21/{task_id}",
                 self._host.node_inputs,
             )
-            outputs, problems = await self._host.check(str(identity), job.nodes)
-            if problems:
-                raise invalid(*_by_field(problems, job.fields))
+            outputs, complaints = await self._host.check(str(identity), job.nodes)
+            if complaints:
+                raise invalid(*_by_field(complaints, job))
             session = await self._sessions.enter(owner, params.get("session"), params.get("session_timeout"))
             now = time.time()
             row = TaskRow(
@@ -171,6 +171,11 @@ def _wrong(path, message):
     return Problem(422, f"{path}: {message}", [{"path": path, "message": message}])
 
 
-def _by_field(problems, fields):
-    """Tell the host's complaints about nodes by the app's fields, each once."""
-    return dict.fromkeys((fields.get((node_id, name), ""), message) for node_id, name, message in problems)
+def _by_field(complaints, job):
+    """The host's complaints as (field, message), each once; a node is named where no field stands for it."""
+    told = {}
+    for node_id, name, message in complaints:
+        field, node_class = job.fields.get((node_id, name), ""), class_of(job.nodes, node_id)
+        text = without_name(node_class, message) if field else of_node(node_class, message)
+        told[field, text] = None
+    return told

@@ -55,7 +55,24 @@ class Problem(Exception):
 def invalid(*errors):
     """Return the 422 for (field, message) pairs; an empty field is the input as a whole."""
     listed = [
-        {"path": f"input.{field}" if field else "input", "message": message} for field, message in errors
+        {"path": f"input.{field}" if field else "input", "message": as_part(message)}
+        for field, message in errors
     ]
     detail = "; ".join(f"{error['path']}: {error['message']}" for error in listed)
     return Problem(422, detail, listed)
+
+
+def as_part(text):
+    """A sentence as a part of a longer one: without the full stop at its end."""
+    return text if text.endswith("..") else text.removesuffix(".")
+
+
+def of_node(node_class, message):
+    """A node's message with the node's name in front, once: our own nodes put it there themselves."""
+    message = without_name(node_class, message)
+    return f"{node_class}: {message}" if node_class else message
+
+
+def without_name(node_class, message):
+    """A node's message without the node's name in front."""
+    return message.strip().removeprefix(f"{node_class}: ") if node_class else message.strip()

@@ -8,7 +8,8 @@ import uuid
 
 from . import states
 from .files import file_row
-from .problems import Problem
+from .graph import class_of
+from .problems import Problem, as_part, of_node
 from .progress import MAX_LOGS, JobProgress, later
 from .snapshot import iso_time, snapshot_line
 from .store import TaskRow
@@ -222,8 +223,8 @@ class Tasks:
             await self._end(live, states.CANCELLED)
         elif "execution_error" in messages:
             error = messages["execution_error"]
-            text = f"{error['node_type']}: {error['exception_message'].strip()}"
-            await self._end(live, states.FAILED, text)
+            message = error["exception_message"].strip() or error.get("exception_type", "")
+            await self._end(live, states.FAILED, of_node(error["node_type"], message))
         else:
             await self._complete(live, record["outputs"])
 
@@ -275,9 +276,10 @@ class Tasks:
 
     async def _queue_again(self, live):
         row = live.row
-        outputs, problems = await self._host.check(row.prompt_id, row.graph)
-        if problems:
-            text = "; ".join(message for _, _, message in problems)
+        outputs, complaints = await self._host.check(row.prompt_id, row.graph)
+        if complaints:
+            told = [as_part(of_node(class_of(row.graph, node), text)) for node, _, text in complaints]
+            text = "; ".join(dict.fromkeys(told))
             await self._end(live, states.FAILED, f"after a restart the host refused it: {text}")
             return
         live.log("queued again after a restart of the server")
