@@ -10,7 +10,7 @@ from collections import Counter
 from ..net.links import check_link
 from .fields import MAX_URL, NODES, build_input_model, read_input
 from .graph import LOADERS, build_graph, class_of, load_workflow, preferred_names
-from .problems import Problem, invalid, of_node, without_name
+from .problems import Problem, as_part, invalid, of_node, without_name
 from .snapshot import PUBLIC_PREFIX
 from .store import TaskRow
 
@@ -164,7 +164,7 @@ def _check_params(params):
                 raise ValueError(f"must be a link of at most {MAX_URL} characters")
             check_link(params["webhook"])
         except (ValueError, TypeError, AttributeError) as error:  # the last two of what is no text
-            raise _wrong("webhook", str(error)) from error
+            raise _wrong("webhook", as_part(str(error))) from error
 
 
 def _wrong(path, message):

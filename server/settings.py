@@ -1,6 +1,7 @@
 """Settings of the job API, all from the environment; none is needed.
 
-What links may lead to is set in `net/links.py` and `net/fetch.py`.
+What links may do is set by three more variables, which `net/settings.py` reads at each use:
+WAN21_ALLOW_PRIVATE_URLS, WAN21_NO_DOWNLOADS and WAN21_MAX_DOWNLOAD_GB.
 """
 
 import os

@@ -12,6 +12,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from ..net.links import open_link
+from .problems import as_part
 from .snapshot import snapshot
 from .waiting import within
 
@@ -111,7 +112,7 @@ def post(row, secret):
         with open_link(row.webhook, headers, **request) as (response, _):
             return "" if response.status < 300 else f"the receiver answered {response.status}"
     except (ValueError, OSError, http.client.HTTPException) as error:
-        return str(error) or type(error).__name__
+        return as_part(str(error)) or type(error).__name__
 
 
 def payload(row):

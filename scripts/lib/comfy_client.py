@@ -219,9 +219,8 @@ class ComfyClient:
         for kind, data in record["status"]["messages"]:
             if kind == "execution_error":
                 name = data["node_type"]
-                message = (
-                    data["exception_message"].strip().removeprefix(f"{name}: ")
-                )  # our nodes name themselves
+                # Our own nodes put their name in front themselves.
+                message = data["exception_message"].strip().removeprefix(f"{name}: ")
                 raise JobFailed(f"{name} (node {data['node_id']}): {message}", job)
             if kind == "execution_interrupted":
                 raise JobInterrupted(f"Job {job.prompt_id} was cancelled.", job)
