@@ -8,8 +8,9 @@ import uuid
 from collections import Counter
 
 from ..net.links import check_link
-from .fields import MAX_URL, NODES, build_input_model, read_input
+from .fields import MAX_URL, NODES
 from .graph import LOADERS, build_graph, class_of, load_workflow, preferred_names
+from .input_model import build_input_model, read_input
 from .problems import Problem, as_part, invalid, of_node, without_name
 from .snapshot import PUBLIC_PREFIX
 from .store import TaskRow
@@ -86,7 +87,7 @@ class Jobs:
         given = params.get("input")
         if isinstance(given, dict):
             given = await self._files.restore_text(owner, given)
-        values = read_input(self.input_model(), given).model_dump()
+        values = read_input(self.input_model(), given)
         workflow = load_workflow(bool(values["end_image"]))
         names, notes = await asyncio.to_thread(
             self._installed.choose,
