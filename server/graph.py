@@ -91,7 +91,7 @@ def preferred_names(workflow: Graph) -> dict[str, str]:
 def build_graph(
     workflow: Graph,
     values: Mapping[str, Any],
-    names: Mapping[str, str | None],
+    names: Mapping[str, str],
     images: Mapping[str, str],
     first_last: bool,
     output_prefix: str,
@@ -102,15 +102,16 @@ def build_graph(
     Args:
         workflow: of `load_workflow`; it is not changed.
         values: the checked input by field, with the seed drawn.
-        names: file of each part in `LOADERS`; clip_vision may be None.
+        names: file of each part in `LOADERS`; without one for clip_vision its nodes are left out.
         images: "image", "end_image" -> name in the host's input folder.
         first_last: whether the model is a first-last-frame one.
         output_prefix: folder below the host's output folder.
         node_inputs: node class -> description of its inputs, or None.
     """
-    builder = _Builder(without(workflow, *(CLIP_NODES if names["clip_vision"] is None else ())), node_inputs)
-    for part, (kind, name) in LOADERS.items():
-        builder.set(kind, name, names[part], part)
+    unused = CLIP_NODES if "clip_vision" not in names else ()
+    builder = _Builder(without(workflow, *unused), node_inputs)
+    for part, file in names.items():
+        builder.set(*LOADERS[part], file, part)
     for field, title in (("image", "Start image"), ("end_image", "End image")):
         if images.get(field):
             builder.set(title, "image", images[field], field)
