@@ -172,11 +172,8 @@ class Host:
 
 def _sentence(problem: dict[str, Any]) -> str:
     message, details = problem["message"], problem.get("details") or ""
-    _, own, complaint = details.partition(
-        " - "
-    )  # "input - complaint", from a node that checks its own inputs
-    if own and problem.get("type") == "custom_validation_failed":
-        return complaint
+    if problem.get("type") == "custom_validation_failed" and " - " in details:
+        return details.partition(" - ")[2]  # "input - complaint", from a node that checks its own inputs
     return f"{message.removesuffix('.')}: {details}" if details else message
 
 

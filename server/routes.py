@@ -31,7 +31,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Routes:
-    """Handlers over the parts of the API."""
+    """One handler a route, over the parts of the API; docs/job-api.md says what each answers."""
 
     def __init__(
         self,
