@@ -218,8 +218,10 @@ class ComfyClient:
         job.outputs = record["outputs"]
         for kind, data in record["status"]["messages"]:
             if kind == "execution_error":
-                message = data["exception_message"].strip()
-                raise JobFailed(f"{data['node_type']} (node {data['node_id']}): {message}", job)
+                name = data["node_type"]
+                # Our own nodes put their name in front themselves.
+                message = data["exception_message"].strip().removeprefix(f"{name}: ")
+                raise JobFailed(f"{name} (node {data['node_id']}): {message}", job)
             if kind == "execution_interrupted":
                 raise JobInterrupted(f"Job {job.prompt_id} was cancelled.", job)
         return job
