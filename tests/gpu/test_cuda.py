@@ -13,12 +13,6 @@ from wan21.wan.vae.memory import decode_bytes, encode_bytes
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.inference_mode():
-        yield
-
-
 def fill_randomly(module, seed=0):
     g = torch.Generator().manual_seed(seed)
     for p in module.parameters():
