@@ -6,7 +6,7 @@ sampler the host's life cycle: device memory, model patches, progress, preview a
 
 from .conditioning import Conditioning, describe_conditioning, trim_clip_vision
 from .latent_file import KeptLatent
-from .lora import add_lora, read_lora
+from .lora import add_lora, other_family, read_lora
 from .memory import need_host_bytes, plan_memory
 from .model import (
     checkpoint_name,
@@ -58,6 +58,7 @@ __all__ = [
     "memory_watch",
     "need_host_bytes",
     "no_upscale_model",
+    "other_family",
     "plan_memory",
     "read_lora",
     "refused_patch",

@@ -1,7 +1,5 @@
 """GGUF checkpoints inside a standard MODEL: matrices stay packed and are unpacked at each use."""
 
-from pathlib import Path
-
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
@@ -62,7 +60,7 @@ def load_gguf(path, build, choose_dtype):
     config = detect_config(shapes)
     with torch.device("meta"):
         expected = {k: tuple(v.shape) for k, v in WanModel(config, torch.nn).state_dict().items()}
-    files.check_keys(expected, shapes, Path(path).name)
+    files.check_keys(expected, shapes)
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     model_config = comfy.model_detection.model_config_from_unet(shapes, "")

@@ -40,11 +40,18 @@ class HostPatch(WeightAdapterBase):
         return apply_patch(Patch(*self.weights), weight, strength, intermediate_dtype)
 
 
+def other_family(model) -> str | None:
+    """What a MODEL that is no Wan model is called; None for one that is."""
+    layers = getattr(model.model, "diffusion_model", None)
+    is_wan = layers is not None and "blocks.0.self_attn.q.weight" in layers.state_dict()
+    return None if is_wan else type(model.model).__name__
+
+
 def read_lora(path, model):
     """Match a LoRA file with a MODEL.
 
     Raises:
-        ValueError: the MODEL is no Wan model, or the file cannot be read or is no LoRA.
+        Refusal: the file cannot be read or is no LoRA.
     """
     state = model.model.state_dict()
     shapes = {k.removeprefix(PREFIX): tuple(v.shape) for k, v in state.items() if k.startswith(PREFIX)}
@@ -54,10 +61,6 @@ def read_lora(path, model):
             shapes[name.removeprefix(PREFIX) + ".weight"] = layer.packed[1]
         elif isinstance(weight, QuantizedTensor):
             shapes[name.removeprefix(PREFIX) + ".weight"] = tuple(weight.shape)
-    if "blocks.0.self_attn.q.weight" not in shapes:
-        raise ValueError(
-            f"the MODEL is a {type(model.model).__name__}, not a Wan2.1 model. Load one with Wan21ModelLoader"
-        )
     file = files.read_checkpoint(path)
     return match_lora(file.state_dict, shapes, file.metadata)
 

@@ -11,6 +11,7 @@ import folder_paths
 import torch
 
 from ..wan import files
+from ..wan.refusal import Refusal
 from .weights import with_formats
 
 
@@ -46,8 +47,8 @@ def _tokenizer_beside(path):
         file = path.parent / name
         if file.is_file():
             return file.read_bytes()
-    raise ValueError(
-        f"{path.name} holds no tokenizer, and there is no spiece.model beside it. Put spiece.model "
-        "(google/umt5-xxl on Hugging Face) into the same folder, or use ComfyUI's umt5_xxl file, which "
-        "carries it"
+    raise Refusal(
+        "the file holds no tokenizer, and there is no spiece.model beside it",
+        "Put spiece.model (google/umt5-xxl on Hugging Face) into the same folder, or use ComfyUI's umt5_xxl "
+        "file, which carries it",
     )

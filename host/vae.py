@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
@@ -46,7 +45,7 @@ def load_vae(path, precision="auto"):
         dtype=vae.vae_dtype,
     ).eval()
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    files.check_keys(expected, state_dict, Path(path).name)
+    files.check_keys(expected, state_dict)
     comfy.model_management.archive_model_dtypes(model)
     patcher = comfy.model_patcher.CoreModelPatcher(
         model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()

@@ -17,6 +17,7 @@ from ..wan import files
 from ..wan.config import detect_config
 from ..wan.dit import WanModel
 from ..wan.linear_cpu import linear
+from ..wan.refusal import Refusal
 from .gguf import load_gguf
 from .model import Wan21, kept_dtype
 from .progress import tell
@@ -45,7 +46,7 @@ def load_model(path, weight_dtype="default", disable_dynamic=False):
     config = detect_config(shapes, metadata)
     with torch.device("meta"):
         expected = {k: tuple(v.shape) for k, v in WanModel(config, torch.nn).state_dict().items()}
-    files.check_keys(expected, shapes, Path(path).name)
+    files.check_keys(expected, shapes)
     model_config = comfy.model_detection.model_config_from_unet(state_dict, "", metadata=metadata)
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
@@ -95,7 +96,7 @@ def _quantised_layers(state_dict):
     """{layer: format} of what is stored in the host's quantised formats.
 
     Raises:
-        ValueError: the host does not have one of them.
+        Refusal: the host does not have one of them.
     """
     formats = {}
     for key, value in state_dict.items():
@@ -105,10 +106,10 @@ def _quantised_layers(state_dict):
     known = comfy.quant_ops.QUANT_ALGOS if comfy.quant_ops._CK_AVAILABLE else {}
     unknown = sorted({str(name) for name in formats.values()} - known.keys())
     if unknown:
-        raise ValueError(
+        raise Refusal(
             f"weights are stored as {', '.join(unknown)}, and this ComfyUI reads "
-            f"{', '.join(known) or 'no such format'}. Update ComfyUI with its package comfy-kitchen, or pick "
-            "another file"
+            f"{', '.join(known) or 'no such format'}",
+            "Update ComfyUI with its package comfy-kitchen, or pick another file",
         )
     return formats
 
@@ -139,7 +140,7 @@ def check_compile(model):
     """Refuse code that the device's compiler cannot make.
 
     Raises:
-        ValueError: the MODEL is compiled for an NVIDIA GPU below 8.9 with weights in float8_e4m3fn.
+        Refusal: the MODEL is compiled for an NVIDIA GPU below 8.9 with weights in float8_e4m3fn.
     """
     compiled = model.model_options.get(TORCH_COMPILE_KWARGS)
     if not compiled or compiled["backend"] != "inductor" or model.load_device.type != "cuda":
@@ -149,10 +150,10 @@ def check_compile(model):
         return
     layers = model.model.diffusion_model.modules()
     if any(kept_dtype(layer, "weight") == torch.float8_e4m3fn for layer in layers if _has_weight(layer)):
-        raise ValueError(
+        raise Refusal(
             f"the MODEL is compiled and its weights are fp8_e4m3fn, which torch.compile cannot convert on a "
-            f"GPU of compute capability {capability[0]}.{capability[1]} (it takes 8.9: RTX 40, L4, H100). "
-            "Remove TorchCompileModel, or set weight_dtype to fp8_e5m2 or bf16 (of a file that is not fp8)"
+            f"GPU of compute capability {capability[0]}.{capability[1]} (it takes 8.9: RTX 40, L4, H100)",
+            "Remove TorchCompileModel, or set weight_dtype to fp8_e5m2 or bf16 (of a file that is not fp8)",
         )
 
 
@@ -180,9 +181,9 @@ def _convert(dit, state_dict, mapped):
 
 def _load_gguf(path, weight_dtype):
     if weight_dtype != "default":
-        raise ValueError(
-            f"weight_dtype is {weight_dtype}, and GGUF weights stay packed as they are. Set weight_dtype "
-            "to default"
+        raise Refusal(
+            f"weight_dtype is {weight_dtype}, and GGUF weights stay packed as they are",
+            "Set weight_dtype to default",
         )
 
     def build(model_config, config, device):
@@ -203,9 +204,10 @@ def _choose_dtype(model_config, state_dict, load_device, weight_dtype):
     dtype = WEIGHT_DTYPES.get(weight_dtype)
     quantised = model_config.quant_config is not None
     if quantised and dtype is not None:
-        raise ValueError(
-            f"weight_dtype is {weight_dtype}, and the weights of this file are quantised; they stay as "
-            "they are stored. Set weight_dtype to default"
+        raise Refusal(
+            f"weight_dtype is {weight_dtype}, and the weights of this file are quantised; they stay as they "
+            "are stored",
+            "Set weight_dtype to default",
         )
     supported = list(model_config.supported_inference_dtypes)
     stored = None if quantised else comfy.utils.weight_dtype(state_dict)
@@ -250,9 +252,9 @@ def _fp8_matmul(device):
     """The host's operations that multiply in fp8, where the device can."""
     if not comfy.model_management.supports_fp8_compute(device):
         name = comfy.model_management.get_torch_device_name(device)
-        raise ValueError(
+        raise Refusal(
             f"weight_dtype is {FP8_FAST}, and {name} cannot multiply in fp8 (that takes an NVIDIA GPU of "
-            "compute capability 8.9 or newer: RTX 40, L4, H100). Set fp8_e4m3fn, which stores in fp8 and "
-            "computes in higher precision"
+            "compute capability 8.9 or newer: RTX 40, L4, H100)",
+            "Set fp8_e4m3fn, which stores in fp8 and computes in higher precision",
         )
     return comfy.ops.fp8_ops

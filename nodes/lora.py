@@ -11,11 +11,12 @@ from ..wan.files import check_head, detect_kind, read_checkpoint
 from ..wan.files.kinds import LORA, not_a
 from ..wan.lora import check_lora, lora_report, parse_schedule
 from ..wan.refusal import Refusal
-from .load import CATEGORY
+from .load import CATEGORY, about_file
 from .named import named
 
 NODE = "Wan21LoraLoader"
 NONE = "none"
+LINKED = "the file behind lora_url"
 
 
 class Wan21LoraLoader(io.ComfyNode):
@@ -74,11 +75,11 @@ class Wan21LoraLoader(io.ComfyNode):
         path = _path(lora_name, lora_url)
         if path is None:
             return io.NodeOutput(model, "no LoRA chosen")
-        try:
+        if family := host.other_family(model):
+            raise Refusal(f"the MODEL is a {family}, not a Wan2.1 model", "Load one with Wan21ModelLoader")
+        with about_file(path.name):
             lora = host.read_lora(path, model)
             check_lora(lora, strict)
-        except Refusal as error:
-            raise error.about(path.name) from error
         lines = [f"LoRA: {path.name}, strength {_strength(strength, schedule)}", *lora_report(lora)]
         return io.NodeOutput(host.add_lora(model, lora, strength, schedule), "\n".join(lines))
 
@@ -95,13 +96,19 @@ def _path(lora_name, lora_url):
             f"Set lora_name to {NONE}, or add a second Wan21LoraLoader",
         )
     folder = folder_paths.get_folder_paths("loras")[0]
-    return fetch(lora_url, folder, ".safetensors", _check_is_lora, check_head, host.Progress())
+    return fetch(lora_url, folder, ".safetensors", _check_is_lora, _check_head, host.Progress())
+
+
+def _check_head(head):
+    with about_file(LINKED):
+        check_head(head)
 
 
 def _check_is_lora(path):
-    state_dict = read_checkpoint(path).state_dict
-    if detect_kind(state_dict) is not LORA:
-        raise not_a(LORA, state_dict)
+    with about_file(LINKED):
+        state_dict = read_checkpoint(path, LINKED).state_dict
+        if detect_kind(state_dict) is not LORA:
+            raise not_a(LORA, state_dict)
 
 
 def _strength(strength, schedule):

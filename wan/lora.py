@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .files.kinds import LORA, not_a
 from .files.lora_keys import TEXT_PREFIXES, parameter_of, split_lora_key
+from .refusal import Refusal
 
 KINDS = {
     "low_rank": ("up", "down", "mid"),
@@ -123,7 +124,7 @@ def match_lora(
         metadata: the file's; rank stabilisation and PEFT's alphas are read from it.
 
     Raises:
-        ValueError: the file is no LoRA at all; says what it is.
+        WrongKind: the file is no LoRA at all; says what it is.
     """
     lora, layers, origin = Lora(), {}, {}
     for key, tensor in state_dict.items():
@@ -282,17 +283,17 @@ def check_lora(lora: Lora, strict: bool = False) -> None:
     """Refuse a LoRA that changes nothing, and in `strict` one that does not fit in whole.
 
     Raises:
-        ValueError: with the keys that do not fit, and why.
+        Refusal: with the keys that do not fit, and why.
     """
     if not lora.patches:
-        raise ValueError(
-            f"none of its {len(lora.unmatched)} keys fits the model: {'; '.join(_left_out(lora))}. "
-            "Pick a LoRA that was trained for Wan2.1 of this size"
+        raise Refusal(
+            f"none of its {len(lora.unmatched)} keys fits the model: {'; '.join(_left_out(lora))}",
+            "Pick a LoRA that was trained for Wan2.1 of this size",
         )
     if strict and lora.unmatched:
-        raise ValueError(
-            f"{len(lora.unmatched)} keys do not fit the model: {'; '.join(_left_out(lora))}. "
-            "Turn strict off to apply the rest"
+        raise Refusal(
+            f"{len(lora.unmatched)} keys do not fit the model: {'; '.join(_left_out(lora))}",
+            "Turn strict off to apply the rest",
         )
 
 
@@ -349,7 +350,7 @@ def parse_schedule(text: str) -> list[float]:
     """A comma list of multipliers, "1, 0.5, 0"; none for an empty text.
 
     Raises:
-        ValueError: an entry is no finite number.
+        Refusal: an entry is no finite number.
     """
     entries = [entry.strip() for entry in text.split(",")] if text.strip() else []
     values = []
@@ -359,8 +360,8 @@ def parse_schedule(text: str) -> list[float]:
         except ValueError:
             values.append(math.nan)
         if not math.isfinite(values[-1]):
-            raise ValueError(
-                f"strength_schedule holds {entry!r}; it must be a list of numbers. Write it like 1, 0.5, 0"
+            raise Refusal(
+                f"strength_schedule holds {entry!r}; it must be a list of numbers", "Write it like 1, 0.5, 0"
             )
     return values
 

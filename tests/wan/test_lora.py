@@ -396,7 +396,7 @@ def test_no_more_than_ten_names_are_shown():
 
 def test_a_file_that_is_no_lora_is_named():
     with pytest.raises(
-        ValueError, match=r"not a LoRA\. It is a Wan2.1 diffusion model; pick it in Wan21ModelLoader"
+        ValueError, match=r"not a LoRA\. It is a Wan2.1 diffusion model; load it as a diffusion model"
     ):
         wl.match_lora({k: torch.empty(s, device="meta") for k, s in T2V.items()}, T2V)
 

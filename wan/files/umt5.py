@@ -8,6 +8,8 @@ import re
 
 from torch import Tensor
 
+from ..refusal import Refusal
+from .bad_file import AGAIN
 from .keys import refuse_quanto, renamed, replace_module, select_part
 from .kinds import UMT5, detect_kind, not_a
 
@@ -56,7 +58,7 @@ def to_umt5_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     scales of quantised layers follow their layer. The tensors are those given, uncopied.
 
     Raises:
-        ValueError: the file is another text encoder, or no text encoder; names it.
+        Refusal: the file is another text encoder, or no text encoder; names it.
     """
     refuse_quanto(state_dict)
     part = select_part(state_dict, UMT5_PREFIXES)
@@ -91,7 +93,7 @@ def umt5_config(state_dict: dict[str, Tensor]) -> dict:
         `relative_attention_num_buckets`) and the constants every umT5 shares (`UMT5_CONSTANTS`).
 
     Raises:
-        ValueError: a tensor that a size is read from is missing, or the sizes contradict each other.
+        Refusal: a tensor that a size is read from is missing, or the sizes contradict each other.
     """
     block = "encoder.block.0.layer."
     sources = {
@@ -104,18 +106,19 @@ def umt5_config(state_dict: dict[str, Tensor]) -> dict:
     if LAST_NORM not in state_dict:  # of a set of shards, only the last has it
         missing.append(LAST_NORM)
     if missing:
-        raise ValueError(
-            f"This umT5 text encoder lacks {', '.join(missing)}: the file is incomplete, or one of "
-            "several; download it again, or all of them with their index."
+        raise Refusal(
+            f"this umT5 text encoder lacks {', '.join(missing)}: the file is incomplete, or one of several",
+            "Download it again, or all of them with their index",
         )
     shapes = {name: state_dict[key].shape for name, key in sources.items()}
     vocab_size, d_model = shapes["embedding"]
     num_buckets, num_heads = shapes["positions"]
     inner_dim = shapes["query"][0]
     if inner_dim % num_heads:
-        raise ValueError(
-            f"This umT5 text encoder has {inner_dim} query channels for {num_heads} heads: they must divide "
-            "evenly, so the file is damaged."
+        raise Refusal(
+            f"this umT5 text encoder has {inner_dim} query channels for {num_heads} heads, which do not "
+            "divide them evenly: the file is damaged",
+            AGAIN,
         )
     blocks = {int(m[1]) for m in map(re.compile(r"encoder\.block\.(\d+)\.").match, state_dict) if m}
     num_layers = max(blocks) + 1
