@@ -12,7 +12,7 @@ from ..wan.memory import GIB, choose_plans, step_bytes
 from ..wan.refusal import Refusal
 from ..wan.vae.fallback import is_out_of_memory
 from .lora import changes_weights_at_use
-from .model import kept_dtype
+from .stored import weight_bytes
 
 LORA_COPIES = 4  # of a matrix that a LoRA changes at its use: itself, a copy, the difference, that scaled
 LEAST_ROOM = GIB  # of weights taken off the device at a time
@@ -80,18 +80,6 @@ def _free_host_bytes():
     except (RuntimeError, OSError):  # psutil cannot read it everywhere
         swap = 0
     return psutil.virtual_memory().available + swap
-
-
-def weight_bytes(patcher):
-    """Of a MODEL's weights on the device. Where the host loads them at their use, it counts the file's."""
-    if not patcher.is_dynamic():
-        return patcher.model_size()
-    total = 0
-    for layer in patcher.model.modules():
-        for name, value in layer.named_parameters(recurse=False):
-            numbers = getattr(value, "_qdata", value).numel()
-            total += numbers * kept_dtype(layer, name).itemsize
-    return total
 
 
 def raise_unless_out_of_memory(error):

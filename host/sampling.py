@@ -7,7 +7,7 @@ import torch
 
 from .memory import make_room, tell_out_of_memory
 from .model import CALL, NEED
-from .weights import check_compile
+from .patches import refuse_compiled_fp8
 
 
 class _Sampler(comfy.samplers.Sampler):
@@ -80,12 +80,12 @@ def run_sampling(model, positive, negative, latent_image, batch_index, seed, sig
         need: bytes a step takes beside the weights, for which the host makes room; None for its own guess.
 
     Raises:
-        ValueError: the device cannot run the MODEL as it was compiled.
+        Refusal: the device cannot run the MODEL as it was compiled.
 
     Returns:
         The latent in the VAE's own space, where the host keeps latents.
     """
-    check_compile(model)
+    refuse_compiled_fp8(model)
     noise = comfy.sample.prepare_noise(latent_image, seed, batch_index)
     guider = comfy.samplers.CFGGuider(model)
     if need is not None:

@@ -14,9 +14,9 @@ from ..wan import files
 from ..wan.vae import WanVAE
 from ..wan.vae.fallback import decode_within_memory, on_cpu
 from ..wan.vae.memory import choose_tile, decode_bytes, encode_bytes
+from .load import DTYPES
 from .memory import need_host_bytes
 from .progress import Progress, check_cancelled
-from .weights import DTYPES
 
 
 class HostWanVAE(WanVAE):

@@ -9,9 +9,10 @@ from .. import host
 from ..net.fetch import fetch
 from ..wan.files import check_head, detect_kind, read_checkpoint
 from ..wan.files.kinds import LORA, not_a
-from ..wan.lora import check_lora, lora_report, parse_schedule
+from ..wan.lora import parse_schedule
 from ..wan.refusal import Refusal
 from .load import CATEGORY, about_file
+from .lora_report import check_lora, lora_report
 from .named import named
 
 NODE = "Wan21LoraLoader"

@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from wan21 import host  # noqa: E402
-from wan21.host.model import COEFFICIENTS_KEY, COEFFICIENTS_SUFFIX  # noqa: E402
+from wan21.host.coefficients import COEFFICIENTS_KEY, COEFFICIENTS_SUFFIX  # noqa: E402
 from wan21.wan.sample import SampleJob, sample  # noqa: E402
 from wan21.wan.teacache import DEGREE, relative_changes  # noqa: E402
 

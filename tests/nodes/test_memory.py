@@ -7,8 +7,8 @@ import comfy.sampler_helpers
 import pytest
 import torch
 from wan21 import host
-from wan21.host.memory import make_room, usable_bytes, weight_bytes
-from wan21.host.model import kept_dtype
+from wan21.host.memory import make_room, usable_bytes
+from wan21.host.stored import kept_dtype, weight_bytes
 from wan21.wan.memory import Load, MemoryPlan, step_bytes
 
 

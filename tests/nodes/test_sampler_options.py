@@ -253,7 +253,7 @@ def test_an_override_of_another_pack_is_honoured_when_auto(models, run):
 def test_sdpa_replaces_the_hosts_own_choice_on_the_cpu_only(monkeypatch):
     """Elsewhere the host takes its sub-quadratic one where SDPA has no kernel without the whole matrix."""
     import comfy.ldm.modules.attention as host_attention
-    from wan21.host.model import has_own_attention
+    from wan21.host.attention import has_own_attention
 
     monkeypatch.setattr(host_attention, "optimized_attention", host_attention.attention_sub_quad)
     for device, own in (("cpu", False), ("mps", True)):

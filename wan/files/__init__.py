@@ -1,15 +1,14 @@
 """Reads checkpoint files, and says in a sentence what is wrong with one that cannot be read.
 
 A file is looked at before it is opened: its first bytes tell a safetensors file from a Git LFS pointer,
-a saved web page or a pickle, and every length in a safetensors header is checked against the size of the
-file before memory is taken for it. Tensors are mapped from the file, not copied.
+a saved web page or a pickle, and what its header states is compared with the size of the file before memory
+is taken for it. Tensors are mapped from the file, not copied.
 
 Renaming the layouts people have into Wan's own names is in `keys` (DiT, VAE) and `umt5`
 (text encoder); the functions a loader needs are also importable from here.
 """
 
 import json
-import math
 import pickle
 import re
 from collections.abc import Mapping
@@ -53,11 +52,6 @@ PICKLE_SUFFIXES = (".pth", ".pt")
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 # Kinds the Wan2.1 release itself publishes as pickles (Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth).
 PICKLED_KINDS = ("wan21_vae", "umt5")
-DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
-    "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
-    "U64": 64, "I64": 64, "F64": 64,
-}  # fmt: skip
 
 
 class Checkpoint(NamedTuple):
@@ -228,7 +222,10 @@ def _read_safetensors(path: Path) -> Checkpoint:
 
 
 def _check_header(path: Path) -> None:
-    """Check every length the header states against the file's size."""
+    """Refuse a file that is shorter than it says, before memory is taken for what it says.
+
+    Types, shapes against places, gaps and overlaps are checked by safetensors when it opens the file.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(1024)
@@ -245,35 +242,22 @@ def _check_header(path: Path) -> None:
             raise Refusal(f"truncated: it has {size} bytes, and its header alone takes {length + 8}", AGAIN)
         file.seek(8)
         raw = file.read(length)
+    data_bytes = size - 8 - length
     try:
-        header = json.loads(raw)
+        entries = [entry for key, entry in json.loads(raw).items() if key != "__metadata__"]
+        needed = max((entry["data_offsets"][1] for entry in entries), default=0)
+        rank = max((len(entry["shape"]) for entry in entries), default=0)
+        is_cut = needed > data_bytes
     except (ValueError, RecursionError) as error:
         raise Refusal("its header is damaged (not JSON)", AGAIN) from error
-    if not isinstance(header, dict):
-        raise Refusal("its header is damaged (no table)", AGAIN)
-    _check_offsets(header, size - 8 - length)
-
-
-def _check_offsets(header: dict, data_bytes: int) -> None:
-    """Check each tensor's shape against its place, and the last place against the bytes present."""
-    end_of_data = 0
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        try:
-            begin, end = entry["data_offsets"]
-            shape, bits = entry["shape"], DTYPE_BITS.get(entry["dtype"])
-            is_sane = 0 <= begin <= end and len(shape) <= MAX_RANK and all(side >= 0 for side in shape)
-            is_sane = is_sane and (bits is None or math.prod(shape) * bits == 8 * (end - begin))
-        except (TypeError, KeyError, ValueError):
-            is_sane = False
-        if not is_sane:
-            raise Refusal(f"its header is damaged: shape and place of {key!r} do not agree", AGAIN)
-        end_of_data = max(end_of_data, end)
-    if end_of_data > data_bytes:
+    except (AttributeError, TypeError, KeyError, IndexError) as error:
+        raise Refusal("its header is damaged (no table of tensors)", AGAIN) from error
+    if rank > MAX_RANK:  # of safetensors' own checks the one that is missing
+        raise Refusal(f"its header is damaged (a tensor of {rank} dimensions)", AGAIN)
+    if is_cut:
         raise Refusal(
-            f"truncated: its tensors take {end_of_data} bytes and only {data_bytes} are there "
-            f"({data_bytes / end_of_data:.0%})",
+            f"truncated: its tensors take {needed} bytes and only {data_bytes} are there "
+            f"({data_bytes / needed:.0%})",
             AGAIN,
         )
 
