@@ -12,6 +12,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from comfy.quant_ops import QuantizedTensor
 
 from ..wan.attention import best_kernels, choose_attention, sdpa
+from ..wan.chunked import block_executor
 from ..wan.config import CLIP_TOKENS
 from ..wan.dit import WanModel
 from ..wan.memory import Load, step_bytes
@@ -161,7 +162,7 @@ class HostWanModel(WanModel):
                 frequencies=scaled_frequencies(call.frequencies, self.config.head_dim, transformer_options),
                 attention=attention,
                 runner=_composed(call, transformer_options),
-                parts=call.plan.parts,
+                execute=block_executor(call.plan.parts),
             )
         return v[..., :height, :width]
 

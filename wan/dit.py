@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionFn, sdpa
 from .config import PATCH_SIZE, WanConfig
+from .inplace import may_overwrite
 from .rope import apply_rope, axis_frequencies, rope_table
 
 
@@ -76,24 +77,21 @@ def modulate(x, shift, scale, eps, dtype):
     return y.to(dtype)  # (B, L, D)
 
 
-def add_gated(x, y, gate=None):
-    """Residual step x + y*gate; in place on the stream when no gradient needs its old value."""
-    if torch.is_grad_enabled():
-        return x + y if gate is None else torch.addcmul(x, y.float(), gate)
-    return x.add_(y) if gate is None else x.addcmul_(y.float(), gate)
+def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+    """Residual step x + y*gate; on the stream itself where it `may_overwrite`."""
+    if may_overwrite():
+        return x.add_(y) if gate is None else x.addcmul_(y.float(), gate)
+    return x + y if gate is None else torch.addcmul(x, y.float(), gate)
 
 
-def in_parts(function, parts, x, *more):
-    """`function(x, *more)` of tensors [., L, ...], on one part of the tokens after the other.
+class GELU(nn.Module):
+    """GELU by tanh. Its input, the hidden layer, is the largest tensor of a step: no second one where it
+    `may_overwrite`."""
 
-    What the function makes on the way is then as large as a part. It changes x in place, as `add_gated` does
-    without gradients.
-    """
-    if parts == 1:
-        return function(x, *more)
-    for pieces in zip(*(t.chunk(parts, dim=1) for t in (x, *more))):
-        function(*pieces)
-    return x
+    def forward(self, x: Tensor) -> Tensor:
+        if may_overwrite():
+            return torch.ops.aten.gelu_(x, approximate="tanh")
+        return F.gelu(x, approximate="tanh")
 
 
 class WanSelfAttention(nn.Module):
@@ -146,7 +144,12 @@ class WanCrossAttention(WanSelfAttention):
 
 
 class WanAttentionBlock(nn.Module):
-    def __init__(self, config, operations, device=None, dtype=None):
+    """Self-attention, cross-attention and feed-forward, each added to the stream.
+
+    Every step below acts on any tokens [B, rows, D] of the stream; self-attention alone needs all of them.
+    """
+
+    def __init__(self, config: WanConfig, operations, device=None, dtype=None):
         super().__init__()
         kw = dict(device=device, dtype=dtype)
         self.eps = config.eps
@@ -155,51 +158,64 @@ class WanAttentionBlock(nn.Module):
         self.cross_attn = WanCrossAttention(config, operations, **kw)
         self.ffn = nn.Sequential(
             operations.Linear(config.dim, config.ffn_dim, **kw),
-            nn.GELU(approximate="tanh"),
+            GELU(),
             operations.Linear(config.ffn_dim, config.dim, **kw),
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim, **kw))
 
-    def forward(self, x, modulation, text, image, rope, attention, parts=1):
-        """x [B, L, D] -> [B, L, D]. All but the self-attention is done in `parts` of the tokens."""
-        dtype = text.dtype
-        e = (self.modulation.to(modulation) + modulation).chunk(6, dim=1)  # 6 x (B, 1, D)
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor,
+        image: Tensor | None,
+        rope: Tensor,
+        attention: AttentionFn,
+    ) -> Tensor:
+        """The stream after this block.
 
-        def cross(x):
-            return add_gated(x, self.cross_attn(self.norm3(x).to(dtype), text, image, attention))
+        Args:
+            x: tokens [B, L, D], float32.
+            modulation: of the pass [B, 6, D], float32.
+            text: [B, T, D], in the dtype to compute in.
+            image: [B, I, D], or None.
+            rope: from `rope_table`.
+            attention: see `wan.attention`.
+        """
+        e = self.modulations(modulation)  # 6 x (B, 1, D)
+        y = attention(*self.qkv(x, e, rope, text.dtype)).flatten(2)  # (B, L, D)
+        x = self.attended(x, y, e)  # (B, L, D)
+        del y
+        x = self.cross(x, text, image, attention)  # (B, L, D)
+        return self.feed_forward(x, e, text.dtype)  # (B, L, D)
 
-        def feed_forward(x):
-            return add_gated(x, self.feed_forward(modulate(x, e[3], e[4], self.eps, dtype)), e[5])
+    def modulations(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the self-attention, then of the feed-forward: 6 x [B, 1, D]."""
+        return (self.modulation.to(modulation) + modulation).chunk(6, dim=1)
 
-        x = self.attend(x, e, rope, attention, dtype, parts)  # (B, L, D)
-        x = in_parts(cross, parts, x)  # (B, L, D)
-        return in_parts(feed_forward, parts, x)  # (B, L, D)
+    def qkv(self, x: Tensor, e: tuple[Tensor, ...], rope: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Queries, keys and values of tokens, 3 x [B, rows, N, D/N]; `rope` has the rows of these tokens."""
+        return self.self_attn(modulate(x, e[0], e[1], self.eps, dtype), rope)
 
-    def attend(self, x, e, rope, attention, dtype, parts):
-        """The self-attention of all tokens and its residual step."""
+    def attended(self, x: Tensor, y: Tensor, e: tuple[Tensor, ...]) -> Tensor:
+        """Tokens with what self-attention found for them, y [B, rows, D]."""
+        return add_gated(x, self.self_attn.o(y), e[2])
 
-        def project(x, rope):
-            return self.self_attn(modulate(x, e[0], e[1], self.eps, dtype), rope)  # 3 x (B, L, N, D/N)
+    def cross(self, x: Tensor, text: Tensor, image: Tensor | None, attention: AttentionFn) -> Tensor:
+        """Tokens after they have looked at text and image."""
+        return add_gated(x, self.cross_attn(self.norm3(x).to(text.dtype), text, image, attention))
 
-        def store(x, rope, *places):
-            for place, part in zip(places, project(x, rope)):
-                place.copy_(part)
+    def feed_forward(self, x: Tensor, e: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Tokens after the feed-forward."""
+        return add_gated(x, self.ffn(modulate(x, e[3], e[4], self.eps, dtype)), e[5])
 
-        if parts == 1:
-            q, k, v = project(x, rope)
-        else:
-            shape = (*x.shape[:2], self.self_attn.num_heads, x.shape[2] // self.self_attn.num_heads)
-            q, k, v = (x.new_empty(shape, dtype=dtype) for _ in range(3))
-            in_parts(store, parts, x, rope.unsqueeze(0), q, k, v)
-        y = attention(q, k, v).flatten(2)  # (B, L, D)
-        del q, k, v
-        return in_parts(lambda x, y: add_gated(x, self.self_attn.o(y), e[2]), parts, x, y)  # (B, L, D)
 
-    def feed_forward(self, x):
-        if torch.is_grad_enabled():
-            return self.ffn(x)  # (B, L, D)
-        hidden = self.ffn[0](x)  # (B, L, ffn_dim), the largest tensor of a step: GELU takes no second one
-        return self.ffn[2](torch.ops.aten.gelu_(hidden, approximate="tanh"))  # (B, L, D)
+BlockExecutor = Callable[..., Tensor]
+
+
+def at_once(block: nn.Module, *inputs) -> Tensor:
+    """The block's own forward. Another executor of this signature does a block's steps in another way."""
+    return block(*inputs)
 
 
 class Head(nn.Module):
@@ -288,7 +304,7 @@ class WanModel(nn.Module):
         frequencies=None,
         attention: AttentionFn = sdpa,
         runner: BlockRunner = run_blocks,
-        parts=1,
+        execute: BlockExecutor = at_once,
     ):
         """Predict the velocity (noise minus clean sample) of every pass.
 
@@ -304,8 +320,7 @@ class WanModel(nn.Module):
             frequencies: RoPE frequencies of the three axes; `axis_frequencies` unless an option edits them.
             attention: see `wan.attention`.
             runner: see `run_blocks`.
-            parts: of the tokens, one after the other in all that is not self-attention: less memory and the
-                same numbers, and each layer's weights are fetched once a part. Without gradients only.
+            execute: how one block is done: see `at_once` and `wan.chunked`.
 
         Returns:
             [B, 16, F, H, W], float32.
@@ -320,7 +335,7 @@ class WanModel(nn.Module):
         passes = [self.embed(*one) for one in inputs]
 
         def call(i, p):
-            return self.blocks[i](p.x, p.modulation, p.text, p.image, rope, attention, parts)
+            return execute(self.blocks[i], p.x, p.modulation, p.text, p.image, rope, attention)
 
         runner(len(self.blocks), passes, call)
         return torch.cat([unpatchify(self.head(p.x, p.time), grid) for p in passes])  # (B, 16, F, H, W)

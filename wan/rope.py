@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from .inplace import may_overwrite
+
 TOKENS_AT_ONCE = 8192  # that are turned in float32: a 16-bit input takes no float32 copy of its own size
 RIFLEX_K = 6  # of the time axis: the authors' answer for Wan2.1, thu-ml/DiT-Extrapolation issue 8
 
@@ -79,7 +81,7 @@ def apply_rope(x, table):
         pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, N, D/2, 2)
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-    if torch.is_grad_enabled():
+    if not may_overwrite():
         return _turn(x.float(), table).to(x.dtype)
     for part, rotation in zip(x.split(TOKENS_AT_ONCE, dim=1), table.split(TOKENS_AT_ONCE, dim=-4)):
         part.copy_(_turn(part.float(), rotation))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from wan21.wan.attention import BACKENDS, best_kernels, choose_attention, sdpa
+from wan21.wan.chunked import block_executor
 from wan21.wan.config import WanConfig
 from wan21.wan.dit import WanModel
 from wan21.wan.memory import LATENT_COPIES, Load, MemoryPlan, step_bytes
@@ -201,7 +202,7 @@ def test_memory_of_a_step_is_as_estimated(joint, parts):
 
     def run():
         with best_kernels(x.device):
-            model(x, t, text, clip, pass_names=("cond", "uncond")[:passes], parts=parts)
+            model(x, t, text, clip, pass_names=("cond", "uncond")[:passes], execute=block_executor(parts))
 
     run()  # workspaces of the libraries
     torch.cuda.reset_peak_memory_stats()
