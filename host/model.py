@@ -15,9 +15,9 @@ from ..wan.attention import best_kernels, choose_attention, sdpa
 from ..wan.chunked import block_executor
 from ..wan.config import CLIP_TOKENS
 from ..wan.dit import WanModel
-from ..wan.memory import Load, step_bytes
+from ..wan.memory import StepSize, step_bytes
+from ..wan.option import Call
 from ..wan.refusal import Refusal
-from ..wan.sample import Call
 from ..wan.teacache import NO_PROFILE, check_coefficients
 from .patches import patch_inside_blocks, scaled_frequencies
 from .progress import check_cancelled
@@ -225,16 +225,23 @@ class Wan21(comfy.model_base.WAN21):
             return max(need for (need,) in told)
         batch, *sides = input_shape
         passes = 1 if batch % 2 else 2
-        return step_bytes(self.load((batch // passes, *sides), passes))
+        return step_bytes(self.step_size((batch // passes, *sides), passes))
 
-    def load(self, latent, passes, **more):
-        """`wan.memory.Load` of a step on a latent of this shape."""
+    def step_size(self, latent: tuple[int, ...], passes: int) -> StepSize:
+        """Of a step on a latent of this shape, by the attention and weights as they are now."""
         config = self.diffusion_model.config
         image_tokens = 0 if config.image_dim is None else config.image_tokens or CLIP_TOKENS
         own = "sage" if comfy.model_management.sage_attention_enabled() else "sdpa"
         itemsize = self.get_dtype_inference().itemsize
-        more = {"attention": own, "matrix_bytes": self.matrix_bytes(itemsize)} | more
-        return Load(config, latent, passes, itemsize, image_tokens=image_tokens, **more)
+        return StepSize(
+            config,
+            latent,
+            passes,
+            itemsize,
+            attention=own,
+            image_tokens=image_tokens,
+            matrix_bytes=self.matrix_bytes(itemsize),
+        )
 
     def matrix_bytes(self, itemsize):
         """Bytes a number of the largest matrix takes while it is used, beside its place in the weights."""
