@@ -23,6 +23,7 @@ from .patches import patch_inside_blocks, scaled_frequencies
 from .progress import check_cancelled
 
 CALL = "wan21_call"  # in transformer_options: the `Call` of our sampler's step
+TEXTS = "wan21_texts"  # in transformer_options: text features by pass name, of passes that do not run
 NEED = "wan21_need"  # in a conditioning: bytes that a step of our sampler takes
 UNPACKING_BYTES = 13  # the most of any GGUF kind, measured; a result in 16 bits among them
 COEFFICIENTS_KEY = "teacache_coefficients"  # in a checkpoint's metadata
@@ -163,6 +164,8 @@ class HostWanModel(WanModel):
                 attention=attention,
                 runner=_composed(call, transformer_options),
                 execute=block_executor(call.plan.parts),
+                context_attention=call.context_attention,
+                contexts={name: c.to(context) for name, c in transformer_options.get(TEXTS, {}).items()},
             )
         return v[..., :height, :width]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..wan.option import Call
 from .memory import make_room, tell_out_of_memory
-from .model import CALL, NEED
+from .model import CALL, NEED, TEXTS
 from .weights import check_compile
 
 
@@ -68,10 +68,14 @@ class HostDenoiser:
                 "cond_or_uncond": [("cond", "uncond").index(name) for name in group],
                 "sigmas": t[:1] / 1000,
                 CALL: call,
+                TEXTS: {name: self._text(name, x.shape[0]) for name in call.contexts if name not in group},
             }
             v = self.model.velocity(torch.cat([x] * count), t, options, **merged)
             velocities |= zip(group, v.chunk(count))
         return velocities
+
+    def _text(self, name, batch_size):
+        return self._inputs(name, batch_size)["c_crossattn"]
 
     def _inputs(self, name, batch_size):
         conds = self.conds[{"cond": "positive", "uncond": "negative"}[name]][0]["model_conds"]

@@ -337,7 +337,7 @@ def prepare(
         f"{name} set on the MODEL by another node is not used here" for name in host.ignored_patches(model)
     ]
     conds = {"positive": positive}
-    if run.is_guided:
+    if "uncond" in job.contexts:
         conds["negative"] = negative
     for name, cond in conds.items():
         conds[name], note = host.trim_clip_vision(cond, config)

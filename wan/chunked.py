@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor
 
 from .attention import AttentionFn
-from .dit import BlockExecutor, WanAttentionBlock, at_once
+from .dit import AttendText, BlockExecutor, WanAttentionBlock, at_once, attend_text
 from .inplace import may_overwrite
 
 
@@ -28,6 +28,7 @@ def in_parts(
     image: Tensor | None,
     rope: Tensor,
     attention: AttentionFn,
+    attend: AttendText = attend_text,
     *,
     parts: int,
 ) -> Tensor:
@@ -36,7 +37,7 @@ def in_parts(
     Args:
         block: whose weights are used.
         x: [B, L, D].
-        modulation, text, image, rope, attention: as for the block.
+        modulation, text, image, rope, attention, attend: as for the block.
         parts: how many pieces the L tokens are cut into.
 
     Returns:
@@ -55,7 +56,7 @@ def in_parts(
         block.attended(rows, found, e)
     del y, found
     for rows in x.chunk(parts, dim=1):
-        block.cross(rows, text, image, attention)
+        block.cross(rows, text, image, attention, attend)
     for rows in x.chunk(parts, dim=1):
         block.feed_forward(rows, e, dtype)
     return x  # (B, L, D)

@@ -8,7 +8,7 @@ The residual stream and the modulation are float32 and the matrix products are i
 as the release runs under autocast.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,23 +43,42 @@ class Pass:
     image: Tensor | None
 
 
-BlockCall = Callable[[int, Pass], Tensor]
-BlockRunner = Callable[[int, list[Pass], BlockCall], None]
+ApplyBlock = Callable[[int, Pass], Tensor]
+BlockRunner = Callable[[int, list[Pass], ApplyBlock], None]
+# How tokens attend to a text: see `attend_text`, the plain way.
+AttendText = Callable[["WanCrossAttention", Tensor, Tensor, AttentionFn], Tensor]
+# How a pass attends, chosen once a call of the model: its pass, and the embedded texts [B, T, D] by name, of
+# all passes of the call and of the further `contexts` that it was given.
+ContextAttention = Callable[[Pass, Mapping[str, Tensor]], AttendText]
 
 
-def run_blocks(num_blocks, passes, call):
-    """Walk the blocks once, and each pass through every block (the joint pass).
+def run_blocks(num_blocks: int, passes: list[Pass], apply_block: ApplyBlock) -> None:
+    """The walk of each pass through every block, all passes through one before the next (the joint pass).
 
-    Whoever brings weights block by block so brings them once for all passes. This is the model's one
-    seam: an option is another runner of the same signature. `call(i, p)` returns the tokens of pass `p`
-    after block `i`.
+    Whoever brings weights block by block so brings them once for all passes. This is the seam for options
+    that change the walk: another runner of the same signature.
+
+    Args:
+        num_blocks: how many there are.
+        passes: their tokens are replaced.
+        apply_block: `apply_block(i, p)` -> tokens of pass `p` after block `i`.
     """
     for i in range(num_blocks):
         for p in passes:
-            p.x = call(i, p)
+            p.x = apply_block(i, p)
 
 
-def sinusoidal_embedding(timestep, dim):
+def attend_text(cross: "WanCrossAttention", q: Tensor, text: Tensor, attention: AttentionFn) -> Tensor:
+    """What queries [B, rows, N, D/N] find in a text [B, T, D]; of their shape, before the projection `o`."""
+    return attention(q, *cross.keys_and_values(text))
+
+
+def own_text(p: Pass, texts: Mapping[str, Tensor]) -> AttendText:
+    """Each pass attends to its own text. Options that change how are another `ContextAttention`."""
+    return attend_text
+
+
+def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     """Timesteps [B] in [0, 1000] -> [B, dim] float32, cosines first; angles in float64 where there is one."""
     half, device = dim // 2, timestep.device
     wide = torch.float32 if device.type in ("mps", "xpu") else torch.float64
@@ -68,7 +87,7 @@ def sinusoidal_embedding(timestep, dim):
     return torch.cat([angle.cos(), angle.sin()], dim=1).float()  # (B, dim)
 
 
-def modulate(x, shift, scale, eps, dtype):
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """adaLN: LayerNorm(x)*(1 + scale) + shift in float32, then `dtype`. x [B, L, D], the others [B, 1, D]."""
     if x.shape[0] == 1:  # one kernel: the modulation is the norm's affine part
         y = F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps)
@@ -97,7 +116,7 @@ class GELU(nn.Module):
 class WanSelfAttention(nn.Module):
     """Queries, keys and values of the tokens. The block attends and applies `o`: x is freed by then."""
 
-    def __init__(self, config, operations, device=None, dtype=None):
+    def __init__(self, config: WanConfig, operations, device=None, dtype=None):
         super().__init__()
         kw = dict(device=device, dtype=dtype)
         dim = config.dim
@@ -109,10 +128,10 @@ class WanSelfAttention(nn.Module):
         self.norm_q = operations.RMSNorm(dim, eps=config.eps, elementwise_affine=True, **kw)
         self.norm_k = operations.RMSNorm(dim, eps=config.eps, elementwise_affine=True, **kw)
 
-    def heads(self, x):
+    def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))  # (B, L, D) -> (B, L, N, D/N)
 
-    def forward(self, x, rope):
+    def forward(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = apply_rope(self.heads(self.norm_q(self.q(x))), rope)  # (B, L, N, D/N)
         k = apply_rope(self.heads(self.norm_k(self.k(x))), rope)  # (B, L, N, D/N)
         v = self.heads(self.v(x))  # (B, L, N, D/N)
@@ -122,7 +141,7 @@ class WanSelfAttention(nn.Module):
 class WanCrossAttention(WanSelfAttention):
     """Tokens look at the text and, with an image branch and CLIP features, at the image as well."""
 
-    def __init__(self, config, operations, device=None, dtype=None):
+    def __init__(self, config: WanConfig, operations, device=None, dtype=None):
         super().__init__(config, operations, device, dtype)
         self.k_img = None
         if config.image_dim is not None:
@@ -131,15 +150,27 @@ class WanCrossAttention(WanSelfAttention):
             self.v_img = operations.Linear(config.dim, config.dim, **kw)
             self.norm_k_img = operations.RMSNorm(config.dim, eps=config.eps, elementwise_affine=True, **kw)
 
-    def forward(self, x, text, image, attention):
+    def keys_and_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a text [B, T, D]: 2 x [B, T, N, D/N]."""
+        return self.heads(self.norm_k(self.k(text))), self.heads(self.v(text))
+
+    def image_keys_and_values(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Of image tokens [B, I, D]: 2 x [B, I, N, D/N]."""
+        assert self.k_img is not None
+        return self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image))
+
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor,
+        image: Tensor | None,
+        attention: AttentionFn,
+        attend: AttendText = attend_text,
+    ) -> Tensor:
         q = self.heads(self.norm_q(self.q(x)))  # (B, L, N, D/N)
-        k = self.heads(self.norm_k(self.k(text)))  # (B, T, N, D/N)
-        v = self.heads(self.v(text))  # (B, T, N, D/N)
-        y = attention(q, k, v)  # (B, L, N, D/N)
+        y = attend(self, q, text, attention)  # (B, L, N, D/N)
         if image is not None:
-            k = self.heads(self.norm_k_img(self.k_img(image)))  # (B, I, N, D/N)
-            v = self.heads(self.v_img(image))  # (B, I, N, D/N)
-            y = add_gated(y, attention(q, k, v))  # (B, L, N, D/N)
+            y = add_gated(y, attention(q, *self.image_keys_and_values(image)))  # (B, L, N, D/N)
         return self.o(y.flatten(2))  # (B, L, D)
 
 
@@ -171,6 +202,7 @@ class WanAttentionBlock(nn.Module):
         image: Tensor | None,
         rope: Tensor,
         attention: AttentionFn,
+        attend: AttendText = attend_text,
     ) -> Tensor:
         """The stream after this block.
 
@@ -181,12 +213,13 @@ class WanAttentionBlock(nn.Module):
             image: [B, I, D], or None.
             rope: from `rope_table`.
             attention: see `wan.attention`.
+            attend: how the tokens attend to the text.
         """
         e = self.modulations(modulation)  # 6 x (B, 1, D)
         y = attention(*self.qkv(x, e, rope, text.dtype)).flatten(2)  # (B, L, D)
         x = self.attended(x, y, e)  # (B, L, D)
         del y
-        x = self.cross(x, text, image, attention)  # (B, L, D)
+        x = self.cross(x, text, image, attention, attend)  # (B, L, D)
         return self.feed_forward(x, e, text.dtype)  # (B, L, D)
 
     def modulations(self, modulation: Tensor) -> tuple[Tensor, ...]:
@@ -201,9 +234,11 @@ class WanAttentionBlock(nn.Module):
         """Tokens with what self-attention found for them, y [B, rows, D]."""
         return add_gated(x, self.self_attn.o(y), e[2])
 
-    def cross(self, x: Tensor, text: Tensor, image: Tensor | None, attention: AttentionFn) -> Tensor:
+    def cross(
+        self, x: Tensor, text: Tensor, image: Tensor | None, attention: AttentionFn, attend: AttendText
+    ) -> Tensor:
         """Tokens after they have looked at text and image."""
-        return add_gated(x, self.cross_attn(self.norm3(x).to(text.dtype), text, image, attention))
+        return add_gated(x, self.cross_attn(self.norm3(x).to(text.dtype), text, image, attention, attend))
 
     def feed_forward(self, x: Tensor, e: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Tokens after the feed-forward."""
@@ -211,6 +246,7 @@ class WanAttentionBlock(nn.Module):
 
 
 BlockExecutor = Callable[..., Tensor]
+NO_CONTEXTS: Mapping[str, Tensor] = {}
 
 
 def at_once(block: nn.Module, *inputs) -> Tensor:
@@ -219,7 +255,7 @@ def at_once(block: nn.Module, *inputs) -> Tensor:
 
 
 class Head(nn.Module):
-    def __init__(self, config, operations, device=None, dtype=None):
+    def __init__(self, config: WanConfig, operations, device=None, dtype=None):
         super().__init__()
         kw = dict(device=device, dtype=dtype)
         self.eps = config.eps
@@ -227,7 +263,7 @@ class Head(nn.Module):
         self.head = operations.Linear(config.dim, patch * config.out_dim, **kw)
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim, **kw))
 
-    def forward(self, x, time):
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.modulation.to(time) + time.unsqueeze(1)).chunk(2, dim=1)  # 2 x (B, 1, D)
         return self.head(modulate(x, shift, scale, self.eps, x.dtype))  # (B, L, 4*C)
 
@@ -235,7 +271,7 @@ class Head(nn.Module):
 class MLPProj(nn.Module):
     """CLIP vision features [B, I, 1280] -> image tokens [B, I, D]."""
 
-    def __init__(self, config, operations, device=None, dtype=None):
+    def __init__(self, config: WanConfig, operations, device=None, dtype=None):
         super().__init__()
         kw = dict(device=device, dtype=dtype)
         width = config.image_dim
@@ -250,7 +286,7 @@ class MLPProj(nn.Module):
         if config.image_tokens:
             self.emb_pos = nn.Parameter(torch.empty(1, config.image_tokens, width, **kw))
 
-    def forward(self, features):
+    def forward(self, features: Tensor) -> Tensor:
         if self.emb_pos is not None:
             features = features + self.emb_pos[:, : features.shape[1]].to(features)
         return self.proj(features)  # (B, I, D)
@@ -289,24 +325,26 @@ class WanModel(nn.Module):
         self.head = Head(config, **kw)
         self.img_emb = None if config.image_dim is None else MLPProj(config, **kw)
 
-    def embed_time(self, timestep):
+    def embed_time(self, timestep: Tensor) -> Tensor:
         """Timesteps [B] in [0, 1000] -> time embedding [B, D], float32."""
         return self.time_embedding(sinusoidal_embedding(timestep, self.config.freq_dim))
 
     def forward(
         self,
-        x,
-        timestep,
-        context,
-        clip_fea=None,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None = None,
         *,
-        pass_names=("cond",),
-        frequencies=None,
+        pass_names: Sequence[str] = ("cond",),
+        frequencies: tuple[Tensor, ...] | None = None,
         attention: AttentionFn = sdpa,
         runner: BlockRunner = run_blocks,
         execute: BlockExecutor = at_once,
-    ):
-        """Predict the velocity (noise minus clean sample) of every pass.
+        context_attention: ContextAttention = own_text,
+        contexts: Mapping[str, Tensor] = NO_CONTEXTS,
+    ) -> Tensor:
+        """The velocity (noise minus clean sample) of every pass.
 
         The batch holds the passes one after the other: B = len(pass_names) * samples.
 
@@ -321,6 +359,8 @@ class WanModel(nn.Module):
             attention: see `wan.attention`.
             runner: see `run_blocks`.
             execute: how one block is done: see `at_once` and `wan.chunked`.
+            context_attention: how a pass attends to its text: see `ContextAttention`.
+            contexts: further text features [samples, T, text_dim] by name, for `context_attention`.
 
         Returns:
             [B, 16, F, H, W], float32.
@@ -333,15 +373,19 @@ class WanModel(nn.Module):
         clips = (None,) * count if clip_fea is None else clip_fea.chunk(count)
         inputs = zip(pass_names, x.chunk(count), timestep.chunk(count), context.chunk(count), clips)
         passes = [self.embed(*one) for one in inputs]
+        texts = {name: self.text_embedding(features) for name, features in contexts.items()}
+        texts |= {p.name: p.text for p in passes}
+        attends = {p.name: context_attention(p, texts) for p in passes}
 
-        def call(i, p):
-            return execute(self.blocks[i], p.x, p.modulation, p.text, p.image, rope, attention)
+        def apply_block(i: int, p: Pass) -> Tensor:
+            context = p.text, p.image, rope, attention, attends[p.name]
+            return execute(self.blocks[i], p.x, p.modulation, *context)
 
-        runner(len(self.blocks), passes, call)
+        runner(len(self.blocks), passes, apply_block)
         return torch.cat([unpatchify(self.head(p.x, p.time), grid) for p in passes])  # (B, 16, F, H, W)
 
-    def embed(self, name, x, timestep, context, clip_fea):
-        """Inputs of one pass -> its tokens and context, before the first block."""
+    def embed(self, name: str, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None) -> Pass:
+        """The tokens and context of one pass before the first block, from its inputs as of `forward`."""
         tokens = self.patch_embedding(x.float())  # (B, D, F, H/2, W/2)
         tokens = tokens.flatten(2).transpose(1, 2).contiguous()  # (B, L, D)
         time = self.embed_time(timestep)  # (B, D)
@@ -353,7 +397,7 @@ class WanModel(nn.Module):
         return Pass(name, tokens, time, modulation, text, image)
 
 
-def unpatchify(tokens, grid):
+def unpatchify(tokens: Tensor, grid: Sequence[int]) -> Tensor:
     """[B, F*H*W, 4*C] of a patch grid (F, H, W) -> [B, C, F, 2H, 2W]."""
     f, h, w = grid
     pf, ph, pw = PATCH_SIZE

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .attention import Attention
 from .config import WanConfig
-from .dit import BlockRunner
+from .dit import BlockRunner, ContextAttention, own_text
 from .memory import JOINT, MemoryPlan, StepSize
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ class Call:
         frequencies: of RoPE, or None for the model's own.
         attention: backend, or None for the model's own.
         plan: how the passes walk the blocks.
+        context_attention: how a pass attends to its text.
+        contexts: names of passes whose text is handed to `context_attention` though they may not run.
     """
 
     pass_names: tuple[str, ...]
@@ -94,6 +96,8 @@ class Call:
     frequencies: tuple[Tensor, ...] | None = None
     attention: Attention | None = None
     plan: MemoryPlan = JOINT
+    context_attention: ContextAttention = own_text
+    contexts: tuple[str, ...] = ()
 
 
 class Denoiser(Protocol):
@@ -126,9 +130,12 @@ class Option:
 
     Attributes:
         zero_steps: first steps in which the velocity is zero and the model is not asked.
+        needs_negative: whether it reads the negative text, which otherwise is left out where no
+            unconditional pass runs. `context_attention` then finds it as `texts["uncond"]`.
     """
 
     zero_steps: int = 0
+    needs_negative: bool = False
 
     def check(self, run: Run) -> None:
         """Refuses what cannot be done, before any heavy work.

@@ -42,6 +42,12 @@ class SampleJob:
         return ("cond",) if self.guidance_scale == 1 else ("cond", "uncond")
 
     @property
+    def contexts(self) -> tuple[str, ...]:
+        """The passes whose text is read; the negative one by an option, perhaps, though it does not run."""
+        needs_negative = any(option.needs_negative for option in self.options)
+        return ("cond", "uncond") if needs_negative else self.pass_names
+
+    @property
     def sigmas(self) -> list[float]:
         """Noise levels from the first step's to 0: `steps + 1` numbers."""
         return partial_sigmas(self.steps, self.flow_shift, self.solver, self.denoise)
@@ -111,7 +117,7 @@ class _Velocity:
         if step < self.run.first_step:
             self.record.passes.append(())
             return torch.zeros_like(x)
-        call = Call(self.run.pass_names, step, self.run.steps)
+        call = Call(self.run.pass_names, step, self.run.steps, contexts=self.job.contexts)
         for edit in self.edits:
             call = edit(call)
         v = self.denoiser.predict(x, timestep(sigma, self.job.solver), call)
