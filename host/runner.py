@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..wan.dit import BlockCall, BlockRunner, Pass
-from ..wan.sample import Call
+from ..wan.option import Call
 from .progress import check_cancelled
 
 # torch.compile compiles what is computed (the embeddings, one block for all, the head). The walk between them

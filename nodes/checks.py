@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from .. import host
 from ..wan.conditioning import pixel_frames
 from ..wan.config import CLIP_TOKENS, LATENT_CHANNELS, VAE_STRIDE
 from ..wan.refusal import Refusal
@@ -17,6 +18,17 @@ BROKEN_LATENT = (
     "The usual causes are fp16 overflow (load the model as bf16) and a quantised attention kernel (start the "
     "host without --use-sage-attention)"
 )
+
+
+def check_model(model) -> None:
+    """Whether a MODEL can be sampled by our sampler."""
+    if not host.is_ours(model):
+        raise Refusal(
+            "the MODEL was not loaded by Wan21ModelLoader",
+            "Load it with Wan21ModelLoader, or sample it with the host's KSampler",
+        )
+    if refusal := host.refused_patch(model):
+        raise refusal
 
 
 def check_num_frames(num_frames):
@@ -180,32 +192,6 @@ def _check_clip(config, cond):
             f"{cond.name} has CLIP vision features of {tokens} tokens x {width}; this model reads "
             f"{CLIP_TOKENS} (one image) or {2 * CLIP_TOKENS} (start and end) x {config.image_dim}",
             "Encode the image with CLIP ViT-H/14 (clip_vision_h.safetensors)",
-        )
-
-
-def check_options(config, job):
-    """Whether the sampler's options fit the model and each other. job: SampleJob."""
-    if 0 < job.teacache_multiplier < 1:
-        raise Refusal(
-            f"teacache_multiplier is {job.teacache_multiplier:g}; a speed-up is at least 1, and 0 is off",
-            "Set 0, or 1.5 to 2.5",
-        )
-    if job.zero_init_steps >= job.steps:
-        raise Refusal(
-            f"zero_init_steps is {job.zero_init_steps} of {job.steps} steps; the model would never run",
-            "Set 0 (off) or 1",
-        )
-    unknown = [str(layer) for layer in job.skip_layers if layer >= config.num_layers]
-    if unknown:
-        raise Refusal(
-            f"skip_layers names block {', '.join(unknown)}; the model has {config.num_layers}, from 0",
-            f"Set numbers from 0 to {config.num_layers - 1}",
-        )
-    start, end = job.skip_layer_start_percent, job.skip_layer_end_percent
-    if job.skip_layers and start >= end:
-        raise Refusal(
-            f"skip_layer_start_percent is {start} and skip_layer_end_percent {end}; no step lies between",
-            "Set a start below the end, such as 10 and 90",
         )
 
 

@@ -353,11 +353,12 @@ def test_a_latent_that_overflowed_is_named(t2v_job, sample, monkeypatch):
         sample(*t2v_job)
 
 
-def _nan_run(model, positive, negative, latent, batch_index, seed, sigmas, run, need):
+def _nan_run(model, prepared, latent, seed, run):
     class Overflow:
         config = host.config_of(model)
+        embed_time = make_room = None
 
         def predict(self, x, timestep, call):
             return {name: x * float("nan") for name in call.pass_names}
 
-    return run(Overflow(), latent + 1, latent)
+    return run(Overflow(), latent["samples"] + 1, latent["samples"])
