@@ -7,7 +7,7 @@
 #   make bench                                 our model and VAE beside the host's and diffusers'
 #   make train-tiny                            trains the bundled checkpoint anew, hours without a GPU
 #   make eval-tiny                             measures it through a real ComfyUI; ARGS="--cases 18" is quick
-#   make lint                                  ruff
+#   make lint                                  ruff and pyright
 #   make clean                                 removes what demo, tests and benchmark wrote
 #
 # COMFYUI_PATH=/path/to/ComfyUI uses an installation of yours. PYTHON=python3.12 picks the Python.
@@ -48,6 +48,7 @@ eval-tiny: setup
 lint: setup
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m basedpyright --level error
 
 clean:
 	rm -rf build demo.mp4 demo.jpg bench.json .pytest_cache .ruff_cache .hypothesis

@@ -4,38 +4,36 @@ It puts our model, VAE and text encoder into the host's standard MODEL, VAE and 
 sampler the host's life cycle: device memory, model patches, progress, preview and cancel.
 """
 
-from .conditioning import describe_conditioning, trim_clip_vision
+from .attention import choose_attention_for
+from .coefficients import measured_coefficients
+from .conditioning import Conditioning, describe_conditioning, trim_clip_vision
 from .latent_file import KeptLatent
-from .lora import add_lora, read_lora
-from .memory import need_host_bytes, plan_memory
-from .model import (
-    checkpoint_name,
-    choose_attention_for,
-    config_of,
-    is_ours,
-    measured_coefficients,
-)
+from .load import DTYPES, WEIGHT_DTYPES, load_model
+from .lora import add_lora, other_family, read_lora
+from .memory import MemoryWatch, need_host_bytes, plan_memory
+from .model import checkpoint_name, config_of, is_ours
 from .patches import ignored_patches, refused_patch
-from .progress import Progress, StepProgress, check_cancelled, memory_watch, tell
-from .sampling import run_sampling
+from .progress import Progress, StepProgress, check_cancelled, speaking_as, tell
+from .sampling import Prepared, run_sampling
 from .text_encoder import load_text_encoder
 from .upsample import (
-    NO_UPSCALE_MODEL,
     InterpolationModel,
     check_upscale_model,
     fill_spans_with_model,
+    no_upscale_model,
     upscale_lanczos,
     upscale_with_model,
 )
 from .vae import decode_video, encode_video, latent_device, load_vae, vae_shape
-from .weights import DTYPES, WEIGHT_DTYPES, load_model
 
 __all__ = [
     "DTYPES",
-    "NO_UPSCALE_MODEL",
     "WEIGHT_DTYPES",
+    "Conditioning",
     "InterpolationModel",
     "KeptLatent",
+    "MemoryWatch",
+    "Prepared",
     "Progress",
     "StepProgress",
     "add_lora",
@@ -55,12 +53,14 @@ __all__ = [
     "load_text_encoder",
     "load_vae",
     "measured_coefficients",
-    "memory_watch",
     "need_host_bytes",
+    "no_upscale_model",
+    "other_family",
     "plan_memory",
     "read_lora",
     "refused_patch",
     "run_sampling",
+    "speaking_as",
     "tell",
     "trim_clip_vision",
     "upscale_lanczos",

@@ -1,17 +1,31 @@
 """What a CONDITIONING carries."""
 
+from dataclasses import dataclass
+
 import node_helpers
 import torch
 
 from ..wan.config import CLIP_TOKENS
-from ..wan.preflight import Conditioning
 
 # Keys by which other nodes ask for what our sampler does not do.
 UNSUPPORTED = ("area", "mask", "control", "gligen", "hooks", "start_percent", "end_percent")
 
 
+@dataclass(frozen=True)
+class Conditioning:
+    """Shapes of one CONDITIONING input; None where a key is absent."""
+
+    name: str
+    entries: int
+    text: tuple | None
+    image_latent: tuple | None
+    mask: tuple | None
+    clip: tuple | None
+    unsupported: tuple[str, ...] = ()
+
+
 def describe_conditioning(name, conditioning):
-    """Shapes of a CONDITIONING, for the preflight."""
+    """Shapes of a CONDITIONING, for the checks."""
     text, options = conditioning[0] if conditioning else (None, {})
     shape = {k: tuple(v.shape) for k, v in options.items() if torch.is_tensor(v)}
     clip = options.get("clip_vision_output")

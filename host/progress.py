@@ -1,16 +1,15 @@
-"""Progress, preview, cancel and memory of the node that runs."""
+"""Progress, preview and cancel of the node that runs."""
 
 import logging
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
 import latent_preview
-import psutil
 import torch
-from comfy import memory_management
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy_execution.utils import get_executing_context
 from PIL import Image
@@ -24,9 +23,22 @@ def check_cancelled():
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def tell(node, sentence):
+_speaker = ContextVar("speaker", default="Wan2.1:")
+
+
+@contextmanager
+def speaking_as(node: str):
+    """In this block the node is named in the log before what `tell` says."""
+    token = _speaker.set(node)
+    try:
+        yield
+    finally:
+        _speaker.reset(token)
+
+
+def tell(sentence: str) -> None:
     """Put a sentence on the node that runs, in the editor, and into the host's log."""
-    logging.info("%s %s", node, sentence)
+    logging.info("%s %s", _speaker.get(), sentence)
     context = get_executing_context()
     if context is not None:
         from server import PromptServer  # no server runs where nodes are called from a script
@@ -86,7 +98,7 @@ class StepProgress:
         try:
             self.previewer = previewer_for(model)
         except Exception as error:  # a picture to look at must not cost the run
-            tell("Wan21Sampler", f"makes no previews in this run ({error})")
+            tell(f"makes no previews in this run ({error})")
             self.previewer = None
 
     def __call__(self, i, x0):
@@ -95,7 +107,7 @@ class StepProgress:
             try:
                 preview = ("JPEG", self.strip(x0), latent_preview.MAX_PREVIEW_RESOLUTION)
             except Exception as error:  # as above
-                tell("Wan21Sampler", f"makes no more previews in this run ({error})")
+                tell(f"makes no more previews in this run ({error})")
                 self.previewer = None
         self.bar.update_absolute(i + 1, self.steps, preview)
         check_cancelled()
@@ -112,17 +124,3 @@ class StepProgress:
             strip.paste(frame, (left, 0))
             left += frame.width
         return strip
-
-
-@contextmanager
-def memory_watch(device):
-    """Yields a list that, after the block, holds one sentence on the memory it took."""
-    said = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    yield said
-    if device.type == "cuda":
-        without = " without the weights, which the host holds" if memory_management.aimdo_enabled else ""
-        said.append(f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}{without}")
-    else:
-        said.append(f"{psutil.Process().memory_info().rss / 2**30:.2f} GiB held by the process ({device})")

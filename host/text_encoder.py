@@ -11,20 +11,29 @@ import folder_paths
 import torch
 
 from ..wan import files
-from .weights import with_formats
+from ..wan.refusal import Refusal
+from .quantised import with_formats
 
 
-def load_text_encoder(path, device="default"):
-    """Read a umT5 encoder of any size and published layout into a standard CLIP."""
+def load_text_encoder(path: str | Path, device: str = "default") -> comfy.sd.CLIP:
+    """A standard CLIP from a umT5 encoder of any size and published layout.
+
+    Args:
+        path: see `wan.files.read_checkpoint`.
+        device: default is the host's choice; or cpu.
+
+    Raises:
+        Refusal: the file is damaged or something else, or there is no tokenizer for it.
+    """
     state_dict, metadata = files.read_checkpoint(path)
     state_dict, _ = with_formats(state_dict, metadata)
     state_dict = files.to_umt5_keys(state_dict)
     files.refuse_loose_scales(state_dict)
-    config = files.umt5_config(state_dict)
+    sizes = files.umt5_config(state_dict)
     tokenizer = state_dict.pop("spiece_model", None)
     if tokenizer is None:
         tokenizer = _tokenizer_beside(Path(path))
-    options = {"umt5xxl_model_config": config}
+    options: dict = {"umt5xxl_model_config": sizes}  # the host lays them over those of umT5-XXL
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     detected = comfy.text_encoders.sd3_clip.t5_xxl_detect(state_dict)
@@ -40,14 +49,14 @@ def load_text_encoder(path, device="default"):
     )
 
 
-def _tokenizer_beside(path):
+def _tokenizer_beside(path: Path) -> bytes:
     """Bytes of the SentencePiece model beside a checkpoint that does not carry it."""
     for name in ("spiece.model", "google/umt5-xxl/spiece.model", "../tokenizer/spiece.model"):
         file = path.parent / name
         if file.is_file():
             return file.read_bytes()
-    raise ValueError(
-        f"{path.name} holds no tokenizer, and there is no spiece.model beside it. Put spiece.model "
-        "(google/umt5-xxl on Hugging Face) into the same folder, or use ComfyUI's umt5_xxl file, which "
-        "carries it"
+    raise Refusal(
+        "the file holds no tokenizer, and there is no spiece.model beside it",
+        "Put spiece.model (google/umt5-xxl on Hugging Face) into the same folder, or use ComfyUI's umt5_xxl "
+        "file, which carries it",
     )

@@ -9,15 +9,11 @@ import torch.nn.functional as F
 from comfy_extras.nodes_frame_interpolation import FrameInterpolationModel
 
 from ..frames.lanczos import even_side, lanczos, upscale_tiled
-from ..wan.preflight import fail
+from ..wan.refusal import Refusal
 from .memory import need_host_bytes, raise_unless_out_of_memory
 from .progress import Progress, check_cancelled
 
 InterpolationModel = FrameInterpolationModel  # the socket type INTERP_MODEL
-NO_UPSCALE_MODEL = (
-    "method is model and upscale_model is not connected",
-    "Connect Load Upscale Model (UpscaleModelLoader), or choose lanczos1.5 or lanczos2",
-)
 TILES = (1024, 768, 512, 384, 256, 192, 128)  # pixels of a side before upscaling
 TILE_OVERLAP = 32
 MAX_BATCH = 16
@@ -47,17 +43,17 @@ class Room:
         return True
 
 
-def upscale_lanczos(node, images, scale):
+def upscale_lanczos(images, scale):
     """Resize [F, H, W, 3] on the device. Sides of the result are even, the nearest to `side * scale`."""
     device = memory.get_torch_device()
     height, width = (even_side(side, scale) for side in images.shape[1:3])
     frame_bytes = 4 * 3 * 4 * height * width  # float32: source, first pass, second pass, one matrix product
     memory.free_memory(2 * frame_bytes, device)
     room = Room(_batch(device, frame_bytes, memory.get_free_memory(device)))
-    return _map_frames(node, images, (height, width), lambda x: lanczos(x, height, width), room, device)
+    return _map_frames(images, (height, width), lambda x: lanczos(x, height, width), room, device)
 
 
-def upscale_with_model(node, model, images):
+def upscale_with_model(model, images):
     """Run an UPSCALE_MODEL over [F, H, W, 3]. A last row or column that would make a side odd is left out."""
     device = model.patcher.load_device
     pixel_bytes = MODEL_BYTES * max(model.scale, 1)
@@ -70,19 +66,28 @@ def upscale_with_model(node, model, images):
 
     height, width = (side * model.scale // 2 * 2 for side in sides)
     with cancel_inside(model.model):
-        return _map_frames(node, images, (height, width), upscale, room, device)
+        return _map_frames(images, (height, width), upscale, room, device)
 
 
-def check_upscale_model(node, model):
+def no_upscale_model():
+    """The refusal of the method `model` without one."""
+    return Refusal(
+        "method is model and upscale_model is not connected",
+        "Connect Load Upscale Model (UpscaleModelLoader), or choose lanczos1.5 or lanczos2",
+    )
+
+
+def check_upscale_model(model):
     """Whether the input is an RGB upscaler as the host's UpscaleModelLoader gives it."""
     if model is None:
-        fail(node, *NO_UPSCALE_MODEL)
+        raise no_upscale_model()
     if not hasattr(model, "patcher") or not hasattr(model, "scale"):
-        fail(node, f"upscale_model is a {type(model).__name__}", "Load it with the host's Load Upscale Model")
+        raise Refusal(
+            f"upscale_model is a {type(model).__name__}", "Load it with the host's Load Upscale Model"
+        )
     channels = (model.input_channels, model.output_channels)
     if channels != (3, 3):
-        fail(
-            node,
+        raise Refusal(
             f"the upscale model reads {channels[0]} channel(s) and gives {channels[1]}; frames have 3",
             "Load a model for RGB images",
         )
@@ -102,7 +107,7 @@ def _batch(device, frame_bytes, free):
     return int(max(1, min(MAX_BATCH, free // frame_bytes)))
 
 
-def _map_frames(node, images, size, run, room, device):
+def _map_frames(images, size, run, room, device):
     """Fill a new [F, *size, 3] batch by batch; what is done stays when memory runs out.
 
     Args:
@@ -111,7 +116,6 @@ def _map_frames(node, images, size, run, room, device):
     """
     if images.device.type == "cpu":
         need_host_bytes(
-            node,
             len(images) * size[0] * size[1] * 3 * images.element_size(),
             f"{len(images)} frames of {size[1]}x{size[0]}",
             "Choose a smaller scale, or save the video and enlarge it in parts",
@@ -134,14 +138,13 @@ def _map_frames(node, images, size, run, room, device):
             done += len(batch)
             progress(done, len(images))
         else:  # the exception and the tensors its traceback held are gone here
-            _make_room(node, room)
+            _make_room(room)
     return result
 
 
-def _make_room(node, room):
+def _make_room(room):
     if not room.shrink():
-        fail(
-            node,
+        raise Refusal(
             f"out of memory with one frame{f' in tiles of {room.tile}' if room.tile else ''}",
             "Choose a smaller model or lanczos1.5, or start ComfyUI with --lowvram",
         )
@@ -159,7 +162,7 @@ def cancel_inside(module):
             hook.remove()
 
 
-def fill_spans_with_model(node, model, images, spans, multiplier, result, progress):
+def fill_spans_with_model(model, images, spans, multiplier, result, progress):
     """Write the frames inside spans of motion with the host's RIFE or FILM.
 
     Args:
@@ -181,7 +184,7 @@ def fill_spans_with_model(node, model, images, spans, multiplier, result, progre
         planes = F.pad(planes, padding, mode="replicate")
         return index, planes, network.extract_features(planes)
 
-    with cancel_inside(network), _naming_the_fix(node):
+    with cancel_inside(network), _naming_the_fix():
         for span in spans:
             first, last = prepared(span.first), prepared(span.last)
             cache = {"img0": first[2], "img1": last[2]}
@@ -203,12 +206,13 @@ def _middles(network, first, last, times, cache):
 
 
 @contextmanager
-def _naming_the_fix(node):
+def _naming_the_fix():
     try:
         yield
     except Exception as error:
         raise_unless_out_of_memory(error)
-        raise ValueError(
-            f"{node}: out of memory between two frames. Put this node before the spatial upsampling, or "
-            "disconnect interpolation_model to interpolate on the CPU."
+        raise Refusal(
+            "out of memory between two frames",
+            "Put this node before the spatial upsampling, or disconnect interpolation_model to interpolate "
+            "on the CPU",
         ) from error

@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
@@ -15,9 +14,9 @@ from ..wan import files
 from ..wan.vae import WanVAE
 from ..wan.vae.fallback import decode_within_memory, on_cpu
 from ..wan.vae.memory import choose_tile, decode_bytes, encode_bytes
+from .load import DTYPES
 from .memory import need_host_bytes
 from .progress import Progress, check_cancelled
-from .weights import DTYPES
 
 
 class HostWanVAE(WanVAE):
@@ -46,7 +45,7 @@ def load_vae(path, precision="auto"):
         dtype=vae.vae_dtype,
     ).eval()
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    files.check_keys(expected, state_dict, Path(path).name)
+    files.check_keys(expected, state_dict)
     comfy.model_management.archive_model_dtypes(model)
     patcher = comfy.model_patcher.CoreModelPatcher(
         model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
@@ -116,9 +115,7 @@ def _decode_ours(vae, samples, tile_size, say):
     shape, dtype = model.decode_output_shape(samples.shape), vae.vae_output_dtype()
     if vae.output_device.type == "cpu":
         what = f"{shape[0] * shape[2]} frames of {shape[4]}x{shape[3]}"
-        need_host_bytes(
-            "Wan21VAEDecode", math.prod(shape) * dtype.itemsize, what, "Close other programs or add swap"
-        )
+        need_host_bytes(math.prod(shape) * dtype.itemsize, what, "Close other programs or add swap")
     h, w = samples.shape[-2:]
     tile = None if tile_size == "auto" else int(tile_size)
     itemsize = vae.vae_dtype.itemsize

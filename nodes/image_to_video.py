@@ -5,9 +5,7 @@ import torch
 from comfy_api.latest import io
 
 from .. import host
-from ..wan import preflight
 from ..wan.conditioning import (
-    END_LATENT_ALONE,
     RESIZE_MODES,
     fit_image,
     keep_aspect_size,
@@ -16,7 +14,11 @@ from ..wan.conditioning import (
     pixel_video,
 )
 from ..wan.config import LATENT_CHANNELS, VAE_STRIDE
+from ..wan.refusal import Refusal
+from . import checks
+from .kept_latent import END_LATENT_ALONE
 from .load import CATEGORY
+from .named import named
 
 NODE = "Wan21ImageToVideo"
 MAX_SIDE = 8192
@@ -86,11 +88,12 @@ class Wan21ImageToVideo(io.ComfyNode):
         """Refuse impossible sizes when the prompt is queued (a linked input arrives as None)."""
         try:
             check_sizes(width, height, num_frames)
-        except ValueError as error:
+        except Refusal as error:
             return str(error)
         return True
 
     @classmethod
+    @named(NODE)
     def execute(
         cls,
         positive,
@@ -112,14 +115,13 @@ class Wan21ImageToVideo(io.ComfyNode):
         if resize_mode == "keep_aspect":
             width, height = keep_aspect_size(start_image.shape[2], start_image.shape[1], width, height)
         host.need_host_bytes(
-            NODE,
             VIDEO_COPIES * 12 * width * height * num_frames,
             f"{num_frames} frames of {width}x{height}",
             "Set fewer frames or a smaller size",
         )
         for name, image in (("start_image", start_image), ("end_image", end_image)):
             if image is not None and image.shape[-1] > 3:
-                host.tell(NODE, f"{name} has transparency, which is left out")
+                host.tell(f"{name} has transparency, which is left out")
         start, end = (
             None if image is None else fit_image(image[..., :3], width, height, resize_mode)[0]
             for image in (start_image, end_image)
@@ -151,23 +153,22 @@ def check_sizes(width, height, num_frames):
         ("num_frames", num_frames, MAX_FRAMES),
     ):
         if value is not None and value > limit:
-            preflight.fail(NODE, f"{name} is {value}; the most is {limit}", f"Set {limit} or less")
-    preflight.check_sides(NODE, 16 if width is None else width, 16 if height is None else height)
-    preflight.check_num_frames(NODE, 1 if num_frames is None else num_frames)
+            raise Refusal(f"{name} is {value}; the most is {limit}", f"Set {limit} or less")
+    checks.check_sides(16 if width is None else width, 16 if height is None else height)
+    checks.check_num_frames(1 if num_frames is None else num_frames)
 
 
 def check_inputs(vae, start_image, end_image, clip_start, clip_end, num_frames):
-    preflight.check_vae(NODE, *host.vae_shape(vae))
-    preflight.check_image(NODE, "start_image", start_image)
+    checks.check_vae(*host.vae_shape(vae))
+    checks.check_image("start_image", start_image)
     if end_image is not None:
-        preflight.check_image(NODE, "end_image", end_image)
+        checks.check_image("end_image", end_image)
         if num_frames < 5:
-            preflight.fail(
-                NODE, f"num_frames is {num_frames} with an end image; it must be at least 5", "Set 5 or more"
+            raise Refusal(
+                f"num_frames is {num_frames} with an end image; it must be at least 5", "Set 5 or more"
             )
     if clip_end is not None and clip_start is None:
-        preflight.fail(
-            NODE,
+        raise Refusal(
             "clip_vision_end is connected and clip_vision_start is not; the start image comes first",
             "Connect clip_vision_start too, or neither",
         )

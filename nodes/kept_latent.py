@@ -3,13 +3,28 @@
 from contextlib import contextmanager
 
 from .. import host
-from ..wan.conditioning import END_LATENT_ALONE, SAMPLING_SECONDS
+
+# Keys of a LATENT beside its samples.
+END_LATENT_ALONE = "wan21_end_latent_alone"  # the last latent is the end image, a guide that gives no frame
+SAMPLING_SECONDS = "wan21_sampling_seconds"  # that it took to sample
 
 WORTH_KEEPING = 60  # seconds of sampling
 
 
+class LatentKept(RuntimeError):
+    """Work on a latent failed, and the latent is in a file: problem and fix as of a `Refusal`."""
+
+    def __init__(self, problem, fix):
+        super().__init__(f"{problem}. {fix}.")
+        self.problem, self.fix = problem, fix
+
+    def about(self, what):
+        """The same with the name of a node in front."""
+        return LatentKept(f"{what}: {self.problem}", self.fix)
+
+
 @contextmanager
-def kept_until_done(node, latent, resume):
+def kept_until_done(latent, resume):
     """Keeps a latent that took long in a file until the block has succeeded; an error names the file.
 
     It is written first, so that a crash of the whole host leaves it as well.
@@ -27,21 +42,21 @@ def kept_until_done(node, latent, resume):
     try:
         kept = host.KeptLatent(samples)
     except OSError as error:
-        host.tell(node, f"could not keep the latent in the output folder ({error}); goes on without")
+        host.tell(f"could not keep the latent in the output folder ({error}); goes on without")
         yield
         return
     try:
         yield
     except Exception as error:
-        problem = str(error).removeprefix(f"{node}: ").rstrip(".")
-        raise RuntimeError(
-            f"{node}: {problem}. The latent ({seconds / 60:.0f} min of sampling) is kept in {kept.path}. "
-            f"To resume: move it to ComfyUI's input folder, load it with LoadLatent, and {resume}."
+        problem = str(error).rstrip(".")
+        raise LatentKept(
+            f"{problem}. The latent ({seconds / 60:.0f} min of sampling) is kept in {kept.path}",
+            f"To resume: move it to ComfyUI's input folder, load it with LoadLatent, and {resume}",
         ) from error
     except BaseException:  # the host's cancel
-        host.tell(node, f"cancelled; the latent is kept in {kept.path}")
+        host.tell(f"cancelled; the latent is kept in {kept.path}")
         raise
     try:
         kept.remove()
     except OSError as error:  # a virus scanner may hold it on Windows; the result stands
-        host.tell(node, f"could not remove {kept.path} ({error})")
+        host.tell(f"could not remove {kept.path} ({error})")

@@ -1,14 +1,27 @@
 """Loaders: a file becomes a standard MODEL, CLIP or VAE."""
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io
 
 from .. import host
+from ..wan.files import BadFile, WrongKind
+from ..wan.files.kinds import CLIP_VISION, LORA, UMT5, WAN21_DIT, WAN21_VAE
+from ..wan.refusal import Refusal
+from .named import named
 
 CATEGORY = "Wan2.1 I2V"
+WHERE_TO_PICK = {
+    WAN21_DIT: "pick it in Wan21ModelLoader",
+    WAN21_VAE: "pick it in Wan21VAELoader",
+    UMT5: "pick it in Wan21TextEncoderLoader",
+    LORA: "load the base model here and the LoRA with Wan21LoraLoader",
+    CLIP_VISION: "pick it in the host's CLIPVisionLoader",
+}
 _LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.safetensors$")
 
 
@@ -24,13 +37,30 @@ def model_names():
     return file_names("diffusion_models") + sorted(set(found))
 
 
-def load(node, folder, name, build, *args):
-    """Call `build(path, *args)`; its `ValueError` gets the node and the file in front."""
-    path = folder_paths.get_full_path_or_raise(folder, name)
+@contextmanager
+def about_file(name: str) -> Iterator[None]:
+    """Inside, a refusal gets the file's name in front; that of a file of another kind says where to pick it.
+
+    Raises:
+        Refusal: in place of any other.
+    """
     try:
+        yield
+    except BadFile:
+        raise  # with its own name, or that of another shard of the set
+    except WrongKind as error:
+        kind = error.kind
+        fix = f"It is {kind.what}; {WHERE_TO_PICK[kind]}" if kind in WHERE_TO_PICK else error.fix
+        raise Refusal(f"{name}: {error.problem}", fix) from error
+    except Refusal as error:
+        raise error.about(name) from error
+
+
+def load(folder: str, name: str, build: Callable, *args) -> io.NodeOutput:
+    """What `build(path, *args)` makes of a file in one of the host's model folders."""
+    path = folder_paths.get_full_path_or_raise(folder, name)
+    with about_file(name):
         return io.NodeOutput(build(path, *args))
-    except ValueError as error:
-        raise ValueError(f"{node}: {name}: {error}") from error
 
 
 class Wan21ModelLoader(io.ComfyNode):
@@ -61,8 +91,9 @@ class Wan21ModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    @named("Wan21ModelLoader")
     def execute(cls, model_name, weight_dtype) -> io.NodeOutput:
-        return load("Wan21ModelLoader", "diffusion_models", model_name, host.load_model, weight_dtype)
+        return load("diffusion_models", model_name, host.load_model, weight_dtype)
 
 
 class Wan21TextEncoderLoader(io.ComfyNode):
@@ -93,10 +124,9 @@ class Wan21TextEncoderLoader(io.ComfyNode):
         )
 
     @classmethod
+    @named("Wan21TextEncoderLoader")
     def execute(cls, text_encoder_name, device) -> io.NodeOutput:
-        return load(
-            "Wan21TextEncoderLoader", "text_encoders", text_encoder_name, host.load_text_encoder, device
-        )
+        return load("text_encoders", text_encoder_name, host.load_text_encoder, device)
 
 
 class Wan21VAELoader(io.ComfyNode):
@@ -124,5 +154,6 @@ class Wan21VAELoader(io.ComfyNode):
         )
 
     @classmethod
+    @named("Wan21VAELoader")
     def execute(cls, vae_name, precision) -> io.NodeOutput:
-        return load("Wan21VAELoader", "vae", vae_name, host.load_vae, precision)
+        return load("vae", vae_name, host.load_vae, precision)

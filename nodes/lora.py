@@ -9,11 +9,15 @@ from .. import host
 from ..net.fetch import fetch
 from ..wan.files import check_head, detect_kind, read_checkpoint
 from ..wan.files.kinds import LORA, not_a
-from ..wan.lora import check_lora, lora_report, parse_schedule
-from .load import CATEGORY
+from ..wan.lora import parse_schedule
+from ..wan.refusal import Refusal
+from .load import CATEGORY, about_file
+from .lora_report import check_lora, lora_report
+from .named import named
 
 NODE = "Wan21LoraLoader"
 NONE = "none"
+LINKED = "the file behind lora_url"
 
 
 class Wan21LoraLoader(io.ComfyNode):
@@ -66,19 +70,17 @@ class Wan21LoraLoader(io.ComfyNode):
         )
 
     @classmethod
+    @named(NODE)
     def execute(cls, model, lora_name, strength, strength_schedule, lora_url, strict) -> io.NodeOutput:
-        try:
-            schedule = parse_schedule(strength_schedule)
-            path = _path(lora_name, lora_url)
-        except ValueError as error:
-            raise ValueError(f"{NODE}: {error}") from error
+        schedule = parse_schedule(strength_schedule)
+        path = _path(lora_name, lora_url)
         if path is None:
             return io.NodeOutput(model, "no LoRA chosen")
-        try:
+        if family := host.other_family(model):
+            raise Refusal(f"the MODEL is a {family}, not a Wan2.1 model", "Load one with Wan21ModelLoader")
+        with about_file(path.name):
             lora = host.read_lora(path, model)
             check_lora(lora, strict)
-        except ValueError as error:
-            raise ValueError(f"{NODE}: {path.name}: {error}") from error
         lines = [f"LoRA: {path.name}, strength {_strength(strength, schedule)}", *lora_report(lora)]
         return io.NodeOutput(host.add_lora(model, lora, strength, schedule), "\n".join(lines))
 
@@ -90,18 +92,24 @@ def _path(lora_name, lora_url):
             return None
         return Path(folder_paths.get_full_path_or_raise("loras", lora_name))
     if lora_name != NONE:
-        raise ValueError(
-            f"lora_name is {lora_name} and lora_url is set; a loader applies one LoRA. Set lora_name to "
-            f"{NONE}, or add a second Wan21LoraLoader"
+        raise Refusal(
+            f"lora_name is {lora_name} and lora_url is set; a loader applies one LoRA",
+            f"Set lora_name to {NONE}, or add a second Wan21LoraLoader",
         )
     folder = folder_paths.get_folder_paths("loras")[0]
-    return fetch(lora_url, folder, ".safetensors", _check_is_lora, check_head, host.Progress())
+    return fetch(lora_url, folder, ".safetensors", _check_is_lora, _check_head, host.Progress())
+
+
+def _check_head(head):
+    with about_file(LINKED):
+        check_head(head)
 
 
 def _check_is_lora(path):
-    state_dict = read_checkpoint(path).state_dict
-    if detect_kind(state_dict) is not LORA:
-        raise not_a(LORA, state_dict)
+    with about_file(LINKED):
+        state_dict = read_checkpoint(path, LINKED).state_dict
+        if detect_kind(state_dict) is not LORA:
+            raise not_a(LORA, state_dict)
 
 
 def _strength(strength, schedule):

@@ -9,8 +9,10 @@ from comfy_api.latest import io
 from .. import host
 from ..frames import minterpolate
 from ..frames.spans import SCENE_CUT, frame_changes, plan_spans
-from ..wan import preflight
+from ..wan.refusal import Refusal
+from . import checks
 from .load import CATEGORY
+from .named import named
 
 SPACE = "Wan21SpatialUpsample"
 TIME = "Wan21TemporalUpsample"
@@ -57,20 +59,21 @@ class Wan21SpatialUpsample(io.ComfyNode):
         if method is not None and method not in METHODS:
             return f"method is {method!r}; choose one of {', '.join(METHODS)}"
         if method == "model" and upscale_model == "absent":
-            return ". ".join(host.NO_UPSCALE_MODEL)
+            return str(host.no_upscale_model())
         return True
 
     @classmethod
+    @named(SPACE)
     def execute(cls, images, method, upscale_model=None) -> io.NodeOutput:
-        preflight.check_frames(SPACE, images)
+        checks.check_frames(images)
         if method == "none":
             return io.NodeOutput(images)
         started = time.perf_counter()
         if method == "model":
-            host.check_upscale_model(SPACE, upscale_model)
-            result = host.upscale_with_model(SPACE, upscale_model, images)
+            host.check_upscale_model(upscale_model)
+            result = host.upscale_with_model(upscale_model, images)
         else:
-            result = host.upscale_lanczos(SPACE, images, LANCZOS[method])
+            result = host.upscale_lanczos(images, LANCZOS[method])
         log.info(
             "%s: %d frames %s -> %s, %s, %.1f s", SPACE, len(images), _size(images), _size(result), method,
             time.perf_counter() - started,
@@ -125,14 +128,14 @@ class Wan21TemporalUpsample(io.ComfyNode):
         )
 
     @classmethod
+    @named(TIME)
     def execute(
         cls, images, fps, method, interpolation_model=None, scene_cut_threshold=SCENE_CUT
     ) -> io.NodeOutput:
-        preflight.check_frames(TIME, images, least=2)
-        preflight.check_fps(TIME, fps)
+        checks.check_frames(images, least=2)
+        checks.check_fps(fps)
         if interpolation_model is None and not minterpolate.available():
-            preflight.fail(
-                TIME,
+            raise Refusal(
                 "the FFmpeg in PyAV (package av) has no filter minterpolate",
                 "Reinstall av from PyPI, or connect Load Frame Interpolation Model",
             )
@@ -144,7 +147,7 @@ class Wan21TemporalUpsample(io.ComfyNode):
             minterpolate.fill_spans(images, motion, multiplier, result, host.Progress())
         else:
             host.fill_spans_with_model(
-                TIME, interpolation_model, images, motion, multiplier, result, host.Progress()
+                interpolation_model, images, motion, multiplier, result, host.Progress()
             )
         log.info(
             "%s: %d frames at %g fps -> %d at %g with %s; %d cut(s) kept, %d duplicate(s) bridged, %.1f s",
@@ -161,7 +164,6 @@ def _with_cuts(images, spans, multiplier):
     count = (len(images) - 1) * multiplier + 1
     if images.device.type == "cpu":
         host.need_host_bytes(
-            TIME,
             count * images[0].nbytes,
             f"{count} frames of {_size(images)}",
             "Choose x2, put this node before the spatial upsampling, or save the video and do it in parts",

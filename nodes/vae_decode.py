@@ -4,10 +4,10 @@ import torch
 from comfy_api.latest import io
 
 from .. import host
-from ..wan import preflight
-from ..wan.conditioning import END_LATENT_ALONE
-from .kept_latent import kept_until_done
+from . import checks
+from .kept_latent import END_LATENT_ALONE, kept_until_done
 from .load import CATEGORY
+from .named import named
 
 NODE = "Wan21VAEDecode"
 
@@ -36,14 +36,15 @@ class Wan21VAEDecode(io.ComfyNode):
         )
 
     @classmethod
+    @named(NODE)
     def execute(cls, vae, latent, tile_size) -> io.NodeOutput:
         samples = latent["samples"]
-        preflight.check_latent(NODE, samples, multiple=8)
+        checks.check_latent(samples, multiple=8)
         if latent.get(END_LATENT_ALONE):
             samples = samples[:, :, :-1]  # the end image itself: a guide, not a frame
-            preflight.check_latent(NODE, samples, multiple=8)
-        with kept_until_done(NODE, latent, "decode it with tile_size 128"):
-            preflight.check_vae(NODE, *host.vae_shape(vae))
-            images = host.decode_video(vae, samples, tile_size, lambda sentence: host.tell(NODE, sentence))
+            checks.check_latent(samples, multiple=8)
+        with kept_until_done(latent, "decode it with tile_size 128"):
+            checks.check_vae(*host.vae_shape(vae))
+            images = host.decode_video(vae, samples, tile_size, host.tell)
             images = torch.flatten(images, 0, 1)  # [B, F, H, W, 3] -> [B*F, H, W, 3]
         return io.NodeOutput(images)

@@ -91,7 +91,7 @@ def dit_case(peers, device, dtype, quick):
     import comfy.ops
     from comfy.ldm.wan.model import WanModel as NativeModel
     from diffusers import WanTransformer3DModel
-    from wan21.host.weights import CpuOperations
+    from wan21.host.operations import CpuOperations
     from wan21.wan.config import WanConfig
     from wan21.wan.dit import WanModel
     from wan21.wan.files.keys import to_wan_dit_keys

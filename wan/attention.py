@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .refusal import Refusal
+
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 # PyTorch before 2.6 keeps its own order of the kernels named.
 _IN_THIS_ORDER = {"set_priority": True} if "set_priority" in signature(sdpa_kernel).parameters else {}
@@ -108,7 +110,7 @@ def choose_attention(name, device, dtype, head_dim):
         head_dim: D.
 
     Raises:
-        ValueError: an explicit choice is not installed, or cannot do this; says what is and how to get it.
+        Refusal: an explicit choice is not installed, or cannot do this; says what is and how to get it.
     """
     if name == "sdpa":
         return SDPA
@@ -119,7 +121,10 @@ def choose_attention(name, device, dtype, head_dim):
     obstacle = _obstacle(backend, device, dtype, head_dim)
     if obstacle:
         usable = ["sdpa", *(n for n, b in BACKENDS.items() if not _obstacle(b, device, dtype, head_dim))]
-        raise ValueError(f"attention is {name}, and {obstacle}; what can be used here: {', '.join(usable)}")
+        raise Refusal(
+            f"attention is {name}, and {obstacle}; what can be used here: {', '.join(usable)}",
+            "Choose one of these, or auto",
+        )
     return _bound(name)
 
 

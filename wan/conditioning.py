@@ -12,12 +12,6 @@ import torch.nn.functional as F
 
 from .config import MASK_CHANNELS, VAE_STRIDE
 
-# LATENT dictionary key: the last latent is a single image of its own, encoded without the causal
-# cache, and is dropped before decoding.
-END_LATENT_ALONE = "wan21_end_latent_alone"
-# LATENT dictionary key: seconds its sampling took.
-SAMPLING_SECONDS = "wan21_sampling_seconds"
-
 RESIZE_MODES = ("crop", "stretch", "pad", "keep_aspect")
 
 

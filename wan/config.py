@@ -4,6 +4,8 @@ import json
 import math
 from dataclasses import dataclass
 
+from .refusal import Refusal
+
 HEAD_DIM = 128
 PATCH_SIZE = (1, 2, 2)
 LATENT_CHANNELS = 16
@@ -47,9 +49,9 @@ class WanConfig:
 
     def __post_init__(self):
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise ValueError(
-                f"width {self.dim} does not divide into {self.num_heads} heads of an even size; "
-                "set num_heads in the checkpoint's metadata"
+            raise Refusal(
+                f"width {self.dim} does not divide into {self.num_heads} heads of an even size",
+                "Set num_heads in the checkpoint's metadata",
             )
 
     @property
@@ -91,21 +93,21 @@ def detect_config(state_dict, metadata=None):
             `"transformer"`, as ComfyUI reads it; `empty_start` = "true" sets the field of that name.
 
     Raises:
-        ValueError: the weights are not a Wan2.1 DiT of 16 or 36 input channels.
+        Refusal: the weights are not a Wan2.1 DiT of 16 or 36 input channels.
     """
     if "patch_embedding.weight" not in state_dict or "blocks.0.ffn.0.weight" not in state_dict:
-        raise ValueError(
-            "these are not Wan2.1 diffusion weights (no patch_embedding.weight and blocks.0.ffn.0.weight); "
-            "pick a Wan2.1 t2v, i2v or flf2v file"
+        raise Refusal(
+            "these are not Wan2.1 diffusion weights (no patch_embedding.weight and blocks.0.ffn.0.weight)",
+            "Pick a Wan2.1 t2v, i2v or flf2v file",
         )
     shape = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
     dim, in_dim = shape["patch_embedding.weight"][:2]
     out_dim = shape["head.head.weight"][0] // math.prod(PATCH_SIZE)
     if in_dim not in (16, 36) or out_dim != LATENT_CHANNELS:
-        raise ValueError(
-            f"this Wan model takes {in_dim} channels and gives {out_dim}; Wan21ModelLoader runs models of "
-            "16 (t2v) or 36 (i2v) channels that give 16. 48 in and out is Wan2.2-5B, 48 in and 16 out is "
-            "Fun-Control: load them with the host's own Load Diffusion Model"
+        raise Refusal(
+            f"this Wan model takes {in_dim} channels and gives {out_dim}; a Wan2.1 model takes 16 (t2v) or "
+            "36 (i2v) and gives 16. 48 in and out is Wan2.2-5B, 48 in and 16 out is Fun-Control",
+            "Pick a Wan2.1 t2v, i2v or flf2v file",
         )
     stored = json.loads((metadata or {}).get("config", "{}")).get("transformer", {})
     return WanConfig(

@@ -13,3 +13,7 @@ class Refusal(ValueError):
         super().__init__(f"{problem}. {fix}.")
         self.problem = problem
         self.fix = fix
+
+    def about(self, what: str) -> "Refusal":
+        """The same with the name of a file or a node in front."""
+        return type(self)(f"{what}: {self.problem}", self.fix)

@@ -224,8 +224,10 @@ class ComfyClient:
         job.outputs = record["outputs"]
         for kind, data in record["status"]["messages"]:
             if kind == "execution_error":
+                name, place = data["node_type"], f"(node {data['node_id']})"
                 message = data["exception_message"].strip()
-                raise JobFailed(f"{data['node_type']} (node {data['node_id']}): {message}", job)
+                named = message.startswith(f"{name}: ")  # our own nodes put their name there themselves
+                raise JobFailed(f"{message} {place}" if named else f"{name} {place}: {message}", job)
             if kind == "execution_interrupted":
                 raise JobInterrupted(f"Job {job.prompt_id} was cancelled.", job)
         return job

@@ -1,4 +1,4 @@
-"""The Python examples of the README run as they stand, on another port and with a smaller video."""
+"""The Python examples of README and docs/job-api.md run as they are, on another port, for a smaller video."""
 
 import os
 import re
@@ -12,7 +12,12 @@ import requests
 from lib.host_server import free_port
 from lib.pack import ROOT, comfyui_path
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "docs" / "job-api.md"]
+EXAMPLES = [
+    code
+    for page in PAGES
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+]
 SMALLER = {'"832*480"': '"64*64"', '"num_frames": 81': '"num_frames": 5, "num_inference_steps": 2'}
 TIMEOUT_S = 600
 

@@ -5,7 +5,8 @@ import torch
 from helpers import relative
 from helpers_nodes import clip_vision
 from wan21.nodes.image_to_video import Wan21ImageToVideo
-from wan21.wan.conditioning import END_LATENT_ALONE, fit_image
+from wan21.nodes.kept_latent import END_LATENT_ALONE
+from wan21.wan.conditioning import fit_image
 
 
 def model_input(model, conditioning, latent):

@@ -258,6 +258,54 @@ def test_a_file_of_another_kind_is_named(files, folders, node, folder, how, mess
         node.execute("bad.safetensors", "auto" if folder == "vae" else "default")
 
 
+PICKED_IN = [
+    (Wan21VAELoader, "i2v", "a Wan2.1 diffusion model; pick it in Wan21ModelLoader"),
+    (Wan21ModelLoader, "vae", "the Wan2.1 VAE; pick it in Wan21VAELoader"),
+    (Wan21ModelLoader, "umt5", "a umT5 text encoder; pick it in Wan21TextEncoderLoader"),
+    (Wan21VAELoader, "lora", "a LoRA; load the base model here and the LoRA with Wan21LoraLoader"),
+    (Wan21ModelLoader, "clip", "a CLIP vision model; pick it in the host's CLIPVisionLoader"),
+    (Wan21ModelLoader, "sd", "an SD or SDXL checkpoint; pick a Wan2.1 file"),
+]
+KEYS = {
+    "lora": "diffusion_model.blocks.0.self_attn.q.lora_A.weight",
+    "clip": "vision_model.embeddings.class_embedding",
+    "sd": "model.diffusion_model.input_blocks.1.0.in_layers.0.weight",
+}
+
+
+@pytest.mark.parametrize("node, how, words", PICKED_IN)
+def test_the_node_for_a_file_of_another_kind_is_named(files, folders, node, how, words):
+    folder = {Wan21VAELoader: "vae", Wan21ModelLoader: "diffusion_models"}[node]
+    path = folders[folder] / "bad.safetensors"
+    if how in KEYS:
+        save_file({KEYS[how]: torch.zeros(2, 2)}, path)
+    else:
+        broken(path, how, files)
+    with pytest.raises(ValueError) as error:
+        node.execute("bad.safetensors", "auto" if folder == "vae" else "default")
+    message = str(error.value)
+    assert message.startswith(f"{node.__name__}: bad.safetensors: this file is not ")
+    assert message.endswith(f". It is {words}.")
+
+
+@pytest.mark.parametrize("how", ["truncated", "html", "missing keys", "vae"])
+def test_a_file_is_named_once(files, folders, how):
+    broken(folders["diffusion_models"] / "bad.safetensors", how, files)
+    with pytest.raises(ValueError) as error:
+        Wan21ModelLoader.execute("bad.safetensors", "default")
+    assert str(error.value).count("bad.safetensors") == 1
+
+
+def test_another_shard_of_the_set_is_named(folders):
+    folder = folders["diffusion_models"]
+    for i in (1, 2):
+        save_file({f"blocks.{i}.weight": torch.zeros(9)}, folder / f"wan-{i:05d}-of-00002.safetensors")
+    second = folder / "wan-00002-of-00002.safetensors"
+    second.write_bytes(second.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"^Wan21ModelLoader: wan-00002-of-00002\.safetensors: truncated"):
+        Wan21ModelLoader.execute("wan-00001-of-00002.safetensors", "default")
+
+
 def test_a_wan22_vae_is_named(folders):
     state = {
         "decoder.upsamples.0.upsamples.0.residual.2.weight": torch.zeros(1),

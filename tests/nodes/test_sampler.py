@@ -10,9 +10,9 @@ from helpers import relative
 from helpers_nodes import clip_vision, host_euler
 from safetensors.torch import load_file, save_file
 from wan21 import host
+from wan21.nodes.kept_latent import SAMPLING_SECONDS
 from wan21.nodes.sampler import Wan21Sampler
 from wan21.nodes.vae_decode import Wan21VAEDecode
-from wan21.wan.conditioning import SAMPLING_SECONDS
 from wan21.wan.sample import SampleJob
 
 
@@ -362,11 +362,12 @@ def test_a_latent_that_overflowed_is_named(t2v_job, sample, monkeypatch):
         sample(*t2v_job)
 
 
-def _nan_run(model, positive, negative, latent, batch_index, seed, sigmas, run, need):
+def _nan_run(model, prepared, latent, seed, run):
     class Overflow:
         config = host.config_of(model)
+        embed_time = make_room = None
 
         def predict(self, x, timestep, call):
             return {name: x * float("nan") for name in call.pass_names}
 
-    return run(Overflow(), latent + 1, latent)
+    return run(Overflow(), latent["samples"] + 1, latent["samples"])

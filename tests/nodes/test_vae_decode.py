@@ -9,8 +9,8 @@ import folder_paths
 import pytest
 import torch
 from helpers import relative
+from wan21.nodes.kept_latent import END_LATENT_ALONE, SAMPLING_SECONDS
 from wan21.nodes.vae_decode import Wan21VAEDecode
-from wan21.wan.conditioning import END_LATENT_ALONE, SAMPLING_SECONDS
 
 H, W, T = 20, 2, 2
 

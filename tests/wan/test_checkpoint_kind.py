@@ -119,11 +119,13 @@ def test_the_words_for_common_mistakes(wrong_files):
             rename(wrong_files[case])
         return str(error.value)
 
-    assert "a Wan2.1 diffusion model; pick it in Wan21ModelLoader" in message(ck.to_wan_vae_keys, "wan21_dit")
+    assert "a Wan2.1 diffusion model; load it as a diffusion model" in message(
+        ck.to_wan_vae_keys, "wan21_dit"
+    )
     assert "Wan2.2 VAE (48 latent channels)" in message(ck.to_wan_vae_keys, "wan22_vae (diffusers)")
     assert "AutoencoderKL of SD, SDXL or Flux" in message(ck.to_wan_vae_keys, "kl_vae")
     assert "VACE" in message(ck.to_wan_dit_keys, "vace")
-    assert "Wan21LoraLoader" in message(ck.to_wan_dit_keys, "lora")
+    assert "It is a LoRA; load the base model, and then the LoRA" in message(ck.to_wan_dit_keys, "lora")
     assert "first block only" in message(ck.to_umt5_keys, "t5")
     assert "CLIP text encoder" in message(ck.to_umt5_keys, "clip")
     assert "LLaMA" in message(ck.to_umt5_keys, "llm")

@@ -8,12 +8,16 @@ N blocks.
 """
 
 import math
+import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..refusal import Refusal
+from .bad_file import AGAIN, naming
 
 # Type -> (numbers, bytes) of a block.
 BLOCKS = {
@@ -29,13 +33,16 @@ def packed_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes that a tensor takes in a type.
 
     Raises:
-        ValueError: the type is not known here, or rows of this length have no whole number of blocks.
+        Refusal: the type is not known here, or rows of this length have no whole number of blocks.
     """
     if kind not in BLOCKS:
-        raise ValueError(f"the GGUF type {kind} is not read here. Pick a file in one of {', '.join(BLOCKS)}")
+        raise Refusal(f"the GGUF type {kind} is not read here", f"Pick a file in one of {', '.join(BLOCKS)}")
     numbers, size = BLOCKS[kind]
     if shape and shape[-1] % numbers:
-        raise ValueError(f"rows of {shape[-1]} numbers are no whole blocks of {numbers} ({kind})")
+        raise Refusal(
+            f"rows of {shape[-1]} numbers are no whole blocks of {numbers} ({kind}): the file is damaged",
+            AGAIN,
+        )
     return math.prod(shape) // numbers * size
 
 
@@ -173,33 +180,38 @@ class Packed(NamedTuple):
 
 
 def read_gguf(path: str | Path) -> dict[str, Packed]:
-    """Read a GGUF file in the layout of city96's conversions; data is mapped from the file, not copied.
+    """Tensors by name of a GGUF file in the layout of city96's conversions, mapped from the file, not copied.
 
     Raises:
-        ValueError: the `gguf` package is missing, or the file is damaged, truncated or of unknown types.
+        BadFile: the `gguf` package is missing, or the file is damaged, truncated or of unknown types.
     """
+    path = Path(path)
+    with naming(path.name):
+        return _read(path)
+
+
+def _read(path: Path) -> dict[str, Packed]:
     try:
         import gguf
     except ImportError as error:
-        raise ValueError(
-            "GGUF files are read with the gguf package, which is not installed. Run pip install gguf in "
-            "ComfyUI's Python, or pick a safetensors file"
+        raise Refusal(
+            "GGUF files are read with the gguf package, which is not installed",
+            f"Run `{sys.executable} -m pip install gguf`, or pick a safetensors file",
         ) from error
-    path = Path(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(24)
     count = int.from_bytes(head[8:16], "little")
     if len(head) < 24 or head[:4] != b"GGUF" or count > MAX_TENSORS:
-        raise ValueError(f"{path.name!r} is not a GGUF file, or its head is damaged. Download it again")
+        raise Refusal("not a GGUF file, or its head is damaged", AGAIN)
     try:
         reader = gguf.GGUFReader(path)
     except Exception as error:  # the package reports damage with many types
-        raise ValueError(f"{path.name!r} is a damaged GGUF file ({error}). Download it again") from error
-    return {tensor.name: _packed(reader, tensor, size, path.name) for tensor in reader.tensors}
+        raise Refusal(f"a damaged GGUF file ({error})", AGAIN) from error
+    return {tensor.name: _packed(reader, tensor, size) for tensor in reader.tensors}
 
 
-def _packed(reader, tensor, size, name):
+def _packed(reader, tensor, size: int) -> Packed:
     kind = tensor.tensor_type.name
     stored = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")  # what has more than ggml's four axes
     if stored is None:
@@ -208,12 +220,13 @@ def _packed(reader, tensor, size, name):
         shape = tuple(int(stored.parts[i][0]) for i in stored.data)
     try:
         needed = packed_bytes(kind, (math.prod(shape),) if stored is not None else shape)
-    except ValueError as error:
-        raise ValueError(f"{name!r}: {tensor.name}: {error}") from error
+    except Refusal as error:
+        raise error.about(tensor.name) from error
     if needed != tensor.n_bytes or tensor.data_offset + needed > size:
-        raise ValueError(
-            f"{name!r} is truncated or damaged: {tensor.name} {list(shape)} takes {needed} bytes at "
-            f"{tensor.data_offset} of {size}. Download it again"
+        raise Refusal(
+            f"truncated or damaged: {tensor.name} {list(shape)} takes {needed} bytes at "
+            f"{tensor.data_offset} of {size}",
+            AGAIN,
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the map is read-only, and nothing here writes to it

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ..refusal import Refusal
 from .kinds import WAN21_DIT, WAN21_VAE, Kind, detect_kind, not_a
 
 # Longest first: a key is stripped of the first prefix that the file uses.
@@ -91,14 +92,16 @@ def is_quantization_key(key: str) -> bool:
 
 
 def refuse_quanto(state_dict: dict[str, Tensor]) -> None:
-    """
+    """Refuse weights that optimum-quanto packed.
+
     Raises:
-        ValueError: the weights are packed by optimum-quanto.
+        Refusal: there are some.
     """
     if any(key.endswith(QUANTO) for key in state_dict):
-        raise ValueError(
-            "The weights are in optimum-quanto's format (Wan2GP's quanto_*_int8 files), which is not read "
-            "here. Pick the bf16, fp8 or GGUF version of the file."
+        raise Refusal(
+            "the weights are in optimum-quanto's format (Wan2GP's quanto_*_int8 files), which is not read "
+            "here",
+            "Pick the bf16, fp8 or GGUF version of the file",
         )
 
 
@@ -106,15 +109,16 @@ def refuse_loose_scales(state_dict: dict[str, Tensor]) -> None:
     """Refuse scales that nothing would apply: the weights without them are noise.
 
     Raises:
-        ValueError: layers without a format (`<layer>.comfy_quant`) have scales, as in LightX2V's own fp8 and
+        Refusal: layers without a format (`<layer>.comfy_quant`) have scales, as in LightX2V's own fp8 and
             int8 files.
     """
     loose = [key for key in state_dict if key.endswith((".weight_scale", ".scale_weight"))]
     loose = [key for key in loose if f"{key.rpartition('.')[0]}.comfy_quant" not in state_dict]
     if loose:
-        raise ValueError(
+        raise Refusal(
             f"{len(loose)} layers have scales ({loose[0]}) and nothing says in which format, as in "
-            "LightX2V's own files. Pick the file's _comfyui version, or bf16."
+            "LightX2V's own files",
+            "Pick the file's _comfyui version, or bf16",
         )
 
 
@@ -126,7 +130,7 @@ def to_wan_dit_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     their layer. The tensors are those given, uncopied.
 
     Raises:
-        ValueError: the file is recognisably something else, or not known; names it.
+        Refusal: the file is recognisably something else, or not known; names it.
     """
     refuse_quanto(state_dict)
     part = select_part(state_dict, DIT_PREFIXES)
@@ -154,7 +158,7 @@ def to_wan_vae_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     from a whole-pipeline checkpoint, the VAE alone. The tensors are those given, uncopied.
 
     Raises:
-        ValueError: the file is another VAE (Wan2.2, SD, SDXL, Flux, TAEHV) or no VAE at all; names it.
+        Refusal: the file is another VAE (Wan2.2, SD, SDXL, Flux, TAEHV) or no VAE at all; names it.
     """
     part = select_part(state_dict, VAE_PREFIXES)
     _require(WAN21_VAE, part, state_dict)
@@ -182,10 +186,14 @@ def _require(expected: Kind, part: dict[str, Tensor], state_dict: dict[str, Tens
 
 
 def renamed(state_dict: dict[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
-    """The same tensors under new names; two for one name are an error."""
+    """The same tensors under new names.
+
+    Raises:
+        Refusal: two of them get one name.
+    """
     result = {rename(key): tensor for key, tensor in state_dict.items()}
     if len(result) < len(state_dict):
-        raise ValueError("The file holds one layer under two names (two layouts mixed): pick another file.")
+        raise Refusal("the file holds one layer under two names (two layouts mixed)", "Pick another file")
     return result
 
 

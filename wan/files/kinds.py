@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..refusal import Refusal
+
 
 class Kind(NamedTuple):
     """What a checkpoint is: an identifier, words for the person, and what to do with the file."""
@@ -20,18 +22,35 @@ class Kind(NamedTuple):
         return f"{self.what}; {self.fix}"
 
 
-_VARIANT = "this pack runs Wan2.1 text-to-video, image-to-video and first-last-frame models"
+class WrongKind(Refusal):
+    """A file that is something else than what was to be read.
+
+    Attributes:
+        kind: what it is; None where nothing known matches.
+    """
+
+    def __init__(self, problem: str, fix: str, kind: Kind | None = None):
+        super().__init__(problem, fix)
+        self.kind = kind
+
+    def about(self, what: str) -> "WrongKind":
+        """The same with the name of a file or a node in front."""
+        return WrongKind(f"{what}: {self.problem}", self.fix, self.kind)
+
+
+_VARIANT = "pick a Wan2.1 text-to-video, image-to-video or first-last-frame model"
 _VAE = "pick the Wan2.1 VAE (wan_2.1_vae.safetensors)"
 _TEXT = "pick a umT5 text encoder (umt5_xxl_*.safetensors)"
 
-WAN21_DIT = Kind("wan21_dit", "a Wan2.1 diffusion model", "pick it in Wan21ModelLoader")
-WAN21_VAE = Kind("wan21_vae", "the Wan2.1 VAE", "pick it in Wan21VAELoader")
-UMT5 = Kind("umt5", "a umT5 text encoder", "pick it in Wan21TextEncoderLoader")
+WAN21_DIT = Kind("wan21_dit", "a Wan2.1 diffusion model", "load it as a diffusion model")
+WAN21_VAE = Kind("wan21_vae", "the Wan2.1 VAE", "load it as a VAE")
+UMT5 = Kind("umt5", "a umT5 text encoder", "load it as a text encoder")
 T5 = Kind("t5", "a plain T5 text encoder (relative positions in the first block only)", _TEXT)
-LORA = Kind("lora", "a LoRA", "load the base model here and the LoRA with Wan21LoraLoader")
+LORA = Kind("lora", "a LoRA", "load the base model, and then the LoRA")
 WAN22_DIT = Kind("wan22_dit", "a Wan2.2 5B diffusion model (48 latent channels)", _VARIANT)
 WAN22_VAE = Kind("wan22_vae", "the Wan2.2 VAE (48 latent channels)", _VAE)
 OTHER_VAE = Kind("vae", "a VAE of another model", _VAE)
+CLIP_VISION = Kind("clip_vision", "a CLIP vision model", "load it as a CLIP vision model")
 FUN_CONTROL = Kind("fun_control", "a Wan2.1 Fun-Control model", _VARIANT)
 
 # One pattern per kind, searched in the list of keys, one key a line. Any prefix may come first.
@@ -79,7 +98,7 @@ RULES: tuple[tuple[Kind, str], ...] = (
     ),
     (T5, r"(^|\.)(encoder\.block\.0\.layer\.0\.SelfAttention\.q|blocks\.0\.attn\.q)\.weight$"),
     (
-        Kind("clip_vision", "a CLIP vision model", "pick it in the host's CLIPVisionLoader"),
+        CLIP_VISION,
         r"(^|\.)(vision_model\.|visual\.(transformer|trunk|conv1|patch_embedding)\b)",
     ),
     (
@@ -112,13 +131,16 @@ def detect_kind(state_dict: dict[str, Tensor]) -> Kind | None:
     return kind
 
 
-def not_a(expected: Kind, state_dict: dict[str, Tensor]) -> ValueError:
-    """The error for a state dict that was to be `expected`, naming what it is instead."""
+def not_a(expected: Kind, state_dict: dict[str, Tensor]) -> WrongKind:
+    """The refusal of a state dict that was to be `expected`, naming what it is instead."""
     kind = detect_kind(state_dict)
     if kind:
-        return ValueError(f"This file is not {expected.what}. It is {kind}.")
+        return WrongKind(f"this file is not {expected.what}", f"It is {kind}", kind)
     keys = ", ".join(list(state_dict)[:5]) or "none"
-    return ValueError(f"This file is not {expected.what}, nor anything known here. Its first keys: {keys}.")
+    return WrongKind(
+        f"this file is not {expected.what}, nor anything known here. Its first keys: {keys}",
+        f"Pick {expected.what}",
+    )
 
 
 def _refine_dit(state_dict: dict[str, Tensor]) -> Kind:

@@ -1,13 +1,15 @@
-"""umT5 text encoders in the layouts people have -> Hugging Face's key names, and their configuration.
+"""umT5 text encoders in the layouts people have -> Hugging Face's key names, and their sizes.
 
-The host's text encoder (`comfy/text_encoders/t5.py`) uses Hugging Face's names. The Wan2.1 release's own
-(`wan/modules/t5.py`) are shorter: `blocks.0.attn.q.weight`.
+The Wan2.1 release's own names (`wan/modules/t5.py`) are shorter: `blocks.0.attn.q.weight`.
 """
 
 import re
+from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..refusal import Refusal
+from .bad_file import AGAIN
 from .keys import refuse_quanto, renamed, replace_module, select_part
 from .kinds import UMT5, detect_kind, not_a
 
@@ -31,24 +33,10 @@ RELEASE_BLOCK_MODULES = {
     "ffn.fc1": "layer.1.DenseReluDense.wi_1",
     "ffn.fc2": "layer.1.DenseReluDense.wo",
 }
-UMT5_CONSTANTS = {
-    "decoder_start_token_id": 0,
-    "dropout_rate": 0.1,
-    "eos_token_id": 1,
-    "dense_act_fn": "gelu_pytorch_tanh",
-    "initializer_factor": 1.0,
-    "is_encoder_decoder": True,
-    "is_gated_act": True,
-    "layer_norm_epsilon": 1e-06,
-    "model_type": "umt5",
-    "output_past": True,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
 
 
 def to_umt5_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a umT5 encoder's keys to Hugging Face's, as the host's text encoder loads them.
+    """A umT5 encoder under Hugging Face's names.
 
     Takes ComfyUI's and Hugging Face's layout (with `shared.weight`, `encoder.embed_tokens.weight` or both)
     and the Wan2.1 release's, with or without one of `UMT5_PREFIXES`. A decoder and its output layer, which
@@ -56,7 +44,7 @@ def to_umt5_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     scales of quantised layers follow their layer. The tensors are those given, uncopied.
 
     Raises:
-        ValueError: the file is another text encoder, or no text encoder; names it.
+        Refusal: the file is another text encoder, or no text encoder; names it.
     """
     refuse_quanto(state_dict)
     part = select_part(state_dict, UMT5_PREFIXES)
@@ -80,18 +68,19 @@ def _huggingface_key(key: str) -> str:
     return replace_module(key, RELEASE_MODULES)
 
 
-def umt5_config(state_dict: dict[str, Tensor]) -> dict:
-    """Configuration of a umT5 encoder of any size, in the fields of the host's `umt5_config_xxl.json`.
+def umt5_config(state_dict: Mapping[str, Tensor]) -> dict[str, int]:
+    """Sizes of a umT5 encoder, read from its weights.
 
     Args:
         state_dict: in Hugging Face's names (`to_umt5_keys`).
 
     Returns:
-        Sizes read from the weights (`d_model`, `d_ff`, `d_kv`, `num_heads`, `num_layers`, `vocab_size`,
-        `relative_attention_num_buckets`) and the constants every umT5 shares (`UMT5_CONSTANTS`).
+        `d_model`, `d_ff`, `d_kv`, `num_heads`, `num_layers`, `num_decoder_layers`, `vocab_size` and
+        `relative_attention_num_buckets`, as in Hugging Face's `config.json`. What that holds besides is the
+        same in every umT5.
 
     Raises:
-        ValueError: a tensor that a size is read from is missing, or the sizes contradict each other.
+        Refusal: a tensor that a size is read from is missing, or the sizes contradict each other.
     """
     block = "encoder.block.0.layer."
     sources = {
@@ -104,22 +93,23 @@ def umt5_config(state_dict: dict[str, Tensor]) -> dict:
     if LAST_NORM not in state_dict:  # of a set of shards, only the last has it
         missing.append(LAST_NORM)
     if missing:
-        raise ValueError(
-            f"This umT5 text encoder lacks {', '.join(missing)}: the file is incomplete, or one of "
-            "several; download it again, or all of them with their index."
+        raise Refusal(
+            f"this umT5 text encoder lacks {', '.join(missing)}: the file is incomplete, or one of several",
+            "Download it again, or all of them with their index",
         )
     shapes = {name: state_dict[key].shape for name, key in sources.items()}
     vocab_size, d_model = shapes["embedding"]
     num_buckets, num_heads = shapes["positions"]
     inner_dim = shapes["query"][0]
     if inner_dim % num_heads:
-        raise ValueError(
-            f"This umT5 text encoder has {inner_dim} query channels for {num_heads} heads: they must divide "
-            "evenly, so the file is damaged."
+        raise Refusal(
+            f"this umT5 text encoder has {inner_dim} query channels for {num_heads} heads, which do not "
+            "divide them evenly: the file is damaged",
+            AGAIN,
         )
     blocks = {int(m[1]) for m in map(re.compile(r"encoder\.block\.(\d+)\.").match, state_dict) if m}
     num_layers = max(blocks) + 1
-    return UMT5_CONSTANTS | {
+    return {
         "d_model": d_model,
         "d_ff": shapes["gate"][0],
         "d_kv": inner_dim // num_heads,

@@ -1,15 +1,16 @@
-"""What is wrong with a job, said before any heavy work: the node, the value, the rule, the fix.
+"""What is wrong with a job, said before any heavy work: the value, the rule, the fix.
 
-Every function raises `ValueError` with one sentence for the person at the graph, or returns.
+Every function raises a `Refusal` for the person at the graph, or returns.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 
-from .conditioning import pixel_frames
-from .config import CLIP_TOKENS, LATENT_CHANNELS, VAE_STRIDE
+from .. import host
+from ..wan.conditioning import pixel_frames
+from ..wan.config import CLIP_TOKENS, LATENT_CHANNELS, VAE_STRIDE
+from ..wan.refusal import Refusal
 
 _KNOWN_LATENTS = {4: "Stable Diffusion", 48: "Wan2.2-5B", 128: "LTX-Video or Flux2"}
 
@@ -19,95 +20,98 @@ BROKEN_LATENT = (
 )
 
 
-def fail(node, problem, fix):
-    raise ValueError(f"{node}: {problem}. {fix}.")
+def check_model(model) -> None:
+    """Whether a MODEL can be sampled by our sampler."""
+    if not host.is_ours(model):
+        raise Refusal(
+            "the MODEL was not loaded by Wan21ModelLoader",
+            "Load it with Wan21ModelLoader, or sample it with the host's KSampler",
+        )
+    if refusal := host.refused_patch(model):
+        raise refusal
 
 
-def check_num_frames(node, num_frames):
+def check_num_frames(num_frames):
     if num_frames < 1 or num_frames % VAE_STRIDE[0] != 1:
         lower = max(1, (num_frames - 1) // 4 * 4 + 1)
-        fail(
-            node,
+        raise Refusal(
             f"num_frames is {num_frames}; Wan2.1 makes 4n+1 frames",
             f"Set {lower} or {lower + 4}",
         )
 
 
-def check_sides(node, width, height):
+def check_sides(width, height):
     for name, value in (("width", width), ("height", height)):
         if value < 16 or value % 16:
             lower = max(16, value // 16 * 16)
-            fail(node, f"{name} is {value}; sides are multiples of 16 pixels", f"Set {lower} or {lower + 16}")
+            raise Refusal(
+                f"{name} is {value}; sides are multiples of 16 pixels", f"Set {lower} or {lower + 16}"
+            )
 
 
-def check_image(node, name, image):
+def check_image(name, image):
     """image: [B, H, W, C] as the host hands it."""
     shape = tuple(image.shape)
     if len(shape) != 4 or 0 in shape:
-        fail(
-            node,
+        raise Refusal(
             f"{name} has the shape {list(shape)}; it must hold an image [1, H, W, 3]",
             "Connect an image",
         )
     if shape[0] != 1:
-        fail(
-            node,
+        raise Refusal(
             f"{name} holds {shape[0]} images; it must be one",
             "Pick one with ImageFromBatch, or use video_to_video for a clip",
         )
     if shape[3] < 3:
-        fail(node, f"{name} has {shape[3]} channel(s); it must be RGB", "Connect a colour image")
+        raise Refusal(f"{name} has {shape[3]} channel(s); it must be RGB", "Connect a colour image")
     if not torch.isfinite(image).all():
-        fail(
-            node,
+        raise Refusal(
             f"{name} holds NaN or infinite pixels",
             "Look at the node that made it, often a failed decode",
         )
 
 
-def check_frames(node, images, least=1):
+def check_frames(images, least=1):
     """images: [F, H, W, C] as the host hands it; least: the fewest frames that make sense."""
     shape = tuple(images.shape)
     if len(shape) != 4 or 0 in shape:
-        fail(node, f"images has the shape {list(shape)}; it must be frames [F, H, W, 3]", "Connect a video")
+        raise Refusal(
+            f"images has the shape {list(shape)}; it must be frames [F, H, W, 3]", "Connect a video"
+        )
     if shape[3] != 3:
-        fail(
-            node,
+        raise Refusal(
             f"images has {shape[3]} channel(s); frames are RGB, 3 channels",
             "Take the alpha channel off with SplitImageWithAlpha, or connect colour frames",
         )
     if shape[0] < least:
-        fail(
-            node,
+        raise Refusal(
             f"images holds {shape[0]} frame; there is no time between frames to fill",
             f"Connect at least {least} frames, or leave this node out",
         )
     for i, frame in enumerate(images):  # one at a time: a whole clip's mask would be a quarter of its size
         if not torch.isfinite(frame).all():
-            fail(
-                node,
+            raise Refusal(
                 f"frame {i} of images holds NaN or infinite pixels",
                 "Look at the node that made it, often a failed decode",
             )
 
 
-def check_fps(node, fps):
+def check_fps(fps):
     if not (math.isfinite(fps) and fps > 0):
-        fail(node, f"fps is {fps:g}; a video has more than 0 frames a second", "Set 16, Wan2.1's rate")
+        raise Refusal(f"fps is {fps:g}; a video has more than 0 frames a second", "Set 16, Wan2.1's rate")
 
 
-def check_vae(node, latent_channels, latent_dim, compression):
+def check_vae(latent_channels, latent_dim, compression):
     if (latent_channels, latent_dim, compression) != (LATENT_CHANNELS, 3, VAE_STRIDE[1]):
         kind = {48: " (Wan2.2's)", 4: " (Stable Diffusion's)"}.get(latent_channels, "")
-        fail(
-            node,
+        raise Refusal(
             f"the VAE has {latent_channels} channels{kind}, {latent_dim} dimensions and compresses "
             f"{compression}x; Wan2.1 needs 16 channels, 3 dimensions, 8x",
             "Load a Wan2.1 VAE with Wan21VAELoader",
         )
 
 
-def check_latent(node, samples, multiple=16):
+def check_latent(samples, multiple=16):
     """Whether a latent is Wan2.1's.
 
     Args:
@@ -119,127 +123,75 @@ def check_latent(node, samples, multiple=16):
         channels = shape[1] if len(shape) > 1 else 0
         kind = _KNOWN_LATENTS.get(channels, "another model's")
         owner = "an image latent" if len(shape) == 4 and channels == LATENT_CHANNELS else f"{kind} latent"
-        fail(
-            node,
+        raise Refusal(
             f"the latent has the shape {list(shape)} ({owner}); Wan2.1 works on [batch, 16, frames, h, w]",
             "Connect Wan21ImageToVideo, EmptyHunyuanLatentVideo, or a video encoded with a Wan2.1 VAE",
         )
     if 0 in shape:
-        fail(node, f"the latent is empty, {list(shape)}", "Connect a latent with frames")
+        raise Refusal(f"the latent is empty, {list(shape)}", "Connect a latent with frames")
     if shape[3] * 8 % multiple or shape[4] * 8 % multiple:
-        fail(
-            node,
+        raise Refusal(
             f"the latent is {shape[4] * 8}x{shape[3] * 8} pixels; sides are multiples of 16",
             "Choose the nearest multiple of 16",
         )
     if not torch.isfinite(samples).all():
-        fail(node, f"the latent holds NaN or infinite numbers ({_broken(samples)})", BROKEN_LATENT)
+        raise Refusal(f"the latent holds NaN or infinite numbers ({_broken(samples)})", BROKEN_LATENT)
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """Shapes of one CONDITIONING input; None where a key is absent."""
-
-    name: str
-    entries: int
-    text: tuple | None
-    image_latent: tuple | None
-    mask: tuple | None
-    clip: tuple | None
-    unsupported: tuple[str, ...] = ()
-
-
-def check_conditioning(node, config, latent_shape, cond):
+def check_conditioning(config, latent_shape, cond):
     """Whether one conditioning fits the model and the latent [B, 16, T, h, w]."""
     if cond.entries != 1:
-        fail(
-            node,
+        raise Refusal(
             f"{cond.name} holds {cond.entries} entries; this sampler uses one",
             "Remove ConditioningCombine and the like, or sample with the host's KSampler",
         )
     if cond.unsupported:
-        fail(
-            node,
+        raise Refusal(
             f"{cond.name} carries {', '.join(cond.unsupported)}, which this sampler does not apply",
             "Remove the nodes that set it, or sample with the host's KSampler",
         )
-    _check_text(node, config, cond)
-    _check_image_latent(node, config, latent_shape, cond)
-    _check_clip(node, config, cond)
+    _check_text(config, cond)
+    _check_image_latent(config, latent_shape, cond)
+    _check_clip(config, cond)
 
 
-def _check_text(node, config, cond):
+def _check_text(config, cond):
     if cond.text is None or cond.text[-1] != config.text_dim:
         width = "no text features" if cond.text is None else f"text features {cond.text[-1]} wide"
-        fail(
-            node,
+        raise Refusal(
             f"{cond.name} has {width}; this model reads {config.text_dim}",
             "Encode the prompt with the umT5 text encoder that belongs to the model (Wan21TextEncoderLoader)",
         )
 
 
-def _check_image_latent(node, config, latent_shape, cond):
+def _check_image_latent(config, latent_shape, cond):
     if config.takes_image and cond.image_latent is None and not config.empty_start:
-        fail(
-            node,
+        raise Refusal(
             f"the model is image-to-video (36 channels) and {cond.name} carries no image",
             "Put Wan21ImageToVideo between the prompts and the sampler, or load a t2v model",
         )
     if not config.takes_image and cond.image_latent is not None:
-        fail(
-            node,
+        raise Refusal(
             f"the model is text-to-video (16 channels) and {cond.name} carries an image",
             "Load an i2v model, or connect the prompts to the sampler directly",
         )
     for shape, what in ((cond.image_latent, "image"), (cond.mask, "mask")):
         if shape is not None and shape[-3:] != latent_shape[-3:]:
-            fail(
-                node,
+            raise Refusal(
                 f"the {what} in {cond.name} is {_size(shape)} and the latent is {_size(latent_shape)}",
                 "Take latent and conditioning from the same Wan21ImageToVideo",
             )
 
 
-def _check_clip(node, config, cond):
+def _check_clip(config, cond):
     if cond.clip is None or config.image_dim is None:
         return
     tokens, width = cond.clip[-2:]
     if width != config.image_dim or tokens not in (CLIP_TOKENS, 2 * CLIP_TOKENS):
-        fail(
-            node,
+        raise Refusal(
             f"{cond.name} has CLIP vision features of {tokens} tokens x {width}; this model reads "
             f"{CLIP_TOKENS} (one image) or {2 * CLIP_TOKENS} (start and end) x {config.image_dim}",
             "Encode the image with CLIP ViT-H/14 (clip_vision_h.safetensors)",
-        )
-
-
-def check_options(node, config, job):
-    """Whether the sampler's options fit the model and each other. job: SampleJob."""
-    if 0 < job.teacache_multiplier < 1:
-        fail(
-            node,
-            f"teacache_multiplier is {job.teacache_multiplier:g}; a speed-up is at least 1, and 0 is off",
-            "Set 0, or 1.5 to 2.5",
-        )
-    if job.zero_init_steps >= job.steps:
-        fail(
-            node,
-            f"zero_init_steps is {job.zero_init_steps} of {job.steps} steps; the model would never run",
-            "Set 0 (off) or 1",
-        )
-    unknown = [str(layer) for layer in job.skip_layers if layer >= config.num_layers]
-    if unknown:
-        fail(
-            node,
-            f"skip_layers names block {', '.join(unknown)}; the model has {config.num_layers}, from 0",
-            f"Set numbers from 0 to {config.num_layers - 1}",
-        )
-    start, end = job.skip_layer_start_percent, job.skip_layer_end_percent
-    if job.skip_layers and start >= end:
-        fail(
-            node,
-            f"skip_layer_start_percent is {start} and skip_layer_end_percent {end}; no step lies between",
-            "Set a start below the end, such as 10 and 90",
         )
 
 
@@ -248,10 +200,10 @@ def _size(shape):
     return f"{width * 8}x{height * 8}, {pixel_frames(frames)} frames ({frames} latent)"
 
 
-def check_finite(node, samples):
+def check_finite(samples):
     """After sampling: a latent that cannot be decoded is named where it arose."""
     if not torch.isfinite(samples).all():
-        fail(node, f"sampling gave NaN or infinite numbers ({_broken(samples)})", BROKEN_LATENT)
+        raise Refusal(f"sampling gave NaN or infinite numbers ({_broken(samples)})", BROKEN_LATENT)
 
 
 def _broken(samples):
