@@ -30,14 +30,7 @@ def test_each_plan_takes_less_and_gives_the_same_numbers():
     t = torch.full((2,), 400.0)
     with torch.no_grad():
         outs = [
-            model(
-                x,
-                torch.full((2,), 400.0),
-                text,
-                clip,
-                pass_names=("cond", "uncond"),
-                execute=block_executor(parts),
-            )
+            model(x, t, text, clip, pass_names=("cond", "uncond"), execute=block_executor(parts))
             for parts in (1, 2, 4, 5)
         ]
     for out in outs[1:]:
