@@ -29,14 +29,7 @@ def test_each_plan_takes_less_and_gives_the_same_numbers():
     assert needs[0] > 1.05 * needs[1] > 1.1 * needs[2]
     with torch.no_grad():
         outs = [
-            model(
-                x,
-                torch.full((2,), 400.0),
-                text,
-                clip,
-                pass_names=("cond", "uncond"),
-                execute=block_executor(parts),
-            )
+            model(x, t, text, clip, pass_names=("cond", "uncond"), execute=block_executor(parts))
             for parts in (1, 2, 4, 5)
         ]
     for out in outs[1:]:
