@@ -1,7 +1,9 @@
 """Loaders: a file becomes a standard MODEL, CLIP or VAE."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
@@ -14,20 +16,27 @@ CATEGORY = "Wan2.1 I2V"
 _LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.safetensors$")
 
 
-def file_names(folder):
+def file_names(folder: str) -> list[str]:
     """Names in one of the host's model folders; a sharded set is listed once, by its first shard."""
     return [name for name in folder_paths.get_filename_list(folder) if not _LATER_SHARD.search(name)]
 
 
-def model_names():
+def model_names() -> list[str]:
     """Diffusion models, GGUF files among them, which the host does not list."""
     folders = [Path(folder) for folder in folder_paths.get_folder_paths("diffusion_models")]
     found = [path.relative_to(folder).as_posix() for folder in folders for path in folder.rglob("*.gguf")]
     return file_names("diffusion_models") + sorted(set(found))
 
 
-def load(folder, name, build, *args):
-    """Call `build(path, *args)`; its `Refusal` gets the file in front."""
+def load(folder: str, name: str, build: Callable[..., Any], *args: str) -> io.NodeOutput:
+    """What `build(path, *args)` makes of a file; the file's name stands in front of its refusals.
+
+    Args:
+        folder: one of the host's model folders.
+        name: of the file in it.
+        build: from the host's side.
+        args: of `build`, after the path.
+    """
     path = folder_paths.get_full_path_or_raise(folder, name)
     try:
         return io.NodeOutput(build(path, *args))
