@@ -25,12 +25,12 @@ WHERE_TO_PICK = {
 _LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.safetensors$")
 
 
-def file_names(folder):
+def file_names(folder: str) -> list[str]:
     """Names in one of the host's model folders; a sharded set is listed once, by its first shard."""
     return [name for name in folder_paths.get_filename_list(folder) if not _LATER_SHARD.search(name)]
 
 
-def model_names():
+def model_names() -> list[str]:
     """Diffusion models, GGUF files among them, which the host does not list."""
     folders = [Path(folder) for folder in folder_paths.get_folder_paths("diffusion_models")]
     found = [path.relative_to(folder).as_posix() for folder in folders for path in folder.rglob("*.gguf")]
@@ -56,8 +56,15 @@ def about_file(name: str) -> Iterator[None]:
         raise error.about(name) from error
 
 
-def load(folder: str, name: str, build: Callable, *args) -> io.NodeOutput:
-    """What `build(path, *args)` makes of a file in one of the host's model folders."""
+def load(folder: str, name: str, build: Callable[..., Any], *args: str) -> io.NodeOutput:
+    """What `build(path, *args)` makes of a file; the file's name stands in front of its refusals.
+
+    Args:
+        folder: one of the host's model folders.
+        name: of the file in it.
+        build: from the host's side.
+        args: of `build`, after the path.
+    """
     path = folder_paths.get_full_path_or_raise(folder, name)
     with about_file(name):
         return io.NodeOutput(build(path, *args))

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -32,9 +33,8 @@ NODE = "Wan21Sampler"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
-def option_inputs() -> list[io.Input]:
+def option_inputs() -> list[Any]:
     """The inputs added after the first ones: each is optional, and its default leaves the numbers alone."""
-    percent = dict(min=0, max=100, optional=True)
     return [
         io.Float.Input(
             "teacache_multiplier",
@@ -49,7 +49,9 @@ def option_inputs() -> list[io.Input]:
         io.Int.Input(
             "teacache_start_percent",
             default=0,
-            **percent,
+            min=0,
+            max=100,
+            optional=True,
             tooltip="This share of the steps is always computed; higher keeps more of the motion.",
         ),
         io.Boolean.Input(
@@ -110,14 +112,18 @@ def option_inputs() -> list[io.Input]:
         io.Int.Input(
             "skip_layer_start_percent",
             default=10,
-            **percent,
+            min=0,
+            max=100,
+            optional=True,
             tooltip="The blocks are left out from here on.",
             advanced=True,
         ),
         io.Int.Input(
             "skip_layer_end_percent",
             default=90,
-            **percent,
+            min=0,
+            max=100,
+            optional=True,
             tooltip="The blocks are left out up to here.",
             advanced=True,
         ),

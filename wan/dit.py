@@ -275,6 +275,7 @@ class MLPProj(nn.Module):
         super().__init__()
         kw = dict(device=device, dtype=dtype)
         width = config.image_dim
+        assert width is not None
         self.proj = nn.Sequential(
             operations.LayerNorm(width, **kw),
             operations.Linear(width, width, **kw),
