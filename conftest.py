@@ -1,16 +1,25 @@
-"""Loads the pack as `wan21` and puts a real ComfyUI within reach, before any test is imported."""
+"""The pack as `wan21`, importable in every test; and how many tests run at once.
 
-import sys
-from pathlib import Path
+The host is not loaded here: tests of `wan/` need torch, safetensors and einops alone.
+"""
 
-sys.path.insert(0, str(Path(__file__).parent / "tests"))  # for helpers.py
-sys.path.insert(0, str(Path(__file__).parent / "scripts"))
+import os
 
+import pytest
 from lib import pack
 
 pack.load_pack()
-pack.load_host()
 
 import torch  # noqa: E402
 
-torch.set_num_threads(1)  # tensors are tiny here: two threads would mostly wait for each other
+torch.set_num_threads(1)  # tensors are tiny here, and another worker has the other core
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """One worker for each core that this process may use; on a single core no worker at all.
+
+    The default counts the machine's cores, hyperthreads left out, which a container may have few of.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores if cores > 1 else 0

@@ -10,11 +10,11 @@ from .conditioning import Conditioning, describe_conditioning, trim_clip_vision
 from .latent_file import KeptLatent
 from .load import DTYPES, WEIGHT_DTYPES, load_model
 from .lora import add_lora, other_family, read_lora
-from .memory import need_host_bytes, plan_memory
+from .memory import MemoryWatch, need_host_bytes, plan_memory
 from .model import checkpoint_name, config_of, is_ours
 from .patches import ignored_patches, refused_patch
-from .progress import Progress, StepProgress, check_cancelled, memory_watch, speaking_as, tell
-from .sampling import run_sampling
+from .progress import Progress, StepProgress, check_cancelled, speaking_as, tell
+from .sampling import Prepared, run_sampling
 from .text_encoder import load_text_encoder
 from .upsample import (
     InterpolationModel,
@@ -32,6 +32,8 @@ __all__ = [
     "Conditioning",
     "InterpolationModel",
     "KeptLatent",
+    "MemoryWatch",
+    "Prepared",
     "Progress",
     "StepProgress",
     "add_lora",
@@ -51,7 +53,6 @@ __all__ = [
     "load_text_encoder",
     "load_vae",
     "measured_coefficients",
-    "memory_watch",
     "need_host_bytes",
     "no_upscale_model",
     "other_family",

@@ -14,17 +14,20 @@ from comfy.supported_models_base import BASE
 from torch import Tensor
 
 from ..wan.attention import best_kernels
+from ..wan.chunked import block_executor
 from ..wan.config import CLIP_TOKENS, WanConfig
 from ..wan.dit import WanModel
-from ..wan.memory import Load, step_bytes
+from ..wan.memory import StepSize, step_bytes
+from ..wan.option import Call
 from ..wan.refusal import Refusal
-from ..wan.sample import Call
 from .attention import attention_of
 from .patches import patch_inside_blocks, scaled_frequencies
 from .runner import composed_runner, untraced
 from .stored import matrix_bytes, store_as
 
-CALL = "wan21_call"  # key in transformer_options: the `Call` of our sampler's step
+# Keys in transformer_options.
+CALL = "wan21_call"  # the `Call` of our sampler's step
+TEXTS = "wan21_texts"  # text features by pass name, of passes that do not run
 NEED = "wan21_need"  # key in a conditioning: bytes of a step of our sampler
 
 
@@ -119,7 +122,9 @@ class HostWanModel(WanModel):
                 frequencies=scaled_frequencies(call.frequencies, self.config.head_dim, transformer_options),
                 attention=attention,
                 runner=composed_runner(call, transformer_options),
-                parts=call.plan.parts,
+                execute=block_executor(call.plan.parts),
+                context_attention=call.context_attention,
+                contexts={name: c.to(context) for name, c in transformer_options.get(TEXTS, {}).items()},
             )
         return v[..., :height, :width]
 
@@ -172,21 +177,27 @@ class Wan21(comfy.model_base.WAN21):
             return max(need for (need,) in told)
         batch, *sides = input_shape
         passes = 1 if batch % 2 else 2
-        return step_bytes(self.load((batch // passes, *sides), passes))
+        return step_bytes(self.step_size((batch // passes, *sides), passes))
 
-    def load(self, latent: tuple[int, ...], passes: int, **more) -> Load:
-        """What the memory of a step depends on.
+    def step_size(self, latent: tuple[int, ...], passes: int) -> StepSize:
+        """What the memory of a step depends on, by the attention and weights as they are now.
 
         Args:
             latent: its shape, [B, C, T, h, w].
-            more: fields of `Load`, in place of the host's choice.
         """
         config = self.diffusion_model.config
         image_tokens = 0 if config.image_dim is None else config.image_tokens or CLIP_TOKENS
         own = "sage" if comfy.model_management.sage_attention_enabled() else "sdpa"
         itemsize = self.get_dtype_inference().itemsize
-        more = {"attention": own, "matrix_bytes": self.matrix_bytes(itemsize)} | more
-        return Load(config, latent, passes, itemsize, image_tokens=image_tokens, **more)
+        return StepSize(
+            config,
+            latent,
+            passes,
+            itemsize,
+            attention=own,
+            image_tokens=image_tokens,
+            matrix_bytes=self.matrix_bytes(itemsize),
+        )
 
     def matrix_bytes(self, itemsize: int) -> int:
         """Bytes for each number of the largest matrix while it is in use; see `stored.matrix_bytes`."""

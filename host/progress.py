@@ -1,4 +1,4 @@
-"""Progress, preview, cancel and memory of the node that runs."""
+"""Progress, preview and cancel of the node that runs."""
 
 import logging
 from collections.abc import Iterator
@@ -11,9 +11,7 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import latent_preview
-import psutil
 import torch
-from comfy import memory_management
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
@@ -138,17 +136,3 @@ class StepProgress:
             strip.paste(frame, (left, 0))
             left += frame.width
         return strip
-
-
-@contextmanager
-def memory_watch(device: torch.device) -> Iterator[list[str]]:
-    """A list that, after the block, holds one sentence on the memory it took."""
-    said: list[str] = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    yield said
-    if device.type == "cuda":
-        without = " without the weights, which the host holds" if memory_management.aimdo_enabled else ""
-        said.append(f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}{without}")
-    else:
-        said.append(f"{psutil.Process().memory_info().rss / 2**30:.2f} GiB held by the process ({device})")

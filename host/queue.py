@@ -1,55 +1,75 @@
-"""The host's queue, node registry and folders: the only file of the API that touches them."""
+"""The host's prompt queue, node registry and folders, for the job API."""
 
 import json
 import logging
 import secrets
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import execution
 import folder_paths
+from aiohttp import web
 
-import nodes
-from server import PromptServer
+# The host's nodes.py and server.py; a type checker finds our own folders of these names.
+from nodes import NODE_CLASS_MAPPINGS  # pyright: ignore[reportAttributeAccessIssue]
+from server import PromptServer  # pyright: ignore[reportAttributeAccessIssue]
 
-# Our client id at the host: progress of our jobs comes to us alone. Not to be guessed, because a websocket
-# that gives the same id takes our place.
+# Our client id at the host, which sends the progress of a job to its client alone. It is random because a
+# websocket that gives the same id would replace ours.
 OBSERVER = f"wan21-jobs-{secrets.token_hex(16)}"
 PREVIEW_WITH_METADATA = 4  # the host's type of a binary message
 _WORD = struct.Struct(">I")
 
+Graph = dict[str, dict[str, Any]]  # node id -> {"class_type", "inputs", ...}
+OnMessage = Callable[[str, dict[str, Any]], None]
 
-class _Observer:
-    """Stands among the host's websockets and hands its messages to a function.
 
-    Errors are logged here: in the host's publishing loop they would end it for everybody.
+class Complaint(NamedTuple):
+    """What the host finds wrong with a graph.
+
+    Attributes:
+        node_id, input: place in the graph; empty for the graph as a whole.
+        message: one sentence.
     """
 
-    def __init__(self, on_message):
+    node_id: str
+    input: str
+    message: str
+
+
+class _Observer:
+    """Behaves as one of the host's websockets, and hands messages to a function.
+
+    Errors are logged here, because one in the host's publishing loop would end it for all clients.
+    """
+
+    def __init__(self, on_message: OnMessage):
         self._on_message = on_message
 
-    async def send_json(self, message):
+    async def send_json(self, message: dict[str, Any]) -> None:
         self._hand_on(message["type"], message["data"])
 
-    async def send_bytes(self, message):
+    async def send_bytes(self, message: bytes | bytearray) -> None:
         try:
             preview = read_preview(bytes(message))
         except (struct.error, ValueError, KeyError):
-            return  # of another pack
+            return  # another pack's message
         if preview is not None:
             self._hand_on("preview", preview)
 
-    def _hand_on(self, kind, data):
+    def _hand_on(self, kind: str, data: Any) -> None:
         if not isinstance(data, dict):
-            return  # other packs broadcast what they like
+            return  # another pack's broadcast
         try:
             self._on_message(kind, data)
         except Exception:
             logging.exception("Wan2.1 jobs: message %s of the host was not understood", kind)
 
 
-def read_preview(message):
-    """Return {"prompt_id", "image": bytes} of a preview message, None for other binary messages."""
+def read_preview(message: bytes) -> dict[str, Any] | None:
+    """{"prompt_id", "image": bytes, "type"} of a preview message, None for other binary messages."""
     if _WORD.unpack_from(message)[0] != PREVIEW_WITH_METADATA:
         return None
     length = _WORD.unpack_from(message, _WORD.size)[0]
@@ -59,67 +79,68 @@ def read_preview(message):
 
 
 class Host:
-    """This process's ComfyUI. Methods are for its event loop."""
+    """This process's ComfyUI. Its methods are to be called on ComfyUI's event loop."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._server = PromptServer.instance
         self._queue = self._server.prompt_queue
 
-    def mount(self, prefix, app):
-        """Serve `app` below `prefix`."""
+    def mount(self, prefix: str, app: web.Application) -> None:
+        """Serves `app` below `prefix`."""
         self._server.app.add_subapp(prefix, app)
 
-    def observe(self, on_message):
-        """Call `on_message(type, data)` for each message to our client id or to all."""
+    def observe(self, on_message: OnMessage) -> None:
+        """Lets `on_message(type, data)` be called for each message to our client id or to all."""
         self._server.sockets[OBSERVER] = _Observer(on_message)
         features = {"feature_flags": {"supports_preview_metadata": True}}
         self._server.sockets_metadata[OBSERVER] = features
 
-    async def check(self, prompt_id, graph):
-        """Let the host check an API graph.
-
-        Returns:
-            (outputs to run, [(node id, input name or "", message), ...]); with problems nothing may run.
-        """
+    async def check(self, prompt_id: str, graph: Graph) -> tuple[list[str], list[Complaint]]:
+        """The outputs to run of a graph, and the host's complaints; with a complaint nothing may run."""
         good, error, outputs, node_errors = await execution.validate_prompt(prompt_id, graph, None)
-        problems = [
-            (node_id, (problem.get("extra_info") or {}).get("input_name", ""), _sentence(problem))
+        complaints = [
+            Complaint(node_id, (problem.get("extra_info") or {}).get("input_name", ""), _sentence(problem))
             for node_id, found in node_errors.items()
             for problem in found["errors"]
         ]
-        if not good and not problems:
-            problems = [("", "", f"{error['message']}: {error['details']}")]
-        return outputs, problems
+        if not good and error and not complaints:
+            complaints = [Complaint("", "", _sentence(error))]
+        return outputs, complaints
 
-    def put(self, prompt_id, graph, outputs, created_at):
-        """Queue a checked graph."""
+    def put(self, prompt_id: str, graph: Graph, outputs: list[str], created_at: float) -> None:
+        """Queues a checked graph.
+
+        Args:
+            outputs: of `check`.
+            created_at: in seconds since 1970.
+        """
         number = self._server.number
         self._server.number += 1
         extra = {"client_id": OBSERVER, "create_time": int(created_at * 1000)}
         self._queue.put((number, prompt_id, graph, extra, outputs, {}))
 
-    def cancel(self, prompt_id):
-        """Take a job off the queue, or interrupt it. Returns "removed", "interrupted" or "absent"."""
+    def cancel(self, prompt_id: str) -> Literal["removed", "interrupted", "absent"]:
+        """Takes a job off the queue, or interrupts it; which of them it was."""
         if self._queue.delete_queue_item(lambda item: item[1] == prompt_id):
             return "removed"
         return "interrupted" if self._queue.interrupt_if_running(prompt_id) else "absent"
 
-    def known(self):
-        """Return the ids of all jobs that wait or run."""
+    def known(self) -> set[str]:
+        """The ids of all jobs that wait or run."""
         running, queued = self._queue.get_current_queue_volatile()
         return {item[1] for item in (*running, *queued)}
 
-    def history(self, prompt_id):
-        """Return {"outputs", "status": {"status_str", "messages"}} of a finished job, None without one."""
+    def history(self, prompt_id: str) -> dict[str, Any] | None:
+        """{"outputs", "status": {"status_str", "messages"}} of a finished job, None for another."""
         return self._queue.get_history(prompt_id).get(prompt_id)
 
-    def forget(self, prompt_id):
-        """Remove a job from the host's history."""
+    def forget(self, prompt_id: str) -> None:
+        """Removes a job from the host's history."""
         self._queue.delete_history_item(prompt_id)
 
-    def node_inputs(self, node_class):
-        """Return {input name: {"type", "options", "default", "min", "max", ...}}, None without the node."""
-        node = nodes.NODE_CLASS_MAPPINGS.get(node_class)
+    def node_inputs(self, node_class: str) -> dict[str, dict[str, Any]] | None:
+        """{input name: {"type", "options", "default", "min", "max", ...}}, None for an unknown class."""
+        node = NODE_CLASS_MAPPINGS.get(node_class)
         if node is None:
             return None
         groups = node.INPUT_TYPES()
@@ -129,32 +150,36 @@ class Host:
             for name, spec in groups.get(group, {}).items()
         }
 
-    def model_path(self, folder, name):
-        """Return the path of a listed model file."""
+    def model_path(self, folder: str, name: str) -> Path:
+        """The path of a listed model file."""
         return Path(folder_paths.get_full_path_or_raise(folder, name))
 
     @property
-    def data_directory(self):
-        """Folder for our own data, which the host does not serve."""
+    def data_directory(self) -> Path:
+        """A folder for our own data, which the host does not serve."""
         return Path(folder_paths.get_system_user_directory("wan21_jobs"))
 
     @property
-    def input_directory(self):
+    def input_directory(self) -> Path:
+        """The folder of files for LoadImage."""
         return Path(folder_paths.get_input_directory())
 
     @property
-    def output_directory(self):
+    def output_directory(self) -> Path:
+        """The folder of files that nodes write."""
         return Path(folder_paths.get_output_directory())
 
 
-def _sentence(problem):
+def _sentence(problem: dict[str, Any]) -> str:
     message, details = problem["message"], problem.get("details") or ""
-    return f"{message}: {details}" if details else message
+    if problem.get("type") == "custom_validation_failed" and " - " in details:
+        return details.partition(" - ")[2]  # "input - complaint", from a node that checks its own inputs
+    return f"{message.removesuffix('.')}: {details}" if details else message
 
 
-def _described(spec):
+def _described(spec: tuple[Any, ...]) -> dict[str, Any]:
     kind, options = spec[0], dict(spec[1]) if len(spec) > 1 else {}
-    if isinstance(kind, list | tuple):  # the host's older way to write a choice
+    if isinstance(kind, list | tuple):  # a choice as older nodes write it
         options["options"] = list(kind)
         kind = "COMBO"
     return options | {"type": kind}

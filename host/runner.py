@@ -7,8 +7,8 @@ from typing import Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..wan.dit import BlockCall, BlockRunner, Pass
-from ..wan.sample import Call
+from ..wan.dit import ApplyBlock, BlockRunner, Pass
+from ..wan.option import Call
 from .progress import check_cancelled
 
 Function = TypeVar("Function", bound=Callable)
@@ -29,7 +29,7 @@ def runner_of(transformer_options: dict) -> BlockRunner:
     """The joint walk over the blocks that stops on cancel and honours the host's block replacements."""
     replace = transformer_options.get("patches_replace", {}).get("dit", {})
 
-    def run(num_blocks: int, passes: list[Pass], call: BlockCall) -> None:
+    def run(num_blocks: int, passes: list[Pass], call: ApplyBlock) -> None:
         call = untraced(call)
         transformer_options["total_blocks"] = num_blocks
         transformer_options["block_type"] = "double"
@@ -43,7 +43,7 @@ def runner_of(transformer_options: dict) -> BlockRunner:
     return run
 
 
-def _replaced(patch: Callable, i: int, p: Pass, call: BlockCall, transformer_options: dict) -> Tensor:
+def _replaced(patch: Callable, i: int, p: Pass, call: ApplyBlock, transformer_options: dict) -> Tensor:
     """Tokens of a pass after a block that another node replaced, called as the host's Wan model calls it."""
 
     def original_block(args: dict) -> dict:
@@ -62,7 +62,7 @@ def composed_runner(call: Call, transformer_options: dict) -> BlockRunner:
     for around in call.around:
         runner = untraced(around(runner))
 
-    def run(num_blocks: int, passes: list[Pass], block: BlockCall) -> None:
+    def run(num_blocks: int, passes: list[Pass], block: ApplyBlock) -> None:
         runner(num_blocks, passes, untraced(block))
 
     return untraced(run)

@@ -1,7 +1,6 @@
 """Downloads of links that people give: bounded, resumable, checked before use.
 
-Where a link may lead is the rule of `links`. Settings of the server's owner, read at each call:
-WAN21_NO_DOWNLOADS=1 turns downloads off; WAN21_MAX_DOWNLOAD_GB (16) bounds one file.
+`links` says where a link may lead, `settings` whether anything is downloaded and how large a file may be.
 """
 
 import hashlib
@@ -14,15 +13,18 @@ import threading
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from ..wan.refusal import Refusal
 from .links import check_link, open_link, shown
+from .settings import downloads_allowed, max_download_bytes
 
 HEADERS = {"User-Agent": "wan21-i2v"}
 PIECE_BYTES = 1 << 20
-FETCH_SECONDS = 6 * 3600  # for one call of `fetch`; the next goes on from there
-HEAD_BYTES = 1 << 16  # what `check_head` sees
+FETCH_SECONDS = 6 * 3600  # limit of one call of `fetch`; the next call resumes
+HEAD_BYTES = 1 << 16  # given to `check_head`
 MAX_NAME = 120  # bytes
-DEFAULT_MAX_GB = 16.0
+RAISE_LIMIT = "The server's owner may raise WAN21_MAX_DOWNLOAD_GB"
 _LOCK = threading.Lock()  # one download at a time: two jobs with one link must not share a partial file
 
 Progress = Callable[[int, int], None]
@@ -37,24 +39,24 @@ def fetch(
     progress: Progress = lambda done, total: None,
     max_bytes: int | None = None,
 ) -> Path:
-    """Bring the file behind a link into a folder, once.
+    """The path of the file behind a link, downloaded into a folder unless it is already there.
 
-    The file is named as the server names it, with a mark made from the link, so it never takes the place of
-    another file and is found again without asking the server.
+    The name is the server's with a hash of the link: it replaces no other file, and a later call finds it
+    without asking the server.
 
     Args:
         url: https link; its redirects may lead to other hosts.
         folder: where the file goes, and its partial file until it is whole and checked.
-        suffix: that the server's name for the file must have, such as `.safetensors`.
+        suffix: of the server's name for the file, such as `.safetensors`; another one is refused.
         check: raises `ValueError` when the whole file is not what it should be; it is deleted then.
-        check_head: the same for its first bytes, before the rest is read.
-        progress: called with (bytes done, bytes in all or 0); may raise to cancel. A later call goes on
-            from there.
-        max_bytes: bound of the size; WAN21_MAX_DOWNLOAD_GB without it.
+        check_head: the same for its first `HEAD_BYTES`, before the rest is read.
+        progress: called with (bytes done, bytes in all or 0); may raise to cancel, and a later call resumes.
+        max_bytes: limit of the size; None is WAN21_MAX_DOWNLOAD_GB.
 
     Raises:
-        ValueError: the link is not allowed, cannot be reached or is not what it should be; says which.
-            Queries of links, where access tokens stand, are not repeated in it.
+        Refusal: the link is not allowed, cannot be reached or is not what it should be. Its text leaves out
+            the queries of links, which may hold access tokens.
+        ValueError: of `check` and `check_head`.
     """
     _check_allowed()
     url, folder = url.strip(), Path(folder)
@@ -66,13 +68,13 @@ def fetch(
             return present
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".{mark}.part"
-        limit = _max_bytes() if max_bytes is None else max_bytes
+        limit = max_download_bytes() if max_bytes is None else max_bytes
         try:
             name = _download(url, part, suffix, check_head, progress, limit)
         except (OSError, http.client.HTTPException) as error:
-            raise ValueError(
-                f"{shown(url)} could not be read ({type(error).__name__}: {error}). Try again: what is there "
-                "is kept"
+            raise Refusal(
+                f"{shown(url)} could not be read ({type(error).__name__}: {error})",
+                "Try again: what is there is kept",
             ) from error
         try:
             check(part)
@@ -80,7 +82,7 @@ def fetch(
             _forget(part)
             raise
         whole = folder / f"{name}-{mark}{suffix}"
-        os.replace(part, whole)  # the mark is this link's own: nothing else can be there
+        os.replace(part, whole)
         _forget(part)
         return whole
 
@@ -90,11 +92,11 @@ def fetch_bytes(url: str, max_bytes: int, seconds: float) -> bytes:
 
     Args:
         url: https link; its redirects may lead to other hosts.
-        max_bytes: bound of the size.
-        seconds: for the whole transfer.
+        max_bytes: limit of the size.
+        seconds: limit of the whole transfer.
 
     Raises:
-        ValueError: as in `fetch`.
+        Refusal: as in `fetch`.
     """
     _check_allowed()
     try:
@@ -102,39 +104,44 @@ def fetch_bytes(url: str, max_bytes: int, seconds: float) -> bytes:
             _check_status(response.status, url)
             body = response.read(max_bytes + 1)
     except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"{shown(url)} could not be read ({type(error).__name__}: {error})") from error
+        raise Refusal(
+            f"{shown(url)} could not be read ({type(error).__name__}: {error})",
+            "Open it in a browser, and try again",
+        ) from error
     if len(body) > max_bytes:
-        raise ValueError(f"{shown(url)} has more than {max_bytes / 1e6:.2f} MB, the most that is fetched")
+        raise Refusal(
+            f"{shown(url)} has more than {max_bytes / 1e6:.2f} MB, the most that is fetched",
+            "Use a smaller file",
+        )
     return body
 
 
-def _check_allowed():
-    if os.environ.get("WAN21_NO_DOWNLOADS") == "1":
-        raise ValueError(
-            "downloads are turned off on this server (WAN21_NO_DOWNLOADS). Put the file into its folder"
+def _check_allowed() -> None:
+    if not downloads_allowed():
+        raise Refusal(
+            "downloads are turned off on this server (WAN21_NO_DOWNLOADS)", "Put the file into its folder"
         )
-
-
-def _max_bytes():
-    text = os.environ.get("WAN21_MAX_DOWNLOAD_GB", "")
-    try:
-        return int(float(text or DEFAULT_MAX_GB) * 1e9)
-    except ValueError as error:
-        raise ValueError(f"WAN21_MAX_DOWNLOAD_GB is {text!r}; it must be a number of gigabytes") from error
 
 
 # --- the body -----------------------------------------------------------------------------------------
 
 
-def _download(url, part, suffix, check_head, progress, limit):
-    """Fill the partial file, from where it stands if the server can; the file's name, without suffix."""
+def _download(
+    url: str,
+    part: Path,
+    suffix: str,
+    check_head: Callable[[bytes], None],
+    progress: Progress,
+    limit: int,
+) -> str:
+    """The name of a file, without suffix, once its partial file is whole; resumed if the server can."""
     state = _state(part)
     done = part.stat().st_size if part.is_file() and state.get("etag") else 0
     headers = HEADERS
     if done:
         headers = headers | {"Range": f"bytes={done}-", "If-Range": state["etag"]}
     with open_link(url, headers, seconds=FETCH_SECONDS) as (response, last):
-        if response.status == 416 and done == state.get("total"):  # everything is there already
+        if response.status == 416 and done == state.get("total"):  # the whole file was there already
             return state["name"]
         _check_status(response.status, url)
         if response.status != 206 or not _continues(response, done):
@@ -152,38 +159,50 @@ def _download(url, part, suffix, check_head, progress, limit):
         return name
 
 
-def _check_status(status, url):
+def _check_status(status: int, url: str) -> None:
     if status in (401, 403):
-        raise ValueError(
-            f"{shown(url)} needs a login ({status}). Use a link with an access token, or download the file "
-            "in a browser"
+        raise Refusal(
+            f"{shown(url)} needs a login ({status})",
+            "Use a link with an access token, or download the file in a browser",
         )
     if status not in (200, 206):
-        raise ValueError(f"{shown(url)} answers {status}, not a file. Copy the download link again")
+        raise Refusal(f"{shown(url)} answers {status}, not a file", "Copy the download link again")
 
 
-def _continues(response, done):
+def _continues(response: http.client.HTTPResponse, done: int) -> bool:
     span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.getheader("Content-Range", ""))
     return span is not None and int(span[1]) == done
 
 
-def _etag(response):
+def _etag(response: http.client.HTTPResponse) -> str:
     etag = response.getheader("ETag", "")
-    return etag if etag.startswith('"') else ""  # a weak one does not promise equal bytes
+    return etag if etag.startswith('"') else ""  # a weak ETag does not promise equal bytes
 
 
-def _check_room(total, done, limit, part, url):
+def _check_room(total: int, done: int, limit: int, part: Path, url: str) -> None:
     if total > limit:
-        raise ValueError(
-            f"{shown(url)} is {total / 1e9:.2f} GB; at most {limit / 1e9:.2f} GB are fetched. The server's "
-            "owner may raise WAN21_MAX_DOWNLOAD_GB"
+        raise Refusal(
+            f"{shown(url)} is {total / 1e9:.2f} GB; at most {limit / 1e9:.2f} GB are fetched", RAISE_LIMIT
         )
     free = shutil.disk_usage(part.parent).free
     if total - done > free:
-        raise ValueError(f"{shown(url)} needs {(total - done) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
+        raise Refusal(
+            f"{shown(url)} needs {(total - done) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
+            "Free some space on the server's disk",
+        )
 
 
-def _copy(response, part, done, total, check_head, progress, limit, url):
+def _copy(
+    response: http.client.HTTPResponse,
+    part: Path,
+    done: int,
+    total: int,
+    check_head: Callable[[bytes], None],
+    progress: Progress,
+    limit: int,
+    url: str,
+) -> None:
+    """The rest of a body goes into its partial file behind the bytes that are done."""
     head = b"" if done == 0 else None
     with part.open("r+b" if done else "wb") as file:
         file.seek(done)
@@ -191,8 +210,9 @@ def _copy(response, part, done, total, check_head, progress, limit, url):
         while piece := response.read1(PIECE_BYTES):
             done += len(piece)
             if done > limit:
-                raise ValueError(
-                    f"{shown(url)} sends more than the {limit / 1e9:.2f} GB that are fetched at most"
+                raise Refusal(
+                    f"{shown(url)} sends more than the {limit / 1e9:.2f} GB that are fetched at most",
+                    RAISE_LIMIT,
                 )
             if head is not None:
                 head += piece[: HEAD_BYTES - len(head)]
@@ -208,8 +228,14 @@ def _copy(response, part, done, total, check_head, progress, limit, url):
 # --- names and partial files --------------------------------------------------------------------------
 
 
-def _name(response, url, last, suffix):
-    """A harmless file name, without suffix, from the server's header or else from the link's path."""
+def _name(response: http.client.HTTPResponse, url: str, last: str, suffix: str) -> str:
+    """A harmless file name, without suffix, from the server's header or else from a link's path.
+
+    Args:
+        url: the link that was given.
+        last: the link that redirects led to.
+        suffix: of the file in the header or a link; another one is refused.
+    """
     disposition = response.getheader("Content-Disposition", "")
     extended = re.search(r"filename\*\s*=\s*[\w-]*'[\w-]*'([^;]+)", disposition, re.IGNORECASE)
     plain = re.search(r'filename\s*=\s*(?:"([^"]*)"|([^;]+))', disposition, re.IGNORECASE)
@@ -219,29 +245,29 @@ def _name(response, url, last, suffix):
     name = next((name for name in names if name.lower().endswith(suffix)), None)
     if name is None:
         kind = response.getheader("Content-Type", "of no stated type")
-        raise ValueError(
-            f"{shown(url)} leads to {next(filter(None, names), 'a page')!r} ({kind}), not to a {suffix} "
-            "file. Copy the download link of the file itself"
+        raise Refusal(
+            f"{shown(url)} leads to {next(filter(None, names), 'a page')!r} ({kind}), not to a {suffix} file",
+            "Copy the download link of the file itself",
         )
     stem = re.sub(r"[^\w.+ ()\[\]-]", "_", name[: -len(suffix)]).strip(". ")
     return stem.encode()[:MAX_NAME].decode(errors="ignore") or "download"
 
 
-def _sidecar(part):
+def _sidecar(part: Path) -> Path:
     return part.with_suffix(".json")
 
 
-def _state(part):
+def _state(part: Path) -> dict[str, Any]:
     try:
         return json.loads(_sidecar(part).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def _remember(part, state):
+def _remember(part: Path, state: dict[str, Any]) -> None:
     _sidecar(part).write_text(json.dumps(state), encoding="utf-8")
 
 
-def _forget(part):
+def _forget(part: Path) -> None:
     part.unlink(missing_ok=True)
     _sidecar(part).unlink(missing_ok=True)

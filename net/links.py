@@ -3,40 +3,57 @@
 A link is text from anyone who can queue a job, so it must not reach what only this machine can reach. Each
 host name is resolved once, every address it has is checked, and the connection goes to a checked address,
 so that a second answer of the name server cannot lead it elsewhere; redirects are followed by hand under the
-same rule. Proxies of the environment are not used, since they would resolve the name again.
-
-WAN21_ALLOW_PRIVATE_URLS=1 of the server's owner allows private and loopback addresses and plain http; it is
-read at each call.
+same rule. Proxies of the environment are not used, since they would resolve the name again. The server's
+owner may allow private addresses and plain http (`settings`).
 """
 
 import contextlib
 import http.client
 import ipaddress
-import os
 import socket
 import ssl
 import threading
 import time
 import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+from ..wan.refusal import Refusal
+from .settings import private_allowed
 
 MAX_REDIRECTS = 5
-TIMEOUT_S = 30.0  # to connect, and for each piece of an answer
-HEAD_SECONDS = 60.0  # to connect and until the headers of an answer are there, on each hop
+TIMEOUT_S = 30.0  # for a connection, and for each piece of an answer
+HEAD_SECONDS = 60.0  # on each hop, from the connection to the end of the answer's headers
 PUBLIC_SCHEMES = ("https",)
 PORTS = {"https": 443, "http": 80}
+REDIRECTS = (301, 302, 303, 307, 308)
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
+class Link(NamedTuple):
+    """A link in its parts.
+
+    Attributes:
+        host: name in ASCII, or address without brackets.
+        target: path and query.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    target: str
+
+
 def shown(url: str) -> str:
-    """A link as it may be shown: host and path, without the query, where tokens stand."""
+    """The host and path of a link; its query may hold an access token and must not be shown."""
     parts = urllib.parse.urlsplit(url)
     return f"{parts.hostname}{parts.path}"
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address can be reached from everywhere, in whatever form IPv6 wraps it."""
+    """Whether an IP address is reachable from everywhere; IPv4 inside IPv6 is judged as IPv4."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if ip.version == 6:
+    if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
         if ip in NAT64:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
@@ -47,14 +64,11 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
-def check_link(url: str) -> tuple[str, str, int, str]:
-    """Read a link that is allowed by its form; the addresses of a name are judged when it is opened.
-
-    Returns:
-        (scheme, host, port, path and query).
+def check_link(url: str) -> Link:
+    """A link that is allowed by its form; the addresses of a host name are checked when it is opened.
 
     Raises:
-        ValueError: it cannot be read, has another scheme, no host or a user name, or is a private address.
+        Refusal: it cannot be read, has another scheme, no host or a user name, or is a private address.
     """
     schemes = (*PUBLIC_SCHEMES, "http") if private_allowed() else PUBLIC_SCHEMES
     try:
@@ -66,72 +80,81 @@ def check_link(url: str) -> tuple[str, str, int, str]:
         if host and not host.isascii():
             host = host.encode("idna").decode()
     except ValueError as error:
-        raise ValueError(f"the link cannot be read ({error}). Copy it again") from error
+        raise Refusal(f"the link cannot be read ({error})", "Copy it again") from error
     if parts.scheme not in schemes or not host or parts.username is not None:
-        raise ValueError(
+        raise Refusal(
             f"the link leads to {parts.scheme or 'no scheme'}://{parts.hostname or ''}; it must be an "
-            f"{' or '.join(schemes)} link without a user name. Copy it again"
+            f"{' or '.join(schemes)} link without a user name",
+            "Copy it again",
         )
     _refuse_private(host, [host] if _is_address(host) else [])
     if query:
         target += "?" + query
-    return parts.scheme, host, port or PORTS[parts.scheme], target
+    return Link(parts.scheme, host, port or PORTS[parts.scheme], target)
 
 
 @contextlib.contextmanager
-def open_link(url, headers, seconds, method="GET", body=None, redirects=MAX_REDIRECTS):
-    """Send a request and yield its (response, last link) until the block ends.
+def open_link(
+    url: str,
+    headers: Mapping[str, str],
+    seconds: float,
+    method: str = "GET",
+    body: bytes | None = None,
+    redirects: int = MAX_REDIRECTS,
+) -> Iterator[tuple[http.client.HTTPResponse, str]]:
+    """A context with the response to one request and the link it came from, after redirects.
 
     Args:
-        url: the link.
-        headers: of the request; `Host` and `Accept-Encoding` are set here.
-        seconds: for all of it, the block included. Each piece has `TIMEOUT_S` and the headers have
-            `HEAD_SECONDS` in any case.
-        method: of the request.
-        body: bytes to send.
-        redirects: how many are followed; with 0 the response may be a redirect.
+        url: link that `check_link` allows, as must be every link it redirects to.
+        headers: further ones; `Host` and `Accept-Encoding` are set here.
+        seconds: limit of the whole transfer, the block included; a piece (`TIMEOUT_S`) and the headers
+            (`HEAD_SECONDS`) have limits of their own.
+        body: of the request.
+        redirects: how many are followed; with 0 a redirect is the response.
 
     Raises:
-        ValueError: a link that is not allowed, or too many redirects.
-        OSError, http.client.HTTPException: it could not be reached, or the time is over.
+        Refusal: a link is not allowed, or there are too many redirects.
+        OSError, http.client.HTTPException: the server could not be reached, or the time is over.
     """
     deadline = time.monotonic() + seconds
     for _ in range(redirects + 1):
-        scheme, host, port, target = check_link(url)
-        with _connection(scheme, host, port, deadline) as (connection, cut_at):
-            shown_port = "" if port == PORTS[scheme] else f":{port}"
-            own = {"Host": (f"[{host}]" if ":" in host else host) + shown_port, "Accept-Encoding": "identity"}
-            connection.request(method, target, body, headers | own)
+        link = check_link(url)
+        with _connection(link, deadline) as (connection, cut_at):
+            own = {"Host": _host_header(link), "Accept-Encoding": "identity"}
+            connection.request(method, link.target, body, {**headers, **own})
             response = connection.getresponse()
             cut_at(deadline)
-            if not redirects or response.status not in (301, 302, 303, 307, 308):
+            if not redirects or response.status not in REDIRECTS:
                 yield response, url
                 return _check_time(deadline)
             url = urllib.parse.urljoin(url, response.getheader("Location", ""))
-    raise ValueError(f"{shown(url)} redirects more than {redirects} times. Copy the link of the file itself")
+    raise Refusal(f"{shown(url)} redirects more than {redirects} times", "Copy the link of the file itself")
 
 
-def private_allowed() -> bool:
-    """Whether the server's owner allows private addresses and plain http."""
-    return os.environ.get("WAN21_ALLOW_PRIVATE_URLS") == "1"
+def _host_header(link: Link) -> str:
+    host = f"[{link.host}]" if ":" in link.host else link.host
+    return host if link.port == PORTS[link.scheme] else f"{host}:{link.port}"
 
 
 @contextlib.contextmanager
-def _connection(scheme, host, port, deadline):
-    """A connection to a checked address, with TLS for the name, and `cut_at(time)`, when it is cut.
+def _connection(
+    link: Link, deadline: float
+) -> Iterator[tuple[http.client.HTTPConnection, Callable[[float], None]]]:
+    """A context with a connection to a checked address, TLS checked against the name, and `cut_at(time)`.
 
-    At first that is when the headers are late, or at the deadline. A server that sends a byte now and then
-    never runs into a timeout of the socket.
+    A timer shuts the socket at that time: first when the headers are late, later when `cut_at` says. The
+    timeout of the socket alone would never end a server that sends a byte now and then.
     """
     deadline = min(deadline, time.monotonic() + HEAD_SECONDS)
-    sock = _connect(host, port, deadline)
+    sock = _connect(link.host, link.port, deadline)
     sock.settimeout(TIMEOUT_S)
-    if scheme == "https":
-        tls = ssl.create_default_context()
-        sock = tls.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+    tls = None
+    if link.scheme == "https":
+        context = ssl.create_default_context()
+        tls = sock = context.wrap_socket(sock, server_hostname=link.host, do_handshake_on_connect=False)
     timer = None
 
-    def cut_at(until):
+    def cut_at(until: float) -> None:
         nonlocal timer, deadline
         deadline = until
         if timer is not None:
@@ -140,22 +163,23 @@ def _connection(scheme, host, port, deadline):
         timer.daemon = True
         timer.start()
 
-    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+    connection = http.client.HTTPConnection(link.host, link.port, timeout=TIMEOUT_S)
     connection.sock = sock
     cut_at(deadline)
     try:
-        if scheme == "https":
-            sock.do_handshake()
+        if tls is not None:
+            tls.do_handshake()
         yield connection, cut_at
     except (OSError, http.client.HTTPException):
-        _check_time(deadline)  # what was cut is late, whatever it looks like here
+        _check_time(deadline)  # a socket that the timer shut raises errors of many kinds
         raise
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
         connection.close()
 
 
-def _connect(host, port, deadline):
+def _connect(host: str, port: int, deadline: float) -> socket.socket:
     """A socket to the first checked address that answers."""
     failed = OSError(f"{host} has no address")
     for address in _addresses(host, port):
@@ -167,24 +191,24 @@ def _connect(host, port, deadline):
     raise failed
 
 
-def _addresses(host, port):
-    """Addresses of a host, all of them checked."""
+def _addresses(host: str, port: int) -> list[str]:
+    """The addresses of a host, all of them checked."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = list(dict.fromkeys(entry[4][0] for entry in found))
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     _refuse_private(host, addresses)
     return addresses
 
 
-def _refuse_private(host, addresses):
+def _refuse_private(host: str, addresses: list[str]) -> None:
     private = [address for address in addresses if not is_public(address)]
     if private and not private_allowed():
-        raise ValueError(
-            f"{host} is at {private[0]}, a private or local address, which links must not reach. Use a "
-            "public link; the server's owner may set WAN21_ALLOW_PRIVATE_URLS=1"
+        raise Refusal(
+            f"{host} is at {private[0]}, a private or local address, which links must not reach",
+            "Use a public link; the server's owner may set WAN21_ALLOW_PRIVATE_URLS=1",
         )
 
 
-def _is_address(host):
+def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -192,11 +216,11 @@ def _is_address(host):
     return True
 
 
-def _check_time(deadline):
+def _check_time(deadline: float) -> None:
     if time.monotonic() >= deadline:
         raise TimeoutError("it took too long")
 
 
-def _cut(sock):
+def _cut(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not TLS's own, which is not for other threads
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # `SSLSocket.shutdown` is not safe beside a reader

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
@@ -57,8 +58,15 @@ def about_file(name: str) -> Iterator[None]:
         raise error.about(name) from error
 
 
-def load(folder: str, name: str, build: Callable, *args) -> io.NodeOutput:
-    """What `build(path, *args)` makes of a file in one of the host's model folders."""
+def load(folder: str, name: str, build: Callable[..., Any], *args: str) -> io.NodeOutput:
+    """What `build(path, *args)` makes of a file; the file's name stands in front of its refusals.
+
+    Args:
+        folder: one of the host's model folders.
+        name: of the file in it.
+        build: from the host's side.
+        args: of `build`, after the path.
+    """
     path = folder_paths.get_full_path_or_raise(folder, name)
     with about_file(name):
         return io.NodeOutput(build(path, *args))

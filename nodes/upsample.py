@@ -2,13 +2,15 @@
 
 import logging
 import time
+from collections.abc import Sequence
 
 import torch
 from comfy_api.latest import io
+from torch import Tensor
 
 from .. import host
 from ..frames import minterpolate
-from ..frames.spans import SCENE_CUT, frame_changes, plan_spans
+from ..frames.spans import SCENE_CUT, Span, frame_changes, plan_spans
 from ..wan.refusal import Refusal
 from . import checks
 from .load import CATEGORY
@@ -51,10 +53,10 @@ class Wan21SpatialUpsample(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, method=None, upscale_model="absent"):
-        """Before the graph is queued: a missing model is not found out after hours of sampling.
+        """Refuses a missing model when the graph is queued, not after hours of sampling.
 
-        What comes over a link is None here; an input without one is left out. The host leaves the check of
-        `method` to whoever reads it here.
+        A linked input arrives as None, an unconnected one not at all. Having `method` as an argument turns
+        the host's own check of it off.
         """
         if method is not None and method not in METHODS:
             return f"method is {method!r}; choose one of {', '.join(METHODS)}"
@@ -159,7 +161,7 @@ class Wan21TemporalUpsample(io.ComfyNode):
         return io.NodeOutput(result, fps * multiplier)
 
 
-def _with_cuts(images, spans, multiplier):
+def _with_cuts(images: Tensor, spans: Sequence[Span], multiplier: int) -> Tensor:
     """The whole result with the given frames and, at cuts, the nearer of the two; the rest is not set."""
     count = (len(images) - 1) * multiplier + 1
     if images.device.type == "cpu":
@@ -177,5 +179,5 @@ def _with_cuts(images, spans, multiplier):
     return result
 
 
-def _size(images):
+def _size(images: Tensor) -> str:
     return f"{images.shape[2]}x{images.shape[1]}"

@@ -38,6 +38,7 @@ class Recorder:
     def __init__(self, denoiser):
         self.denoiser = denoiser
         self.config = denoiser.config
+        self.embed_time = denoiser.embed_time
         self.timesteps = []
         self.changes = {}  # pass -> one number a step, from the second on
         self._last = {}
@@ -61,24 +62,22 @@ class Recorder:
 
     def points(self):
         """(changes of the embedding, changes of the residual), of all passes."""
-        x = relative_changes(self.denoiser.embed_time(self.timesteps))
+        x = relative_changes(self.embed_time(self.timesteps))
         return [*x] * len(self.changes), [y for changes in self.changes.values() for y in changes]
 
 
 def record(job, local, prompt, seed):
     """Points of one run."""
     positive, negative, latent = local.conditioning(prompt)
-    recorders = []
 
     def run(denoiser, noise, start):
-        recorders.append(Recorder(denoiser))
-        samples, _ = sample(job, recorders[0], noise, start)
-        recorders.append(recorders[0].points())
-        return samples
+        recorder = Recorder(denoiser)
+        samples, _ = sample(job, recorder, noise, start)
+        return samples, recorder.points()
 
     negative = negative if "uncond" in job.pass_names else None
-    host.run_sampling(local.model, positive, negative, latent["samples"], None, seed, job.sigmas, run)
-    return recorders[1]
+    prepared = host.Prepared(positive=positive, negative=negative, sigmas=job.sigmas)
+    return host.run_sampling(local.model, prepared, latent, seed, run)[1]
 
 
 def fit(x, y):

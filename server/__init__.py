@@ -3,8 +3,8 @@
 import logging
 
 
-def mount():
-    """Serve the API below /wan21; where that is not possible, the log says why and the nodes still load."""
+def mount() -> None:
+    """Serves the API below /wan21; where that is not possible, the log says why and the nodes still load."""
     try:
         from ..host.queue import Host
         from .app import create_app

@@ -5,9 +5,13 @@ import hmac
 import ipaddress
 import math
 import time
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
+from aiohttp import web
+
 from .problems import Problem
+from .settings import Settings
 
 LOCAL = "local"  # owner of everything while no keys are configured
 
@@ -15,14 +19,14 @@ LOCAL = "local"  # owner of everything while no keys are configured
 class Gate:
     """Names the owner of a request, or refuses it.
 
-    Owners are named by a digest of their key, so that the database holds no key.
+    An owner's name is a digest of the key, so that the database holds no key.
     """
 
-    def __init__(self, settings):
+    def __init__(self, settings: Settings):
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
 
-    def owner(self, request):
-        """Return the owner of a request.
+    def owner(self, request: web.BaseRequest) -> str:
+        """The owner of a request.
 
         Raises:
             Problem: 401 without a known key; 403 for other than loopback clients when there are no keys.
@@ -33,7 +37,7 @@ class Gate:
             raise Problem(403, "No API keys are configured, so only clients on this machine are served.")
         return LOCAL
 
-    def _key_owner(self, header):
+    def _key_owner(self, header: str) -> str:
         scheme, _, key = header.partition(" ")
         given = hashlib.sha256(key.strip().encode(errors="surrogateescape")).digest()
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all, in constant time
@@ -42,12 +46,12 @@ class Gate:
         return given.hex()[:32]
 
 
-def _is_local(request):
-    """Whether a request comes from this machine, not through a proxy nor from a web page elsewhere.
+def _is_local(request: web.BaseRequest) -> bool:
+    """Whether a request comes from this machine, neither through a proxy nor from a web page elsewhere.
 
-    A name that an attacker points at 127.0.0.1 would pass by its peer alone, hence the look at `Host`; and
-    with the host's --enable-cors-header any page may send requests, hence the look at `Origin`. A proxy that
-    adds no header of its own cannot be told from a client on this machine.
+    The peer's address alone is not enough: a browser also sends it for a foreign name that resolves to
+    127.0.0.1 (so `Host` must be local), and for any page when ComfyUI runs with --enable-cors-header (so
+    `Origin` must be local). A proxy on this machine that adds no header passes as a local client.
     """
     proxied = any(name in request.headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP"))
     origin = request.headers.get("Origin")
@@ -56,14 +60,14 @@ def _is_local(request):
     return not proxied and local and _is_loopback(request.remote)
 
 
-def _host_of(origin):
+def _host_of(origin: str) -> str | None:
     try:
         return urlsplit(origin).hostname
     except ValueError:
         return None
 
 
-def _is_loopback(address):
+def _is_loopback(address: str | None) -> bool:
     try:
         parsed = ipaddress.ip_address(address or "")
     except ValueError:
@@ -72,16 +76,16 @@ def _is_loopback(address):
 
 
 class RateLimit:
-    """A bucket of tokens per owner, refilled evenly over a minute."""
+    """A token bucket per owner, refilled evenly over a minute."""
 
-    def __init__(self, per_minute, clock=time.monotonic):
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
         self._capacity = per_minute
         self._per_second = per_minute / 60
         self._clock = clock
-        self._buckets = {}  # owner -> (tokens, when)
+        self._buckets: dict[str, tuple[float, float]] = {}  # owner -> (tokens, when)
 
-    def take(self, owner):
-        """Use one token.
+    def take(self, owner: str) -> None:
+        """Takes one token.
 
         Raises:
             Problem: 429 with Retry-After in whole seconds.

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import logging
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 from filelock import FileLock, Timeout
@@ -12,18 +14,21 @@ from .files import Files
 from .installed import Installed
 from .jobs import Jobs
 from .problems import Problem
-from .routes import Routes
+from .routes import Handler, Routes
 from .sessions import Sessions
 from .settings import Settings
 from .store import Store
 from .tasks import Tasks
 from .webhooks import Webhooks
 
-CLEAN_SECONDS = 3600
+if TYPE_CHECKING:
+    from ..host.queue import Host
+
+CLEAN_SECONDS = 3600  # between removals of stale uploads
 
 
-def create_app(host):
-    """Return the aiohttp application of the API.
+def create_app(host: "Host") -> web.Application:
+    """The aiohttp application of the API.
 
     Raises:
         ValueError: a setting is wrong.
@@ -49,28 +54,30 @@ def create_app(host):
     app = web.Application(middlewares=[life.readiness, routes.guard])
     app.add_routes(routes.table())
     app.cleanup_ctx.append(life.run)
-    app.on_shutdown.append(life.end_streams)  # which the web server waits for
+    app.on_shutdown.append(life.end_streams)  # the web server waits for open responses
     return app
 
 
 class _Life:
-    """Starts and stops the parts; a failure here must not keep the host from starting."""
+    """Starts and stops the parts; a failure is logged and answered to clients, and the host starts anyway."""
 
-    def __init__(self, lock, store, files, hooks, tasks):
+    def __init__(self, lock: FileLock, store: Store, files: Files, hooks: Webhooks, tasks: Tasks):
         self._lock = lock
         self._store = store
         self._files = files
         self._hooks = hooks
         self._tasks = tasks
-        self._failure = "it has not started yet"
+        self._failure: str | None = "it has not started yet"
 
     @web.middleware
-    async def readiness(self, request, handler):
+    async def readiness(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Answers with 503 while the parts do not run."""
         if self._failure:
             return Problem(503, f"The job API does not run: {self._failure}").response()
         return await handler(request)
 
-    async def run(self, _):
+    async def run(self, _: web.Application) -> AsyncIterator[None]:
+        """Starts the parts, and stops them when the web server ends."""
         cleaning = None
         try:
             await self._store.open()
@@ -91,10 +98,11 @@ class _Life:
         self._store.close()
         self._lock.release()
 
-    async def end_streams(self, _):
+    async def end_streams(self, _: web.Application) -> None:
+        """Ends all streams of snapshots."""
         self._tasks.release()
 
-    async def _clean(self):
+    async def _clean(self) -> None:
         while True:
             try:
                 await self._files.remove_stale()

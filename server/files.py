@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import logging
 import math
 import mimetypes
@@ -9,18 +10,23 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+from aiohttp import StreamReader
 
 from ..net.fetch import fetch_bytes
 from .images import write_png
 from .problems import Problem, invalid
-from .store import FileRow
+from .settings import Settings
+from .store import FileRow, Store
 
 URI = "wan21://files/"
 IMAGE_FIELDS = ("image", "end_image")
-FETCH_SECONDS = 12  # each of two; the client waits 30 s for the answer to a run
-KEEP_USED_SECONDS = 3600
+FETCH_SECONDS = 12  # for each of two pictures; the client waits 30 s for the answer to a run
+KEEP_USED_SECONDS = 3600  # life of an upload after a run used it
 MAX_FILES_PER_REQUEST = 16
 MAX_TEXT_BYTES = 64 * 1024
 _TOKEN = re.compile(r"[\w-]{43}")
@@ -30,33 +36,34 @@ class Files:
     """Keeps files of owners apart, and all of them below the folders it was given.
 
     Args:
-        store: `Store`.
-        settings: `Settings`.
         uploads: folder for uploads, ours alone.
         inputs: the host's input folder, where the pictures of jobs go.
     """
 
-    def __init__(self, store, settings, uploads, inputs):
+    def __init__(self, store: Store, settings: Settings, uploads: Path, inputs: Path):
         self._store = store
         self._settings = settings
-        self._uploads = Path(uploads)
-        self._inputs = Path(inputs)
+        self._uploads = uploads
+        self._inputs = inputs
         self._uploads.mkdir(parents=True, exist_ok=True)
-        # Threads of their own: slow servers elsewhere hold up nothing else, and one picture at a time is
-        # decoded, because a large one takes much memory.
+        # Pools of their own: a slow server elsewhere blocks only fetches, and one picture is decoded at a
+        # time because a large one takes much memory.
         self._fetchers = ThreadPoolExecutor(max_workers=16, thread_name_prefix="wan21-fetch")
-        self._announcing = asyncio.Lock()  # between the look at the quota and the taking of it
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan21-image")
+        self._announcing = asyncio.Lock()  # check of the quota and its use are one step
 
-    async def announce(self, owner, requests, upload_url):
-        """Make rows for files that a client is going to upload.
+    async def announce(
+        self, owner: str, requests: Any, upload_url: Callable[[str], str]
+    ) -> list[dict[str, Any]]:
+        """Makes rows for files that a client is going to upload, and describes them with their URLs.
 
         Args:
             requests: [{"filename", "content_type", "size"}], as the client sends them.
-            upload_url: function from the secret part to the whole URL.
+            upload_url: from the secret part to the whole URL.
 
         Raises:
-            Problem: 422 for a malformed request, 413 for a file that is too large, 429 when all uploads are.
+            Problem: 422 for a malformed request, 413 for a file that is too large, 429 when all uploads of
+                the owner are.
         """
         if not isinstance(requests, list) or not 1 <= len(requests) <= MAX_FILES_PER_REQUEST:
             raise Problem(422, f"files must be a list of 1 to {MAX_FILES_PER_REQUEST} objects")
@@ -66,22 +73,22 @@ class Files:
             kept = await self._store.kept_uploads(owner, now)
             total, limit = sum(row.size for row in (*kept, *rows)), self._settings.max_stored_bytes
             if total > limit:
-                wait = math.ceil(min((row.expires_at for row in kept), default=now) - now)
+                wait = math.ceil(min((row.expires_at or now for row in kept), default=now) - now)
                 raise Problem(
                     429,
                     f"uploads of this key would take {total} bytes; {limit} are kept at a time",
                     headers={"Retry-After": str(max(1, wait))},
                 )
             await self._store.add(*rows)
-        return [described(row) | {"upload_url": upload_url(row.token)} for row in rows]
+        return [described(row) | {"upload_url": upload_url(row.token or "")} for row in rows]
 
-    def _row(self, owner, request):
-        size = request.get("size") if isinstance(request, dict) else None
+    def _row(self, owner: str, request: Any) -> FileRow:
+        given = request if isinstance(request, dict) else {}
+        size, name, kind = (given.get(key) for key in ("size", "filename", "content_type"))
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise Problem(422, "each file needs its size in bytes")
         if size > self._settings.max_upload_bytes:
             raise Problem(413, f"the file has {size} bytes; the most are {self._settings.max_upload_bytes}")
-        name, kind = request.get("filename"), request.get("content_type")
         file_id, now = secrets.token_hex(16), time.time()
         return FileRow(
             id=file_id,
@@ -96,18 +103,18 @@ class Files:
             expires_at=now + self._settings.upload_seconds,
         )
 
-    async def receive(self, token, content):
-        """Store the bytes of one announced upload; its URL works once.
+    async def receive(self, token: str, content: StreamReader) -> None:
+        """Stores the bytes of one announced upload; its URL works once.
 
         Args:
             token: secret part of the URL.
-            content: stream with `iter_chunked`.
+            content: body of the request.
 
         Raises:
             Problem: 404 for an unknown, used or expired URL; 413 or 400 when the size is not the announced.
         """
-        row = _TOKEN.fullmatch(token) and await self._store.claim_upload(token, time.time())
-        if not row:
+        row = await self._store.claim_upload(token, time.time()) if _TOKEN.fullmatch(token) else None
+        if row is None:
             raise Problem(404, "This upload URL is unknown, used or expired.")
         path, received = Path(row.path), 0
         part = path.with_suffix(".part")
@@ -128,8 +135,8 @@ class Files:
         row.token, row.expires_at = None, time.time() + self._settings.keep_uploads_seconds
         await self._store.save(row, "token", "expires_at")
 
-    async def find(self, owner, file_id):
-        """Return the row of one complete file of an owner.
+    async def find(self, owner: str, file_id: str) -> FileRow:
+        """The row of one complete file of an owner.
 
         Raises:
             Problem: 404.
@@ -139,11 +146,11 @@ class Files:
             raise Problem(404, "There is no such file.")
         return row
 
-    async def restore_text(self, owner, values):
-        """Undo what the client does to texts that look like base64: it uploads them and sends a URI.
+    async def restore_text(self, owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The input with its texts as they were given: the client uploads a text that looks like base64.
 
         Raises:
-            Problem: 422 when the text was the name of a real file.
+            Problem: 422 when the text was the name of a file on the client's machine, which it uploads too.
         """
         restored = dict(values)
         for name, value in values.items():
@@ -155,22 +162,25 @@ class Files:
             restored[name] = base64.b64encode(Path(row.path).read_bytes()).decode()
         return restored
 
-    async def _upload(self, owner, field, uri):
+    async def _upload(self, owner: str, field: str, uri: str) -> FileRow:
         try:
             return await self.find(owner, uri.removeprefix(URI))
         except Problem:
             raise invalid((field, "the uploaded file is unknown or expired; upload it again")) from None
 
-    async def prepare_images(self, owner, task_id, values):
-        """Bring the pictures of a job into the host's input folder.
+    async def prepare_images(
+        self, owner: str, task_id: str, values: Mapping[str, Any]
+    ) -> tuple[dict[str, str], list[FileRow]]:
+        """Brings the pictures of a job into the host's input folder.
 
         Returns:
-            ({"image": name for LoadImage, ...}, rows to add)
+            ({"image": name for LoadImage, ...}, rows to add).
 
         Raises:
-            Problem: 422 with the field of a picture that cannot be had or decoded. Nothing is left then.
+            Problem: 422 with the field of a picture that cannot be fetched or decoded. No file stays then.
         """
-        names, rows = {}, []
+        names: dict[str, str] = {}
+        rows: list[FileRow] = []
         folder = self._inputs / "wan21" / task_id
         try:
             for field in IMAGE_FIELDS:
@@ -184,9 +194,9 @@ class Files:
             raise
         return names, rows
 
-    async def _prepare(self, owner, field, value, path):
+    async def _prepare(self, owner: str, field: str, value: str, path: Path) -> None:
         loop = asyncio.get_running_loop()
-        fetched = path.with_suffix(".fetched")  # on disk: many may wait for the decoder
+        fetched = path.with_suffix(".fetched")  # on disk, because many may wait for the decoder
         try:
             if value.startswith(URI):
                 source = Path((await self._upload(owner, field, value)).path)
@@ -201,24 +211,25 @@ class Files:
         finally:
             fetched.unlink(missing_ok=True)
 
-    async def used(self, owner, values):
-        """Let the uploads of a job go soon: its pictures are copied, and clients upload anew each time."""
+    async def used(self, owner: str, values: Mapping[str, Any]) -> None:
+        """Lets the uploads of a job expire soon: its pictures are copied, and clients upload them anew."""
         for field in IMAGE_FIELDS:
             if (values[field] or "").startswith(URI):
                 row = await self._upload(owner, field, values[field])
-                if row.role != "upload":  # a picture of another task, kept as long as that
+                if row.role != "upload" or row.expires_at is None:  # a picture of another task
                     continue
                 row.expires_at = min(row.expires_at, time.time() + KEEP_USED_SECONDS)
                 await self._store.save(row, "expires_at")
 
-    async def of_task(self, task_id, role=None):
-        """Return the rows of a task's files."""
+    async def of_task(self, task_id: str, role: str | None = None) -> Sequence[FileRow]:
+        """The rows of a task's files, those of one role or all."""
         conditions = [FileRow.task_id == task_id] + ([FileRow.role == role] if role else [])
         return await self._store.select(FileRow, *conditions, order=FileRow.created_at)
 
-    async def remove(self, rows):
-        """Remove files and their rows. Returns (ids removed, ids of files that were gone already)."""
-        deleted, skipped = [], []
+    async def remove(self, rows: Iterable[FileRow]) -> tuple[list[str], list[str]]:
+        """Removes files and their rows; (ids of files removed, ids of files that were gone already)."""
+        deleted: list[str] = []
+        skipped: list[str] = []
         for row in rows:
             path = Path(row.path)
             (deleted if path.is_file() else skipped).append(row.id)
@@ -228,25 +239,25 @@ class Files:
                 _remove_if_empty(path.parent)
         return deleted, skipped
 
-    async def remove_stale(self):
-        """Remove uploads that were not finished or not used in time, and parts without a row."""
+    async def remove_stale(self) -> None:
+        """Removes uploads that were not finished or not used in time, and parts of a killed process."""
         deleted, _ = await self.remove(await self._store.stale_files(time.time()))
         if deleted:
             logging.info("Wan2.1 jobs: %d unused uploads removed", len(deleted))
         oldest = time.time() - self._settings.keep_uploads_seconds
-        for path in self._uploads.glob("*.part"):  # of a killed process
+        for path in self._uploads.glob("*.part"):
             if path.stat().st_mtime < oldest:
                 path.unlink(missing_ok=True)
 
 
-def _fetch(url, limit, path):
+def _fetch(url: str, limit: int, path: Path) -> None:
     content = fetch_bytes(url, limit, FETCH_SECONDS)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
 
 
-def file_row(owner, task_id, role, path):
-    """Return the row of a file that lies at `path`."""
+def file_row(owner: str, task_id: str, role: str, path: Path) -> FileRow:
+    """A new row for the file at `path`."""
     return FileRow(
         id=secrets.token_hex(16),
         owner=owner,
@@ -260,8 +271,8 @@ def file_row(owner, task_id, role, path):
     )
 
 
-def described(row):
-    """Return what a client is told about a file."""
+def described(row: FileRow) -> dict[str, Any]:
+    """A file as clients see it."""
     return {
         "id": row.id,
         "uri": URI + row.id,
@@ -273,8 +284,6 @@ def described(row):
     }
 
 
-def _remove_if_empty(folder):
-    try:
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # of a folder that is not empty
         folder.rmdir()
-    except OSError:
-        return  # something else is still in it

@@ -2,10 +2,26 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .fields import DECODE, FIELDS, I2V, LORA, NONE, SAMPLER, SPATIAL, TEMPORAL, available, parse_size
+from .fields import (
+    DECODE,
+    FIELDS,
+    I2V,
+    LORA,
+    NONE,
+    SAMPLER,
+    SPATIAL,
+    TEMPORAL,
+    NodeInputs,
+    available,
+    parse_size,
+)
+
+Graph = dict[str, dict[str, Any]]  # node id -> {"class_type", "inputs", "_meta": {"title"}}
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows" / "api"
 CLIP_NODES = ("CLIPVisionLoader", "CLIPVisionEncode")
@@ -26,24 +42,44 @@ class JobGraph:
     """A graph to queue.
 
     Attributes:
-        nodes: node id -> {"class_type", "inputs", "_meta"}.
+        nodes: the graph.
         roles: "sampler", "video", "last_frame", "report" -> node id.
-        fields: (node id, input name) -> field of the app, to tell the host's complaints by field.
+        fields: (node id, input name) -> field of the app that set it.
     """
 
-    nodes: dict
-    roles: dict
-    fields: dict
+    nodes: Graph
+    roles: dict[str, str]
+    fields: dict[tuple[str, str], str]
 
 
-def load_workflow(end_image):
-    """Return the graph to fill in, for a start image or for a start and an end image."""
+def load_workflow(end_image: bool) -> Graph:
+    """The graph to fill in, for a start image alone or with an end image."""
     name = "first_last_frame.json" if end_image else "i2v.json"
     return json.loads((WORKFLOWS / name).read_text(encoding="utf-8"))
 
 
-def preferred_names(workflow):
-    """Return the model files that a workflow names, by part."""
+def class_of(graph: Graph, node_id: str) -> str:
+    """The class of a node, empty for a node that the graph lacks."""
+    return graph[node_id]["class_type"] if node_id in graph else ""
+
+
+def find(graph: Graph, title_or_class: str) -> list[str]:
+    """Ids of the nodes with this title, or else of this class."""
+    titled = [i for i, node in graph.items() if node["_meta"]["title"] == title_or_class]
+    return titled or [i for i, node in graph.items() if node["class_type"] == title_or_class]
+
+
+def without(graph: Graph, *classes: str) -> Graph:
+    """A copy of a graph without the nodes of these classes and without the links from them."""
+    kept = {i: copy.deepcopy(node) for i, node in graph.items() if node["class_type"] not in classes}
+    for node in kept.values():
+        inputs = node["inputs"].items()
+        node["inputs"] = {n: v for n, v in inputs if not isinstance(v, list) or v[0] in kept}
+    return kept
+
+
+def preferred_names(workflow: Graph) -> dict[str, str]:
+    """The model files that a workflow names, by part."""
     return {
         part: node["inputs"][name]
         for part, (kind, name) in LOADERS.items()
@@ -52,35 +88,39 @@ def preferred_names(workflow):
     }
 
 
-def build_graph(workflow, values, names, images, first_last, output_prefix, node_inputs):
-    """Fill a workflow in.
+def build_graph(
+    workflow: Graph,
+    values: Mapping[str, Any],
+    names: Mapping[str, str],
+    images: Mapping[str, str],
+    first_last: bool,
+    output_prefix: str,
+    node_inputs: NodeInputs,
+) -> JobGraph:
+    """A workflow, filled in.
 
     Args:
-        workflow: of `load_workflow`.
-        values: the checked input as a dict, with the seed drawn.
-        names: file of each part; clip_vision may be None.
+        workflow: of `load_workflow`; it is not changed.
+        values: the checked input by field, with the seed drawn.
+        names: file of each part in `LOADERS`; without one for clip_vision its nodes are left out.
         images: "image", "end_image" -> name in the host's input folder.
         first_last: whether the model is a first-last-frame one.
         output_prefix: folder below the host's output folder.
         node_inputs: node class -> description of its inputs, or None.
-
-    Returns:
-        JobGraph.
     """
-    builder = _Builder(copy.deepcopy(workflow), node_inputs)
-    if names["clip_vision"] is None:
-        builder.remove(*CLIP_NODES)
-    for part, (kind, name) in LOADERS.items():
-        builder.set(kind, name, names[part], part)
+    unused = CLIP_NODES if "clip_vision" not in names else ()
+    builder = _Builder(without(workflow, *unused), node_inputs)
+    for part, file in names.items():
+        builder.set(*LOADERS[part], file, part)
     for field, title in (("image", "Start image"), ("end_image", "End image")):
         if images.get(field):
             builder.set(title, "image", images[field], field)
     builder.add_options(values)
-    builder.set_fields(values | {"shift": _shift(values, first_last)})
+    builder.set_fields({**values, "shift": _shift(values, first_last)})
     return JobGraph(builder.nodes, builder.finish(output_prefix), builder.fields)
 
 
-def _shift(values, first_last):
+def _shift(values: Mapping[str, Any], first_last: bool) -> float:
     if values["shift"] is not None:
         return values["shift"]
     if first_last and values["end_image"]:
@@ -90,34 +130,27 @@ def _shift(values, first_last):
 
 
 class _Builder:
-    def __init__(self, nodes, node_inputs):
+    """Changes a graph in place, and notes which field set which input."""
+
+    def __init__(self, nodes: Graph, node_inputs: NodeInputs):
         self.nodes = nodes
-        self.fields = {}
+        self.fields: dict[tuple[str, str], str] = {}
         self._inputs_of = node_inputs
 
-    def find(self, title_or_class):
-        """Ids of the nodes with this title, or else of this class."""
-        titled = [i for i, node in self.nodes.items() if node["_meta"]["title"] == title_or_class]
-        return titled or [i for i, node in self.nodes.items() if node["class_type"] == title_or_class]
+    def only(self, title_or_class: str) -> str:
+        """The id of the one node with this title or class."""
+        [node_id] = find(self.nodes, title_or_class)
+        return node_id
 
-    def set(self, title_or_class, name, value, field):
-        for node_id in self.find(title_or_class):
-            if not isinstance(self.nodes[node_id]["inputs"].get(name), list):  # linked ones stay
+    def set(self, title_or_class: str, name: str, value: Any, field: str) -> None:
+        """Sets an input of all nodes with this title or class; one that is linked keeps its link."""
+        for node_id in find(self.nodes, title_or_class):
+            if not isinstance(self.nodes[node_id]["inputs"].get(name), list):
                 self.nodes[node_id]["inputs"][name] = value
             self.fields[node_id, name] = field
 
-    def remove(self, *classes):
-        gone = {i for i, node in self.nodes.items() if node["class_type"] in classes}
-        self.nodes = {i: node for i, node in self.nodes.items() if i not in gone}
-        for node in self.nodes.values():
-            node["inputs"] = {
-                name: value
-                for name, value in node["inputs"].items()
-                if not (isinstance(value, list) and value[0] in gone)
-            }
-
-    def add(self, kind, title, **inputs):
-        """Add a node; inputs that are not given take their defaults. Returns its id."""
+    def add(self, kind: str, title: str, **inputs: Any) -> str:
+        """Adds a node and returns its id; inputs that are not given have their defaults."""
         defaults = {}
         for name, spec in (self._inputs_of(kind) or {}).items():
             options = spec.get("options") or [None]
@@ -127,9 +160,9 @@ class _Builder:
         self.nodes[node_id] = {"class_type": kind, "inputs": defaults | inputs, "_meta": {"title": title}}
         return node_id
 
-    def add_options(self, values):
-        """Put the nodes in that only some jobs need."""
-        [sampler], [video], [decode] = self.find(SAMPLER), self.find("CreateVideo"), self.find(DECODE)
+    def add_options(self, values: Mapping[str, Any]) -> None:
+        """Adds the nodes that only some jobs need: LoRA loader, upsamplers."""
+        sampler, video, decode = (self.only(kind) for kind in (SAMPLER, "CreateVideo", DECODE))
         if values["lora_url"]:
             model = self.nodes[sampler]["inputs"]["model"]
             self.nodes[sampler]["inputs"]["model"] = [self.add(LORA, "LoRA", model=model), 0]
@@ -148,14 +181,12 @@ class _Builder:
             frames = [larger, 0]
         self.nodes[video]["inputs"]["images"] = frames
 
-    def set_fields(self, values):
-        """Set every field that has an input of its own, and those that take more than that."""
-        for field in FIELDS:
-            if field.node and available(field, self._inputs_of) and values[field.name] is not None:
-                value = values[field.name]
-                self.set(
-                    field.node, field.input, field.choices[value] if field.choices else value, field.name
-                )
+    def set_fields(self, values: Mapping[str, Any]) -> None:
+        """Sets the fields of the table that have a node input, then those that set more than one."""
+        for row in FIELDS:
+            value = values[row.name]
+            if row.node and row.input and available(row, self._inputs_of) and value is not None:
+                self.set(row.node, row.input, row.choices[value] if row.choices else value, row.name)
         for field, title in _TITLED.items():
             if values[field]:
                 self.set(title, "text", values[field], field)
@@ -166,13 +197,12 @@ class _Builder:
             for kind in (I2V, DECODE):
                 self.set(kind, "tile_size", str(values["vae_tile_size"]), "vae_tile_size")
 
-    def finish(self, output_prefix):
-        """Name the outputs, save the last frame too, and return the roles."""
-        [video], [save], [report] = self.find("CreateVideo"), self.find("SaveVideo"), self.find("PreviewAny")
+    def finish(self, output_prefix: str) -> dict[str, str]:
+        """Names the outputs, saves the last frame too, and returns the roles."""
+        video, save, report = (self.only(kind) for kind in ("CreateVideo", "SaveVideo", "PreviewAny"))
         self.nodes[save]["inputs"]["filename_prefix"] = f"{output_prefix}/video"
         images = self.nodes[video]["inputs"]["images"]
         last = self.add("ImageFromBatch", "Last frame", image=images, batch_index=-1, length=1)
         prefix = f"{output_prefix}/last_frame"
         saved = self.add("SaveImage", "Save last frame", images=[last, 0], filename_prefix=prefix)
-        [sampler] = self.find(SAMPLER)
-        return {"sampler": sampler, "video": save, "last_frame": saved, "report": report}
+        return {"sampler": self.only(SAMPLER), "video": save, "last_frame": saved, "report": report}

@@ -1,5 +1,7 @@
 """Pictures from clients, decoded within limits and written as PNG for the graph."""
 
+from pathlib import Path
+
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
@@ -7,18 +9,18 @@ MAX_PIXELS = 64_000_000
 MAX_SIDE = 16_384
 
 
-def write_png(source, target):
-    """Write a picture, turned the way its EXIF data says, as an 8-bit RGB PNG without metadata.
+def write_png(source: Path, target: Path) -> None:
+    """Writes a picture as an 8-bit RGB PNG without metadata, turned as its EXIF data says. Blocking.
 
-    Of an animation the first frame is taken; transparency is laid over black. Blocking.
+    An animation gives its first frame; transparent pixels are blended over black.
 
     Args:
-        source: path of a file in one of `FORMATS`, or its bytes as a file object.
-        target: path to write.
+        source: a file in one of `FORMATS`.
+        target: the file to write, in a folder that is made.
 
     Raises:
-        ValueError: not such a picture, damaged, or more than `MAX_PIXELS`; told from the header, before
-            any pixel is decoded.
+        ValueError: not such a picture, damaged, or larger than `MAX_PIXELS` or `MAX_SIDE`, which the header
+            tells before any pixel is decoded.
     """
     try:
         with Image.open(source, formats=FORMATS) as image:
@@ -29,7 +31,7 @@ def write_png(source, target):
                     f"and {MAX_SIDE:,} a side"
                 )
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits, which convert() cuts off at 255
+            if upright.mode.startswith("I"):  # 16 bits; convert("RGB") would clip them at 255
                 upright = upright.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
             if upright.has_transparency_data:
                 rgba = upright.convert("RGBA")
@@ -42,7 +44,5 @@ def write_png(source, target):
         raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}") from None
     except ValueError:
         raise
-    except (
-        Exception
-    ) as error:  # Pillow passes on what it meets in damaged files: struct.error, TypeError, ...
+    except Exception as error:  # of damaged metadata Pillow raises struct.error, TypeError and others
         raise ValueError(f"the picture cannot be decoded: {error}") from error

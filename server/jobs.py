@@ -6,22 +6,62 @@ import secrets
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 from ..net.links import check_link
-from .fields import MAX_URL, NODES, build_input_model, read_input
-from .graph import LOADERS, build_graph, load_workflow, preferred_names
-from .problems import Problem, invalid
+from .fields import MAX_URL, NODES
+from .files import Files
+from .graph import LOADERS, Graph, JobGraph, build_graph, class_of, load_workflow, preferred_names
+from .input_model import build_input_model, read_input
+from .installed import Installed
+from .problems import Problem, as_part, invalid, of_node, without_name
+from .sessions import Sessions
+from .settings import Settings
 from .snapshot import PUBLIC_PREFIX
+from .states import RECEIVED
 from .store import TaskRow
+from .tasks import Tasks
+
+if TYPE_CHECKING:
+    from ..host.queue import Complaint, Host
 
 APP = "infsh/wan2-1-i2v"
 RETRY_SECONDS = 10
-REPLY_SECONDS = 25  # the client gives up after 30 and would send the job again
-SEEDS = 2**32  # drawn ones; larger ones may be given
-MAX_METADATA_BYTES = 4096
-FIXED = {"run_at": None, "setup": None, "function": "run"}  # the only value that is served
-PLACEMENT = ("infra", "workers")  # where to run: there is this machine only
+REPLY_SECONDS = 25  # the client gives up after 30 s and sends the job again
+SEEDS = 2**32  # a seed is drawn below this; a client may give a larger one
+MAX_METADATA = 4096  # characters
+FIXED = {"run_at": None, "setup": None, "function": "run"}  # any other value is refused
+PLACEMENT = ("infra", "workers")  # accepted and ignored: there is this machine only
 PARAMS = {"app", "input", "webhook", "session", "session_timeout", "metadata", *FIXED, *PLACEMENT}
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A job whose input and model files are checked.
+
+    Attributes:
+        identity: of the task and of the host's prompt.
+        given: the input as clients see it.
+        values: the checked input by field, with the seed drawn.
+        workflow: the graph to fill in.
+        names: model file of each part.
+        notes: lines for the task's log.
+    """
+
+    identity: uuid.UUID
+    given: dict[str, Any]
+    values: dict[str, Any]
+    workflow: Graph
+    names: dict[str, str]
+    notes: list[str]
+
+    @property
+    def task_id(self) -> str:
+        return f"{PUBLIC_PREFIX}{self.identity.hex}"
 
 
 class Jobs:
@@ -31,44 +71,49 @@ class Jobs:
         host, settings, files, tasks, sessions, installed: the parts of the API.
     """
 
-    def __init__(self, host, settings, files, tasks, sessions, installed):
+    def __init__(
+        self,
+        host: "Host",
+        settings: Settings,
+        files: Files,
+        tasks: Tasks,
+        sessions: Sessions,
+        installed: Installed,
+    ):
         self._host = host
         self._settings = settings
         self._files = files
         self._tasks = tasks
         self._sessions = sessions
         self._installed = installed
-        self._arriving = Counter()
-        self._model = (None, None)  # (inputs of the nodes, the pydantic model made of them)
+        self._arriving: Counter[str] = Counter()
+        self._model: tuple[Any, type[BaseModel]] | None = None  # and the node inputs it was made of
 
-    def input_model(self):
-        """Return the pydantic model of the input, as the host's nodes are now."""
+    def input_model(self) -> type[BaseModel]:
+        """The pydantic model of the input, as the host's nodes are now."""
         inputs = {node: self._host.node_inputs(node) for node in NODES}
-        if inputs != self._model[0]:
+        if self._model is None or inputs != self._model[0]:
             self._model = inputs, build_input_model(inputs.get)
         return self._model[1]
 
-    async def submit(self, owner, params, base_url):
-        """Check a run request and queue its job.
+    async def submit(self, owner: str, params: Any, base_url: str) -> TaskRow:
+        """The row of a new task, whose job is checked and queued.
 
         Args:
             params: the JSON body: "app", "input", and optionally "webhook", "session", "metadata", ...
             base_url: address of this API as the client reached it.
 
-        Returns:
-            The row of the new task.
-
         Raises:
-            Problem: 404 for another app, 422 for wrong fields, 429 when too many tasks wait. Nothing is
-                queued then.
+            Problem: 404 for another app, 422 for wrong fields, 429 when too many tasks wait, 503 when the
+                pictures take too long. Nothing is queued then.
         """
         _check_params(params)
         with self._place(owner):
             return await self._submit(owner, params, base_url)
 
     @contextlib.contextmanager
-    def _place(self, owner):
-        """Hold a place in the queue for a job that is being checked."""
+    def _place(self, owner: str) -> Iterator[None]:
+        """Holds a place in the queue for a job that is being checked."""
         if self._tasks.unfinished(owner) + self._arriving[owner] >= self._settings.max_unfinished:
             raise Problem(
                 429,
@@ -81,12 +126,26 @@ class Jobs:
         finally:
             self._arriving[owner] -= 1
 
-    async def _submit(self, owner, params, base_url):
+    async def _submit(self, owner: str, params: dict[str, Any], base_url: str) -> TaskRow:
         began = time.monotonic()
-        given = params.get("input")
+        draft = await self._draft(owner, params.get("input"))
+        images, pictures = await self._files.prepare_images(owner, draft.task_id, draft.values)
+        try:
+            _check_time(began)
+            job, outputs = await self._checked_graph(draft, images)
+            session = await self._sessions.enter(owner, params.get("session"), params.get("session_timeout"))
+            row = _task_row(owner, params, base_url, draft, job, session)
+            await self._files.used(owner, draft.values)
+            await self._tasks.add(row, pictures, outputs, draft.notes)
+        except BaseException:
+            await self._files.remove(pictures)
+            raise
+        return row
+
+    async def _draft(self, owner: str, given: Any) -> _Draft:
         if isinstance(given, dict):
             given = await self._files.restore_text(owner, given)
-        values = read_input(self.input_model(), given).model_dump()
+        values = read_input(self.input_model(), given)
         workflow = load_workflow(bool(values["end_image"]))
         names, notes = await asyncio.to_thread(
             self._installed.choose,
@@ -96,55 +155,57 @@ class Jobs:
         )
         if values["seed"] == -1:
             values["seed"] = secrets.randbelow(SEEDS)
-        identity = uuid.uuid4()
-        task_id = f"{PUBLIC_PREFIX}{identity.hex}"
-        images, rows = await self._files.prepare_images(owner, task_id, values)
-        try:
-            if time.monotonic() - began > REPLY_SECONDS:
-                raise Problem(
-                    503,
-                    "The pictures were not ready in time, too many jobs came at once; send the job again.",
-                    headers={"Retry-After": str(RETRY_SECONDS)},
-                )
-            job = build_graph(
-                workflow,
-                values,
-                names,
-                images,
-                self._installed.traits(names["model"]).first_last,
-                f"wan21/{task_id}",
-                self._host.node_inputs,
-            )
-            outputs, problems = await self._host.check(str(identity), job.nodes)
-            if problems:
-                raise invalid(*_by_field(problems, job.fields))
-            session = await self._sessions.enter(owner, params.get("session"), params.get("session_timeout"))
-            now = time.time()
-            row = TaskRow(
-                id=task_id,
-                owner=owner,
-                prompt_id=str(identity),
-                status=0,
-                app=APP,
-                base_url=base_url,
-                input=given,
-                graph=job.nodes,
-                roles=job.roles,
-                created_at=now,
-                updated_at=now,
-                session_id=session,
-                meta=params.get("metadata"),
-                webhook=params.get("webhook"),
-            )
-            await self._files.used(owner, values)
-            await self._tasks.add(row, rows, outputs, notes)
-        except BaseException:
-            await self._files.remove(rows)
-            raise
-        return row
+        return _Draft(uuid.uuid4(), given, values, workflow, names, notes)
+
+    async def _checked_graph(self, draft: _Draft, images: dict[str, str]) -> tuple[JobGraph, list[str]]:
+        """The graph of a job that the host accepts, and the outputs it will run."""
+        job = build_graph(
+            draft.workflow,
+            draft.values,
+            draft.names,
+            images,
+            self._installed.traits(draft.names["model"]).first_last,
+            f"wan21/{draft.task_id}",
+            self._host.node_inputs,
+        )
+        outputs, complaints = await self._host.check(str(draft.identity), job.nodes)
+        if complaints:
+            raise invalid(*_by_field(complaints, job))
+        return job, outputs
 
 
-def _check_params(params):
+def _task_row(
+    owner: str, params: dict[str, Any], base_url: str, draft: _Draft, job: JobGraph, session: str | None
+) -> TaskRow:
+    now = time.time()
+    return TaskRow(
+        id=draft.task_id,
+        owner=owner,
+        prompt_id=str(draft.identity),
+        status=RECEIVED,
+        app=APP,
+        base_url=base_url,
+        input=draft.given,
+        graph=job.nodes,
+        roles=job.roles,
+        created_at=now,
+        updated_at=now,
+        session_id=session,
+        meta=params.get("metadata"),
+        webhook=params.get("webhook"),
+    )
+
+
+def _check_time(began: float) -> None:
+    if time.monotonic() - began > REPLY_SECONDS:
+        raise Problem(
+            503,
+            "The pictures were not ready in time, too many jobs came at once; send the job again.",
+            headers={"Retry-After": str(RETRY_SECONDS)},
+        )
+
+
+def _check_params(params: Any) -> None:
     if not isinstance(params, dict) or not isinstance(params.get("app"), str):
         raise Problem(422, "the body must be an object with app and input")
     name = params["app"].partition(":")[0].partition("@")[0]
@@ -156,21 +217,30 @@ def _check_params(params):
         if value and key in FIXED and value != FIXED[key]:
             raise _wrong(key, "not supported; leave it out")
     metadata = params.get("metadata")
-    if metadata is not None and (not isinstance(metadata, dict) or len(str(metadata)) > MAX_METADATA_BYTES):
-        raise _wrong("metadata", f"must be an object of at most {MAX_METADATA_BYTES} characters")
+    if metadata is not None and (not isinstance(metadata, dict) or len(str(metadata)) > MAX_METADATA):
+        raise _wrong("metadata", f"must be an object of at most {MAX_METADATA} characters")
     if params.get("webhook") is not None:
-        try:
-            if len(params["webhook"]) > MAX_URL:
-                raise ValueError(f"must be a link of at most {MAX_URL} characters")
-            check_link(params["webhook"])
-        except (ValueError, TypeError, AttributeError) as error:  # the last two of what is no text
-            raise _wrong("webhook", str(error)) from error
+        _check_webhook(params["webhook"])
 
 
-def _wrong(path, message):
+def _check_webhook(url: Any) -> None:
+    if not isinstance(url, str) or len(url) > MAX_URL:
+        raise _wrong("webhook", f"must be a link of at most {MAX_URL} characters")
+    try:
+        check_link(url)
+    except ValueError as error:
+        raise _wrong("webhook", as_part(str(error))) from error
+
+
+def _wrong(path: str, message: str) -> Problem:
     return Problem(422, f"{path}: {message}", [{"path": path, "message": message}])
 
 
-def _by_field(problems, fields):
-    """Tell the host's complaints about nodes by the app's fields, each once."""
-    return dict.fromkeys((fields.get((node_id, name), ""), message) for node_id, name, message in problems)
+def _by_field(complaints: "Sequence[Complaint]", job: JobGraph) -> Iterable[tuple[str, str]]:
+    """The host's complaints as (field, message), each once; a node is named where no field stands for it."""
+    told: dict[tuple[str, str], None] = {}
+    for node_id, name, message in complaints:
+        field, node_class = job.fields.get((node_id, name), ""), class_of(job.nodes, node_id)
+        text = without_name(node_class, message) if field else of_node(node_class, message)
+        told[field, text] = None
+    return told

@@ -1,4 +1,6 @@
-"""What goes wrong, told as problem+json (RFC 9457) with the keys that every version of the client reads."""
+"""Errors for clients: problem+json (RFC 9457), with the keys that every version of the client reads."""
+
+from collections.abc import Iterable, Mapping
 
 from aiohttp import web
 
@@ -27,15 +29,21 @@ class Problem(Exception):
         headers: further response headers.
     """
 
-    def __init__(self, status, detail, errors=(), headers=None):
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        errors: Iterable[Mapping[str, str]] = (),
+        headers: Mapping[str, str] | None = None,
+    ):
         super().__init__(detail)
         self.status = status
         self.detail = detail
         self.errors = list(errors)
         self.headers = dict(headers or {})
 
-    def response(self):
-        """Return the problem as an HTTP response."""
+    def response(self) -> web.Response:
+        """The problem as an HTTP response."""
         code = _TITLES[self.status]
         body = {
             "type": f"https://inference.sh/errors/{code}",  # the client takes its error code from here
@@ -52,10 +60,27 @@ class Problem(Exception):
         )
 
 
-def invalid(*errors):
-    """Return the 422 for (field, message) pairs; an empty field is the input as a whole."""
+def invalid(*errors: tuple[str, str]) -> Problem:
+    """The 422 for (field, message) pairs; an empty field is the input as a whole."""
     listed = [
-        {"path": f"input.{field}" if field else "input", "message": message} for field, message in errors
+        {"path": f"input.{field}" if field else "input", "message": as_part(message)}
+        for field, message in errors
     ]
     detail = "; ".join(f"{error['path']}: {error['message']}" for error in listed)
     return Problem(422, detail, listed)
+
+
+def as_part(text: str) -> str:
+    """A sentence as a part of a longer one: without the full stop at its end."""
+    return text if text.endswith("..") else text.removesuffix(".")
+
+
+def of_node(node_class: str, message: str) -> str:
+    """A node's message with the node's name once in front, where our own nodes put it themselves."""
+    message = without_name(node_class, message)
+    return f"{node_class}: {message}" if node_class else message
+
+
+def without_name(node_class: str, message: str) -> str:
+    """A node's message without the node's name in front."""
+    return message.strip().removeprefix(f"{node_class}: ") if node_class else message.strip()

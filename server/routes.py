@@ -3,32 +3,46 @@
 import asyncio
 import json
 import logging
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
 from . import states
-from .files import described
-from .jobs import APP
+from .access import Gate, RateLimit
+from .files import Files, described
+from .jobs import APP, Jobs
 from .problems import Problem
-from .sessions import state_of
+from .sessions import Sessions, state_of
+from .settings import Settings
 from .snapshot import iso_time, snapshot, snapshot_line
+from .store import FileRow, SessionRow, TaskRow
+from .tasks import Tasks
+from .waiting import within
 
 PREFIX = "/wan21"
 MAX_BODY_BYTES = 2**20
-SNAPSHOT_SECONDS = 8  # the client leaves a stream without a snapshot for 30 s
+SNAPSHOT_SECONDS = 8  # the client leaves a stream that sends nothing for 30 s
 UPLOAD = "upload"
-MEDIA = ("image/", "video/", "text/plain")  # shown by a browser; anything else is a download
+MEDIA = ("image/", "video/", "text/plain")  # shown in a browser; other types are downloads
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Routes:
-    """Handlers over the parts of the API.
+    """One handler a route, over the parts of the API; docs/job-api.md says what each answers."""
 
-    Args:
-        settings, gate, limit, files, tasks, sessions, jobs: the parts.
-    """
-
-    def __init__(self, settings, gate, limit, files, tasks, sessions, jobs):
+    def __init__(
+        self,
+        settings: Settings,
+        gate: Gate,
+        limit: RateLimit,
+        files: Files,
+        tasks: Tasks,
+        sessions: Sessions,
+        jobs: Jobs,
+    ):
         self._settings = settings
         self._gate = gate
         self._limit = limit
@@ -37,8 +51,8 @@ class Routes:
         self._sessions = sessions
         self._jobs = jobs
 
-    def table(self):
-        """Return the routes, without the prefix."""
+    def table(self) -> list[web.RouteDef]:
+        """The routes, without the prefix."""
         return [
             web.get(f"/apps/{APP}", self.schema),
             web.post("/apps/run", self.run),
@@ -61,8 +75,8 @@ class Routes:
         ]
 
     @web.middleware
-    async def guard(self, request, handler):
-        """Refuse who may not call, and answer every error as a problem."""
+    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Refuses who may not call, and answers every error as a problem."""
         try:
             if request.match_info.route.name != UPLOAD:
                 self._owner(request)
@@ -75,33 +89,33 @@ class Routes:
             known = error.status if error.status in (404, 413) else 400
             return Problem(known, error.reason).response()
         except (ConnectionResetError, asyncio.CancelledError):
-            raise  # the client has gone
+            raise  # the client is gone
         except Exception:
             logging.exception("Wan2.1 jobs: %s %s failed", request.method, request.path)
             return Problem(500, "The server made an error; its log says which.").response()
 
     # --- runs and tasks --------------------------------------------------------------------------------
 
-    async def schema(self, request):
+    async def schema(self, request: web.Request) -> web.Response:
         """The JSON Schema of the input."""
         schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
         return web.json_response(schema | self._jobs.input_model().model_json_schema())
 
-    async def run(self, request):
+    async def run(self, request: web.Request) -> web.Response:
         self._limit.take(self._owner(request))
         params = await _json_body(request)
         row = await self._jobs.submit(self._owner(request), params, self._base_url(request))
         return _answer(snapshot(row))
 
-    async def task(self, request):
+    async def task(self, request: web.Request) -> web.Response:
         return _answer(snapshot(await self._task(request)))
 
-    async def status(self, request):
+    async def status(self, request: web.Request) -> web.Response:
         whole = snapshot(await self._task(request))
         return _answer({name: whole[name] for name in ("id", "status", "updated_at")})
 
-    async def stream(self, request):
-        """Snapshots as lines of JSON: the present one at once, one per change, and one now and then."""
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """Snapshots as lines of JSON: the present one at once, one per change, one every few seconds."""
         row = await self._task(request)
         response = web.StreamResponse(
             headers={
@@ -117,8 +131,8 @@ class Routes:
             await response.write(snapshot_line(row))
             while reader is not None:
                 try:
-                    line = await asyncio.wait_for(reader.get(), SNAPSHOT_SECONDS)
-                except asyncio.TimeoutError:
+                    line = await within(SNAPSHOT_SECONDS, reader.get())
+                except TimeoutError:
                     line = snapshot_line(row)
                 if line is None:
                     break
@@ -126,7 +140,7 @@ class Routes:
         await response.write_eof()
         return response
 
-    async def preview(self, request):
+    async def preview(self, request: web.Request) -> web.Response:
         preview = self._tasks.preview((await self._task(request)).id)
         if preview is None:
             raise Problem(404, "There is no preview; the task is over, or the host makes none.")
@@ -134,45 +148,45 @@ class Routes:
             body=preview["image"], content_type=preview["type"], headers={"Cache-Control": "no-store"}
         )
 
-    async def cancel(self, request):
+    async def cancel(self, request: web.Request) -> web.Response:
         row = await self._task(request)
         await self._tasks.cancel(row)
         return _answer(snapshot(row))
 
-    async def delete(self, request):
+    async def delete(self, request: web.Request) -> web.Response:
         row = await self._task(request)
         await self._tasks.delete(row)
         if request.query.get("files") == "true":
             await self._files.remove(await self._files.of_task(row.id))
         return web.Response(status=204)
 
-    def _owner(self, request):
+    def _owner(self, request: web.Request) -> str:
         return self._gate.owner(request)
 
-    async def _task(self, request):
+    async def _task(self, request: web.Request) -> TaskRow:
         return await self._tasks.get(self._owner(request), request.match_info["id"])
 
     # --- files -----------------------------------------------------------------------------------------
 
-    async def task_files(self, request):
+    async def task_files(self, request: web.Request) -> web.Response:
         rows = await self._rows_of_task(request)
         return _answer([described(row) | {"url": self._file_url(row, request)} for row in rows])
 
-    async def delete_task_files(self, request):
+    async def delete_task_files(self, request: web.Request) -> web.Response:
         row = await self._task(request)
         if row.status not in states.TERMINAL:
             raise Problem(409, "The task is not over; cancel it first.")
         deleted, skipped = await self._files.remove(await self._rows_of_task(request))
         return _answer({"deleted": deleted, "skipped": skipped})
 
-    async def _rows_of_task(self, request):
+    async def _rows_of_task(self, request: web.Request) -> Sequence[FileRow]:
         row = await self._task(request)
         role = request.query.get("role")
         if role not in (None, "input", "output"):
             raise Problem(422, "role must be input or output")
         return await self._files.of_task(row.id, role)
 
-    async def announce(self, request):
+    async def announce(self, request: web.Request) -> web.Response:
         self._limit.take(self._owner(request))
         body = await _json_body(request)
         base = self._base_url(request)
@@ -182,7 +196,7 @@ class Routes:
         )
         return _answer(files)
 
-    async def upload(self, request):
+    async def upload(self, request: web.Request) -> web.Response:
         receiving = self._files.receive(request.match_info["token"], request.content)
         try:
             await asyncio.wait_for(receiving, self._settings.upload_seconds)
@@ -190,7 +204,7 @@ class Routes:
             raise Problem(400, "The upload took too long.") from None
         return web.Response(status=204)
 
-    async def download(self, request):
+    async def download(self, request: web.Request) -> web.FileResponse:
         row = await self._files.find(self._owner(request), request.match_info["id"])
         shown = row.role != UPLOAD and row.content_type.startswith(MEDIA)
         kind = row.content_type if shown else "application/octet-stream"
@@ -201,35 +215,35 @@ class Routes:
         }
         return web.FileResponse(Path(row.path), headers=headers)
 
-    def _file_url(self, row, request):
+    def _file_url(self, row: FileRow, request: web.Request) -> str:
         return f"{self._base_url(request)}/files/{row.id}"
 
     # --- sessions --------------------------------------------------------------------------------------
 
-    async def session_list(self, request):
+    async def session_list(self, request: web.Request) -> web.Response:
         return _answer([_session(row) for row in await self._sessions.list(self._owner(request))])
 
-    async def session(self, request):
+    async def session(self, request: web.Request) -> web.Response:
         return _answer(_session(await self._sessions.get(self._owner(request), request.match_info["id"])))
 
-    async def keep_session(self, request):
+    async def keep_session(self, request: web.Request) -> web.Response:
         return _answer(
             _session(await self._sessions.keep_alive(self._owner(request), request.match_info["id"]))
         )
 
-    async def end_session(self, request):
+    async def end_session(self, request: web.Request) -> web.Response:
         await self._sessions.end(self._owner(request), request.match_info["id"])
         return web.Response(status=204)
 
-    def _base_url(self, request):
+    def _base_url(self, request: web.Request) -> str:
         return self._settings.public_url or f"{request.scheme}://{request.host}{PREFIX}"
 
 
-def _answer(data):
+def _answer(data: object) -> web.Response:
     return web.json_response({"success": True, "status": 200, "data": data})
 
 
-def _session(row):
+def _session(row: SessionRow) -> dict[str, Any]:
     return {
         "id": row.id,
         "status": state_of(row),
@@ -240,8 +254,8 @@ def _session(row):
     }
 
 
-async def _json_body(request):
-    """Read a JSON body of limited size."""
+async def _json_body(request: web.Request) -> Any:
+    """The JSON body of a request, of limited size."""
     body = b""
     async for chunk in request.content.iter_any():
         body += chunk
@@ -249,11 +263,11 @@ async def _json_body(request):
             raise Problem(413, f"the body has more than {MAX_BODY_BYTES} bytes; upload files by POST /files")
     try:
         data = json.loads(body, parse_constant=_no_number)
-        json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        json.dumps(data, ensure_ascii=False).encode()  # fails on half a surrogate pair
     except (ValueError, RecursionError):
         raise Problem(400, "the body is not JSON") from None
     return data
 
 
-def _no_number(text):
+def _no_number(text: str) -> None:
     raise ValueError(f"{text} is not JSON")

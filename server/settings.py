@@ -1,11 +1,15 @@
 """Settings of the job API, all from the environment; none is needed.
 
-What links may lead to is set in `net/links.py` and `net/fetch.py`.
+What links may do is set by three more variables, which `net/settings.py` reads at each use:
+WAN21_ALLOW_PRIVATE_URLS, WAN21_NO_DOWNLOADS and WAN21_MAX_DOWNLOAD_GB.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+MIN_KEY_LENGTH = 16  # characters
 
 
 @dataclass(frozen=True)
@@ -13,16 +17,16 @@ class Settings:
     """Limits and secrets.
 
     Attributes:
-        keys: API keys; when there are none, only loopback clients are served.
-        public_url: base of the URLs handed out, such as `https://video.example.com/wan21`; by default the
-            address that the client used.
+        keys: API keys; without any, only loopback clients are served.
+        public_url: base of the URLs handed out, such as `https://video.example.com/wan21`; None uses the
+            address of each request.
         webhook_secret: key of the HMAC-SHA256 signature on webhooks; None sends them unsigned.
-        requests_per_minute: runs and uploads started per key.
+        requests_per_minute: runs and uploads of one key that may begin.
         max_unfinished: tasks of one key that may wait or run at a time.
-        max_upload_bytes: size of one file.
-        max_stored_bytes: uploads of one key that are kept at a time.
-        upload_seconds: how long an upload URL is valid.
-        keep_uploads_seconds: after which an uploaded file is removed.
+        max_upload_bytes: largest file.
+        max_stored_bytes: all uploads of one key at a time.
+        upload_seconds: life of an upload URL.
+        keep_uploads_seconds: life of an uploaded file.
         webhook_delays: seconds before each further attempt to deliver a webhook.
     """
 
@@ -38,8 +42,8 @@ class Settings:
     webhook_delays: tuple[float, ...] = (1, 5, 30, 120, 600, 1800, 7200)
 
     @classmethod
-    def from_environment(cls, environ=os.environ):
-        """Read the `WAN21_*` variables.
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
+        """The settings in the `WAN21_*` variables.
 
         Raises:
             ValueError: a number is not one, a key is too short, or the keys file cannot be read.
@@ -56,11 +60,8 @@ class Settings:
         )
 
 
-MIN_KEY_LENGTH = 16
-
-
-def _keys(environ):
-    """Keys of WAN21_API_KEYS (separated by commas) and of the file WAN21_API_KEYS_FILE (one a line)."""
+def _keys(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The keys in WAN21_API_KEYS (separated by commas) and in the file WAN21_API_KEYS_FILE (one a line)."""
     text = environ.get("WAN21_API_KEYS", "").replace(",", "\n")
     path = environ.get("WAN21_API_KEYS_FILE")
     if path:
@@ -77,7 +78,7 @@ def _keys(environ):
     return keys
 
 
-def _number(environ, name, default):
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
     text = environ.get(name)
     if not text:
         return default

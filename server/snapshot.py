@@ -2,12 +2,15 @@
 
 import json
 from datetime import datetime, timezone
+from typing import Any
+
+from .store import TaskRow
 
 PUBLIC_PREFIX = "task_"
 
 
-def snapshot(row):
-    """Return the whole task as clients see it."""
+def snapshot(row: TaskRow) -> dict[str, Any]:
+    """The whole task as clients see it."""
     return {
         "id": row.id,
         "short_id": row.id.removeprefix(PUBLIC_PREFIX)[:8],
@@ -32,12 +35,12 @@ def snapshot(row):
     }
 
 
-def snapshot_line(row):
-    """Return the task as one line of JSON, in bytes."""
+def snapshot_line(row: TaskRow) -> bytes:
+    """The task as one line of JSON."""
     return json.dumps(snapshot(row)).encode() + b"\n"
 
 
-def iso_time(seconds):
-    """Return seconds since 1970 as a UTC time in ISO 8601."""
+def iso_time(seconds: float) -> str:
+    """Seconds since 1970 as a UTC time in ISO 8601."""
     text = datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
     return text.replace("+00:00", "Z")

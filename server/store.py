@@ -5,12 +5,16 @@ attached to a database session.
 """
 
 import asyncio
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
 
-from sqlalchemy import JSON, create_engine, delete, event, select, update
+from sqlalchemy import JSON, ColumnElement, Insert, create_engine, delete, event, select, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
 
-RECEIVE_SECONDS = 3600  # for the transfer of one upload
+RECEIVE_SECONDS = 3600  # limit of the transfer of one upload
+T = TypeVar("T")
 
 
 class Base(MappedAsDataclass, DeclarativeBase):
@@ -90,77 +94,83 @@ class SessionRow(Base):
     ended: Mapped[bool] = mapped_column(default=False)
 
 
+Row = TaskRow | FileRow | SessionRow
+R = TypeVar("R", TaskRow, FileRow, SessionRow)
+
+
 class Store:
     """Asynchronous access to the database file at `path`, which is created.
 
-    Every method returns when the change is committed, and so outlives a killed process.
+    A method returns when its change is committed: a killed process does not lose it.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         self._engine = create_engine(f"sqlite:///{path}", connect_args={"check_same_thread": False})
         event.listen(self._engine, "connect", _on_connect)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan21-store")
 
-    async def _run(self, work):
-        def in_session():
+    async def _run(self, work: Callable[[Session], T]) -> T:
+        def in_session() -> T:
             with Session(self._engine, expire_on_commit=False) as session, session.begin():
                 return work(session)
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, in_session)
 
-    async def open(self):
-        """Create missing tables."""
+    async def open(self) -> None:
+        """Creates missing tables."""
         await asyncio.get_running_loop().run_in_executor(
             self._thread, lambda: Base.metadata.create_all(self._engine)
         )
 
-    def close(self):
-        """Finish what was asked for and close the file."""
+    def close(self) -> None:
+        """Finishes what was asked for and closes the file."""
         self._thread.shutdown()
         self._engine.dispose()
 
-    async def add(self, *rows):
-        """Insert copies of rows."""
+    async def add(self, *rows: Row) -> None:
+        """Inserts copies of rows."""
         inserts = [_insert(row) for row in rows]
 
-        def work(session):
+        def work(session: Session) -> None:
             for one in inserts:
                 session.execute(one)
 
         await self._run(work)
 
-    async def save(self, row, *names):
-        """Write the named columns of a row, as they are now; all without names."""
-        await self.write(row, {k: v for k, v in _values(row).items() if not names or k in names})
+    async def save(self, row: Row, *names: str) -> None:
+        """Writes the named columns of a row, as they are now."""
+        await self.write(row, {name: getattr(row, name) for name in names})
 
-    async def write(self, row, values, *new_rows):
-        """Write new values of columns, and copies of new rows with them; the row in memory stays as it is."""
+    async def write(self, row: Row, values: dict[str, Any], *new_rows: Row) -> None:
+        """Writes new values of columns, with copies of new rows; the row in memory stays as it is."""
         statement = update(type(row)).where(type(row).id == row.id).values(**values)
         inserts = [_insert(new) for new in new_rows]
 
-        def work(session):
+        def work(session: Session) -> None:
             for one in (*inserts, statement):
                 session.execute(one)
 
         await self._run(work)
 
-    async def get(self, kind, row_id):
-        """Return one row by its id, or None."""
+    async def get(self, kind: type[R], row_id: str) -> R | None:
+        """One row by its id."""
         return await self._run(lambda session: session.get(kind, row_id))
 
-    async def select(self, kind, *conditions, order=None, limit=None):
-        """Return the rows of a kind that fulfil all conditions."""
+    async def select(
+        self, kind: type[R], *conditions: ColumnElement[bool], order: Any = None, limit: int | None = None
+    ) -> Sequence[R]:
+        """The rows of a kind that fulfil all conditions."""
         statement = select(kind).where(*conditions).order_by(order).limit(limit)
         return await self._run(lambda session: list(session.scalars(statement)))
 
-    async def delete(self, row):
-        """Remove one row."""
+    async def delete(self, row: Row) -> None:
+        """Removes one row."""
         await self._run(lambda session: session.execute(delete(type(row)).where(type(row).id == row.id)))
 
-    async def claim_upload(self, token, now):
-        """Take the upload that belongs to a secret, so that nobody else can; None if there is none."""
+    async def claim_upload(self, token: str, now: float) -> FileRow | None:
+        """The announced upload with this token, which is used up then; None without one."""
 
-        def work(session):
+        def work(session: Session) -> FileRow | None:
             row = session.scalar(select(FileRow).where(FileRow.token == token, FileRow.expires_at > now))
             if row is not None:
                 row.token, row.expires_at = None, now + RECEIVE_SECONDS
@@ -168,14 +178,16 @@ class Store:
 
         return await self._run(work)
 
-    async def kept_uploads(self, owner, now):
-        """Return one owner's uploads, announced and received, that are not over."""
+    async def kept_uploads(self, owner: str, now: float) -> Sequence[FileRow]:
+        """One owner's uploads, announced or received, that have not expired."""
         return await self.select(
             FileRow, FileRow.owner == owner, FileRow.role == "upload", FileRow.expires_at > now
         )
 
-    async def due_webhooks(self, now, sending=(), waiting=()):
-        """Return tasks whose webhook is to be sent by now, the longest due first.
+    async def due_webhooks(
+        self, now: float, sending: Collection[str] = (), waiting: Collection[str] = ()
+    ) -> Sequence[TaskRow]:
+        """Tasks whose webhook is due, the longest due first; 20 at most.
 
         Args:
             sending: ids of tasks that are left out.
@@ -191,20 +203,17 @@ class Store:
             limit=20,
         )
 
-    async def stale_files(self, now):
-        """Return uploads that were never finished or never used in time."""
+    async def stale_files(self, now: float) -> Sequence[FileRow]:
+        """Uploads that were not finished or not used in time."""
         return await self.select(FileRow, FileRow.role == "upload", FileRow.expires_at <= now)
 
 
-def _insert(row):
-    return type(row).__table__.insert().values(**_values(row))
+def _insert(row: Row) -> Insert:
+    table = Base.metadata.tables[row.__tablename__]
+    return table.insert().values({column.key: getattr(row, column.key) for column in table.columns})
 
 
-def _values(row):
-    return {column.key: getattr(row, column.key) for column in row.__table__.columns}
-
-
-def _on_connect(connection, _):
-    """Readers beside the writer, and every commit on disk before it is acknowledged."""
+def _on_connect(connection: Any, _: object) -> None:
+    """Makes readers not wait for the writer, and a commit return after its bytes are on disk."""
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")

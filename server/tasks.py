@@ -5,48 +5,77 @@ import contextlib
 import logging
 import time
 import uuid
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import states
 from .files import file_row
-from .problems import Problem
-from .progress import MAX_LOGS, JobProgress, later
+from .graph import class_of
+from .problems import Problem, as_part, of_node
+from .progress import MAX_LOGS, JobProgress, News, later
 from .snapshot import iso_time, snapshot_line
-from .store import TaskRow
+from .store import FileRow, Store, TaskRow
 
-CHECK_SECONDS = 2  # how often the host's queue is compared with our tasks
-SAVE_SECONDS = 5  # how often the progress of a running task is written
-QUEUE_LENGTH = 64  # snapshots that a slow reader may lag behind
+if TYPE_CHECKING:
+    from ..host.queue import Host
+
+CHECK_SECONDS = 2  # between comparisons of the host's queue with our tasks
+SAVE_SECONDS = 5  # between writes of a running task's progress
+QUEUE_LENGTH = 64  # snapshots; a reader that lags behind by more loses the oldest
 MAX_ERROR = 4000  # characters; a snapshot line must stay far below 128 KiB
 LOST = "the server stopped while the task ran"
+
+Reader = asyncio.Queue[bytes | None]  # snapshot lines, then None
+
+
+class Change(NamedTuple):
+    """What a message changed of a task as clients see it: anything at all, its state."""
+
+    anything: bool
+    status: bool
 
 
 class LiveTask:
     """A task that is not over, and its readers."""
 
-    def __init__(self, row):
+    def __init__(self, row: TaskRow):
         self.row = row
         self.progress = JobProgress(row.graph, row.roles)
-        self.preview = None  # {"image": bytes, "type": media type}
-        self.readers = set()
+        self.preview: dict[str, Any] | None = None  # {"image": bytes, "type": media type}
+        self.readers: set[Reader] = set()
         self.saved_at = time.monotonic()
         self.ending = False
 
-    def publish(self):
-        """Give the present snapshot to every reader."""
+    def take(self, news: News) -> Change:
+        """Writes news of the job into the row."""
+        row = self.row
+        status, progress = later(row.status, news.state), self.progress.percent
+        changed = Change(
+            anything=news.line is not None or (status, progress) != (row.status, row.progress),
+            status=status != row.status,
+        )
+        row.status, row.progress = status, progress
+        if news.line is not None:
+            link = f", preview {row.base_url}/tasks/{row.id}/preview" if self.preview else ""
+            self.log(news.line + link)
+        return changed
+
+    def publish(self) -> None:
+        """Gives the present snapshot to every reader."""
         self._put(snapshot_line(self.row))
 
-    def release(self):
-        """Tell every reader that nothing follows."""
+    def release(self) -> None:
+        """Tells every reader that nothing follows."""
         self._put(None)
 
-    def _put(self, line):
+    def _put(self, line: bytes | None) -> None:
         for reader in self.readers:
             if reader.full():
-                reader.get_nowait()  # one that lags loses its oldest
+                reader.get_nowait()
             reader.put_nowait(line)
 
-    def log(self, text):
-        """Add a line to the task's log."""
+    def log(self, text: str) -> None:
+        """Adds a line to the task's log."""
         now = iso_time(time.time())
         entry = {"id": uuid.uuid4().hex[:8], "task_id": self.row.id, "log_type": 1, "content": text}
         logs = [*self.row.logs, entry | {"created_at": now, "updated_at": now}]
@@ -57,21 +86,19 @@ class Tasks:
     """All tasks of this server.
 
     Args:
-        store: `Store`.
-        host: `Host`.
-        on_end: called with each task row that has ended and wants a webhook.
+        on_end: called when a task that wants a webhook has ended.
     """
 
-    def __init__(self, store, host, on_end):
+    def __init__(self, store: Store, host: "Host", on_end: Callable[[], None]):
         self._store = store
         self._host = host
         self._on_end = on_end
-        self._live = {}  # task id -> LiveTask
-        self._by_prompt = {}  # prompt id -> LiveTask
-        self._background = set()
+        self._live: dict[str, LiveTask] = {}  # by task id
+        self._by_prompt: dict[str, LiveTask] = {}  # by the host's prompt id
+        self._background: set[asyncio.Task[None]] = set()
 
-    async def start(self):
-        """Take up the tasks of an earlier run: waiting ones are queued again, running ones have failed."""
+    async def start(self) -> None:
+        """Takes up the tasks of an earlier run: waiting ones are queued again, running ones have failed."""
         unfinished = TaskRow.status.not_in(states.TERMINAL)
         for row in await self._store.select(TaskRow, unfinished, order=TaskRow.created_at):
             live = self._enter(row)
@@ -84,19 +111,28 @@ class Tasks:
         self._host.observe(self._on_message)
         self._spawn(self._watch())
 
-    async def stop(self):
-        """End background work."""
+    async def stop(self) -> None:
+        """Ends background work."""
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
 
-    def release(self):
-        """Let all readers go."""
+    def release(self) -> None:
+        """Tells all readers that nothing follows."""
         for live in self._live.values():
             live.release()
 
-    async def add(self, row, files, outputs, notes):
-        """Store a checked job and queue it. When this returns, the task is not lost any more."""
+    async def add(
+        self, row: TaskRow, files: Sequence[FileRow], outputs: list[str], notes: Sequence[str]
+    ) -> None:
+        """Stores a checked job, durably, and queues it.
+
+        Args:
+            row: the new task.
+            files: rows of its pictures.
+            outputs: ids of the nodes to run, of the host's check.
+            notes: first lines of its log.
+        """
         live = LiveTask(row)
         for note in notes:
             live.log(note)
@@ -106,8 +142,8 @@ class Tasks:
         self._enter(row, live)
         self._host.put(row.prompt_id, row.graph, outputs, row.created_at)
 
-    async def get(self, owner, task_id):
-        """Return the row of one task of an owner.
+    async def get(self, owner: str, task_id: str) -> TaskRow:
+        """The row of one task of an owner.
 
         Raises:
             Problem: 404.
@@ -118,17 +154,17 @@ class Tasks:
             raise Problem(404, "There is no such task.")
         return row
 
-    def unfinished(self, owner):
-        """Return how many tasks of an owner wait or run."""
+    def unfinished(self, owner: str) -> int:
+        """The number of tasks of an owner that wait or run."""
         return sum(live.row.owner == owner for live in self._live.values())
 
-    def preview(self, task_id):
-        """Return the newest preview of a task that is not over, None without one."""
+    def preview(self, task_id: str) -> dict[str, Any] | None:
+        """The newest preview of a task that is not over, as {"image": bytes, "type": media type}."""
         live = self._live.get(task_id)
-        return live and live.preview
+        return live.preview if live else None
 
-    async def cancel(self, row):
-        """Cancel a task; of one that is over, nothing changes."""
+    async def cancel(self, row: TaskRow) -> None:
+        """Cancels a task; one that is over stays as it is."""
         live = self._live.get(row.id)
         if live is None or live.ending:
             return
@@ -137,8 +173,8 @@ class Tasks:
         row.status = states.CANCELLING
         await self._changed(live, save=True)
 
-    async def delete(self, row):
-        """Forget a task that is over.
+    async def delete(self, row: TaskRow) -> None:
+        """Forgets a task that is over.
 
         Raises:
             Problem: 409 while it waits or runs.
@@ -149,13 +185,13 @@ class Tasks:
         await self._store.delete(row)
 
     @contextlib.contextmanager
-    def follow(self, task_id):
-        """Yield a queue of snapshot lines of a live task, ended by None; no queue when it is over."""
+    def follow(self, task_id: str) -> Iterator[Reader | None]:
+        """A context with the snapshot lines of a task as they come, or None when it is over."""
         live = self._live.get(task_id)
         if live is None:
             yield None
             return
-        reader = asyncio.Queue(QUEUE_LENGTH)
+        reader = Reader(QUEUE_LENGTH)
         live.readers.add(reader)
         try:
             yield reader
@@ -164,40 +200,32 @@ class Tasks:
 
     # --- from the host ---------------------------------------------------------------------------------
 
-    def _on_message(self, kind, data):
-        live = self._by_prompt.get(data.get("prompt_id"))
+    def _on_message(self, kind: str, data: dict[str, Any]) -> None:
+        live = self._by_prompt.get(data.get("prompt_id", ""))
         if live is None or live.ending:
             return
-        row = live.row
         if kind == "preview":
             live.preview = data
-            return
-        if kind == "executing" and data["node"] is None:
+        elif kind == "executing" and data["node"] is None:
             self._spawn(self._conclude(live))
-            return
-        if kind == "execution_start" and row.status == states.CANCELLING:
-            self._host.cancel(row.prompt_id)  # the host forgets an interrupt that came just before
-        state, line = live.progress.handle(kind, data)
-        before = (row.status, row.progress, len(row.logs))
-        row.status = later(row.status, state)
-        row.progress = live.progress.percent
-        if line is not None:
-            link = f", preview {row.base_url}/tasks/{row.id}/preview" if live.preview else ""
-            live.log(line + link)
-        if line is not None or before[:2] != (row.status, row.progress):
-            self._spawn(self._changed(live, save=before[0] != row.status))
+        else:
+            if kind == "execution_start" and live.row.status == states.CANCELLING:
+                self._host.cancel(live.row.prompt_id)  # an interrupt that came just before is forgotten
+            change = live.take(live.progress.handle(kind, data))
+            if change.anything:
+                self._spawn(self._changed(live, save=change.status))
 
-    async def _changed(self, live, save):
+    async def _changed(self, live: LiveTask, save: bool) -> None:
         if live.ending:
-            return  # its last snapshot follows
+            return  # `_end` publishes the last snapshot
         live.row.updated_at = time.time()
         live.publish()
         if save or time.monotonic() - live.saved_at > SAVE_SECONDS:
             live.saved_at = time.monotonic()
             await self._store.save(live.row, "status", "progress", "logs", "updated_at")
 
-    async def _watch(self):
-        """Find tasks whose end was not told, such as those removed from the queue in the editor."""
+    async def _watch(self) -> None:
+        """Finds tasks that ended without a message, such as those removed from the queue in the editor."""
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             known = self._host.known()
@@ -210,8 +238,8 @@ class Tasks:
                 except Exception:
                     logging.exception("Wan2.1 jobs: the end of %s could not be noted", live.row.id)
 
-    async def _conclude(self, live):
-        """End a task as the host's history says."""
+    async def _conclude(self, live: LiveTask) -> None:
+        """Ends a task as the host's history says."""
         if live.ending:
             return
         record = self._host.history(live.row.prompt_id)
@@ -222,12 +250,12 @@ class Tasks:
             await self._end(live, states.CANCELLED)
         elif "execution_error" in messages:
             error = messages["execution_error"]
-            text = f"{error['node_type']}: {error['exception_message'].strip()}"
-            await self._end(live, states.FAILED, text)
+            message = error["exception_message"].strip() or error.get("exception_type", "")
+            await self._end(live, states.FAILED, of_node(error["node_type"], message))
         else:
             await self._complete(live, record["outputs"])
 
-    async def _complete(self, live, outputs):
+    async def _complete(self, live: LiveTask, outputs: dict[str, Any]) -> None:
         row = live.row
         try:
             files, output = self._collect(row, outputs)
@@ -236,7 +264,8 @@ class Tasks:
             return await self._end(live, states.FAILED, f"the outputs could not be read: {error!r}")
         await self._end(live, states.COMPLETED, files=files, output=output, progress=100.0)
 
-    def _collect(self, row, outputs):
+    def _collect(self, row: TaskRow, outputs: dict[str, Any]) -> tuple[list[FileRow], dict[str, Any]]:
+        """The files that a job wrote, and its output as clients see it."""
         folder = self._host.output_directory
         paths = {}
         for role in ("video", "last_frame"):
@@ -250,7 +279,14 @@ class Tasks:
         urls = {role: f"{base}/{file.id}/{file.filename}" for role, file in files.items()}
         return list(files.values()), urls | {"seed": row.graph[row.roles["sampler"]]["inputs"]["seed"]}
 
-    async def _end(self, live, status, error="", files=(), **changes):
+    async def _end(
+        self,
+        live: LiveTask,
+        status: int,
+        error: str = "",
+        files: Sequence[FileRow] = (),
+        **changes: Any,
+    ) -> None:
         live.ending = True
         row, now = live.row, time.time()
         live.log({states.COMPLETED: "completed", states.CANCELLED: "cancelled"}.get(status, "failed"))
@@ -258,9 +294,9 @@ class Tasks:
         if row.webhook:
             changes |= {"hook_state": "pending", "hook_next": now}
         try:
-            await self._store.write(row, changes, *files)  # before anybody hears of it
+            await self._store.write(row, changes, *files)  # first: what clients are told outlives a kill
         except BaseException:
-            live.ending = False  # tried again by `_watch`
+            live.ending = False  # `_watch` tries again
             raise
         for name, value in changes.items():
             setattr(row, name, value)
@@ -273,28 +309,30 @@ class Tasks:
 
     # --- help ------------------------------------------------------------------------------------------
 
-    async def _queue_again(self, live):
+    async def _queue_again(self, live: LiveTask) -> None:
         row = live.row
-        outputs, problems = await self._host.check(row.prompt_id, row.graph)
-        if problems:
-            text = "; ".join(message for _, _, message in problems)
+        outputs, complaints = await self._host.check(row.prompt_id, row.graph)
+        if complaints:
+            told = [as_part(of_node(class_of(row.graph, node), text)) for node, _, text in complaints]
+            text = "; ".join(dict.fromkeys(told))
             await self._end(live, states.FAILED, f"after a restart the host refused it: {text}")
             return
         live.log("queued again after a restart of the server")
         self._host.put(row.prompt_id, row.graph, outputs, row.created_at)
 
-    def _enter(self, row, live=None):
+    def _enter(self, row: TaskRow, live: LiveTask | None = None) -> LiveTask:
         live = live or LiveTask(row)
         self._live[row.id] = self._by_prompt[row.prompt_id] = live
         return live
 
-    def _spawn(self, work):
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         task.add_done_callback(_log_failure)
 
 
-def _log_failure(task):
-    if not task.cancelled() and task.exception() is not None:
-        logging.error("Wan2.1 jobs: background work failed", exc_info=task.exception())
+def _log_failure(task: asyncio.Task[None]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        logging.error("Wan2.1 jobs: background work failed", exc_info=error)

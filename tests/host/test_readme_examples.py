@@ -1,18 +1,23 @@
-"""The Python examples of the README run as they stand, on another port and with a smaller video."""
+"""The Python examples of README and docs/job-api.md run as they are, on another port, for a smaller video."""
 
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import requests
+from lib.host_server import free_port
 from lib.pack import ROOT, comfyui_path
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "docs" / "job-api.md"]
+EXAMPLES = [
+    code
+    for page in PAGES
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+]
 SMALLER = {'"832*480"': '"64*64"', '"num_frames": 81': '"num_frames": 5, "num_inference_steps": 2'}
 TIMEOUT_S = 600
 
@@ -49,9 +54,7 @@ def test_client(server, folder, title):
 def test_webhook_receiver(folder):
     from wan21.server.webhooks import signature
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     code = example("BaseHTTPRequestHandler", {"9000": str(port)})
     environment = os.environ | {"WAN21_WEBHOOK_SECRET": "a secret"}
     receiver = subprocess.Popen(

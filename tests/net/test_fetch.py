@@ -8,6 +8,7 @@ import time
 import pytest
 from wan21.net import fetch as f
 from wan21.net import links
+from wan21.wan.refusal import Refusal
 
 BODY = bytes(range(256)) * 1200  # 300 KB
 
@@ -159,6 +160,22 @@ def test_links_that_are_refused_before_anything_is_sent(url, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         fetch(url, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("url, message", REFUSED_LINKS)
+def test_a_refusal_is_two_sentences(url, message):
+    with pytest.raises(Refusal, match=message) as raised:
+        links.check_link(url)
+    assert str(raised.value) == f"{raised.value.problem}. {raised.value.fix}."
+    assert not any(text.endswith(".") for text in (raised.value.problem, raised.value.fix))
+
+
+@pytest.mark.parametrize("limit", ["lots", "nan", "inf", "2,5"])
+def test_a_limit_that_is_no_number_is_refused_before_anything_is_sent(limit, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("WAN21_MAX_DOWNLOAD_GB", limit)
+    with pytest.raises(Refusal, match=f"WAN21_MAX_DOWNLOAD_GB is '{limit}'; it must be a number"):
+        fetch(f"{server.url}/x.safetensors", tmp_path)
+    assert not server.asked
 
 
 def test_a_name_in_other_letters_is_sent_as_the_network_knows_it():

@@ -1,15 +1,3 @@
-"""Nodes run in inference mode on the host."""
+"""The host in this process, in inference mode as it runs nodes."""
 
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # for helpers_nodes
-
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.inference_mode():
-        yield
+from helpers_host import in_inference_mode  # noqa: F401

@@ -364,9 +364,7 @@ def test_a_lora_at_use_is_in_the_estimate(t2v_job, names):
     model, _, _, latent = t2v_job
     plans = (MemoryPlan(),)
     needs = [
-        host.plan_memory(
-            load(model, names[0], 1.0, schedule)[0], latent["samples"].shape, plans, 2, "sdpa", False
-        )[1]
+        host.plan_memory(load(model, names[0], 1.0, schedule)[0], latent["samples"].shape, plans, 2)[1]
         for schedule in ("1, 1", "1, 0.5")
     ]
     config = host.config_of(model)

@@ -1,13 +1,11 @@
 """The API over a host that tests move on by hand, and a start image."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from lib import pack
 from lib.random_checkpoints import make_checkpoints
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))  # for helpers_server
+pack.load_host()
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,19 @@ def test_complaints_of_the_host_are_told_by_field(api, job):
     assert errors == {"input.num_inference_steps": "Value too large", "input": "something else"}
 
 
+def test_a_complaint_names_its_field_or_else_its_node_once(api, job):
+    workflow = load_workflow(False)
+    video = next(i for i, node in workflow.items() if node["class_type"] == "Wan21ImageToVideo")
+    told = "num_frames is 80. Use 81."
+    for name, path, message in (
+        ("num_frames", "input.num_frames", told),
+        ("vae", "input", f"Wan21ImageToVideo: {told}"),
+    ):
+        for said in (told, f"Wan21ImageToVideo: {told}"):
+            api.host.refuses = [(video, name, said)]
+            assert refused(api, job()) == {path: message.removesuffix(".")}, said
+
+
 def test_the_graph_is_what_was_asked_for(api, job):
     nodes, task = graph_of(
         api,

@@ -104,6 +104,52 @@ def test_a_failed_node_is_named(api, job):
         list(api.client.stream_task(task["id"]))
 
 
+@pytest.mark.parametrize(
+    "node, message, told",
+    [
+        (
+            "Wan21Sampler",
+            "Wan21Sampler: steps is 0. Set 1 or more.\n",
+            "Wan21Sampler: steps is 0. Set 1 or more.",
+        ),
+        ("Wan21Sampler", "no memory\n", "Wan21Sampler: no memory"),
+        ("Wan21Sampler", "Wan21Samplers: of another name", "Wan21Sampler: Wan21Samplers: of another name"),
+        ("KSampler", "size mismatch", "KSampler: size mismatch"),
+        ("KSampler", "\n", "KSampler: AssertionError"),
+    ],
+)
+def test_the_name_of_a_failed_node_stands_once_in_front(api, job, node, message, told):
+    task = api.client.run(job(), wait=False)
+    [prompt_id] = api.host.queue
+    error = {"node_type": node, "exception_message": message, "exception_type": "AssertionError"}
+    api.do(api.host.start, prompt_id)
+    api.do(api.host.finish, prompt_id, [("execution_error", error)])
+    ended = wait_until(
+        lambda: (t := api.client.get_task(task["id"]).data)["status"] == TaskStatus.FAILED and t
+    )
+    assert ended["error"] == told
+    assert not any(node in entry["content"] for entry in ended["logs"])
+
+
+def test_a_job_that_is_refused_after_a_restart_names_its_node_once(host, job):
+    with serve(host) as api:
+        task = api.client.run(job(), wait=False)["id"]
+    [prompt_id] = host.queue
+    sampler, decode = host.node(prompt_id, "Wan21Sampler"), host.node(prompt_id, "Wan21VAEDecode")
+    host.refuses = [
+        (sampler, "steps", "Value too large"),
+        (decode, "tile_size", "Wan21VAEDecode: tile_size is 5. Use 128."),
+        (decode, "vae", "Wan21VAEDecode: tile_size is 5. Use 128."),
+        ("", "", "Node 'x' not found"),
+    ]
+    host.queue.clear()
+    with serve(host) as api:
+        assert api.client.get_task(task).data["error"] == (
+            "after a restart the host refused it: Wan21Sampler: Value too large; "
+            "Wan21VAEDecode: tile_size is 5. Use 128; Node 'x' not found"
+        )
+
+
 def test_delete_with_and_without_files(api, job):
     tasks = [api.client.run(job(), wait=False)["id"] for _ in range(2)]
     assert requests.delete(f"{api.url}/tasks/{tasks[0]}").status_code == 409

@@ -1,5 +1,6 @@
 """Webhooks: sent once taken, retried, signed, and after a restart too."""
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -140,3 +141,33 @@ def test_a_silent_receiver_holds_up_its_own_key_alone(host, job, receive, monkey
             first.cancel(first.run(job({"webhook": url}), wait=False)["id"])
         second.cancel(second.run(job({"webhook": receiver.url}), wait=False)["id"])
         wait_until(lambda: receiver.events, webhooks.TIMEOUT_S / 2)
+
+
+class Nothing:
+    """A store in which no webhook is due."""
+
+    async def due_webhooks(self, *_):
+        return []
+
+
+@pytest.mark.parametrize("passes", range(4))
+def test_stop_returns_when_a_task_has_just_ended(passes):
+    """Before Python 3.12, `asyncio.wait_for` loses a cancel that comes in the same pass as its result."""
+
+    async def stop_after_wake():
+        for _ in range(50):
+            hooks = webhooks.Webhooks(Nothing(), Settings())
+            await hooks.start()
+            await asyncio.sleep(0.001)  # until it waits
+            hooks.wake()
+            for _ in range(passes):
+                await asyncio.sleep(0)
+            stopping = asyncio.ensure_future(hooks.stop())
+            done, _ = await asyncio.wait([stopping], timeout=5)
+            assert done, "stop() hangs"
+
+    loop = asyncio.new_event_loop()  # not `asyncio.run`, which would wait for what hangs
+    try:
+        loop.run_until_complete(stop_after_wake())
+    finally:
+        loop.close()

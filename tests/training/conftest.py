@@ -1,10 +1,3 @@
-"""As on the host: inference mode."""
+"""The host in this process, in inference mode as it runs nodes."""
 
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.inference_mode():
-        yield
+from helpers_host import in_inference_mode  # noqa: F401

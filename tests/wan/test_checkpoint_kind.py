@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from comfy.ldm.wan.vae2_2 import WanVAE as NativeVAE22
-from comfy.taesd.taehv import TAEHV
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLHunyuanVideo,
@@ -12,6 +10,7 @@ from diffusers import (
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
+from helpers_checkpoint import UMT5_SIZE, meta_state_dict, umt5_state_dict, with_prefix
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -21,32 +20,14 @@ from transformers import (
     LlamaModel,
     T5Config,
     T5EncoderModel,
-    UMT5Config,
-    UMT5EncoderModel,
 )
 from wan21.wan import files as ck
 
 DIT = {"ffn_dim": 30, "freq_dim": 16, "text_dim": 20, "num_layers": 2}
-VAE_CONFIG = {"num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True]}
-UMT5_SIZE = {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 3, "num_heads": 2}
 
 
 def diffusers_dit(**kwargs):
     return WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, **DIT, **kwargs)
-
-
-def meta_state_dict(build):
-    """Keys and shapes of a model, without its memory."""
-    with torch.device("meta"):
-        return build().state_dict()
-
-
-def with_prefix(prefix, state_dict):
-    return {prefix + key: tensor for key, tensor in state_dict.items()}
-
-
-def umt5_state_dict():
-    return meta_state_dict(lambda: UMT5EncoderModel(UMT5Config(**UMT5_SIZE)))
 
 
 def tiny(config):
@@ -70,7 +51,6 @@ WRONG_FILES = {
     ),
     "wan22_dit": lambda: meta_state_dict(lambda: diffusers_dit(in_channels=48, out_channels=48)),
     "fun_control": lambda: meta_state_dict(lambda: diffusers_dit(in_channels=48)),
-    "wan22_vae": lambda: meta_state_dict(lambda: NativeVAE22(dim=16, z_dim=48, **VAE_CONFIG)),
     "wan22_vae (diffusers)": lambda: meta_state_dict(
         lambda: AutoencoderKLWan(
             base_dim=8, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2
@@ -81,7 +61,6 @@ WRONG_FILES = {
     "vae": lambda: meta_state_dict(
         lambda: AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
     ),
-    "tae": lambda: meta_state_dict(lambda: TAEHV(latent_channels=16)),
     "t5": lambda: meta_state_dict(
         lambda: T5EncoderModel(T5Config(**UMT5_SIZE, feed_forward_proj="gated-gelu"))
     ),
@@ -143,9 +122,8 @@ def test_the_words_for_common_mistakes(wrong_files):
     assert "a Wan2.1 diffusion model; load it as a diffusion model" in message(
         ck.to_wan_vae_keys, "wan21_dit"
     )
-    assert "Wan2.2 VAE (48 latent channels)" in message(ck.to_wan_vae_keys, "wan22_vae")
+    assert "Wan2.2 VAE (48 latent channels)" in message(ck.to_wan_vae_keys, "wan22_vae (diffusers)")
     assert "AutoencoderKL of SD, SDXL or Flux" in message(ck.to_wan_vae_keys, "kl_vae")
-    assert "TAEHV" in message(ck.to_wan_vae_keys, "tae")
     assert "VACE" in message(ck.to_wan_dit_keys, "vace")
     assert "It is a LoRA; load the base model, and then the LoRA" in message(ck.to_wan_dit_keys, "lora")
     assert "first block only" in message(ck.to_umt5_keys, "t5")

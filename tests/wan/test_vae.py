@@ -1,19 +1,19 @@
-"""The VAE against the host's native one and diffusers' at toy size, and the laws it must keep."""
+"""The VAE against diffusers' at toy size, and the laws it must keep."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from comfy.ldm.wan.vae import WanVAE as NativeVAE
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from helpers import relative
-from helpers_vae import latents, peak_bytes, pixels, randomise
+from helpers_memory import peak_bytes
+from helpers_vae import latents, pixels
+from lib.random_weights import randomise
 from wan21.wan.vae import WanVAE
 from wan21.wan.vae.layers import AttentionBlock, RMSNorm, norm_silu
 
 DIM = 16
-MULTIPLIERS = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
 
 
 @pytest.fixture(autouse=True)
@@ -28,41 +28,24 @@ def vae():
 
 
 @pytest.fixture(scope="module")
-def native(vae):
-    model = NativeVAE(dim=DIM, z_dim=16, **MULTIPLIERS).eval().requires_grad_(False)
-    model.load_state_dict(vae.state_dict(), strict=True)
-    return model
-
-
-@pytest.fixture(scope="module")
 def diffusers(vae):
     model = AutoencoderKLWan(base_dim=DIM).eval().requires_grad_(False)
     model.load_state_dict(convert_wan_vae_to_diffusers(dict(vae.state_dict())), strict=True)
     return model
 
 
-def test_state_dict_is_the_releases(vae, native):
-    ours = {name: tensor.shape for name, tensor in vae.state_dict().items()}
-    assert ours == {name: tensor.shape for name, tensor in native.state_dict().items()}
-
-
 @pytest.mark.parametrize("frames", [1, 5, 17, 33])
-def test_encode_equals_native_and_diffusers(vae, native, diffusers, frames):
+def test_encode_equals_diffusers(vae, diffusers, frames):
     x = pixels(frames)
-    ours = vae.encode(x)
-    assert relative(ours, native.encode(x)) <= 1e-5
-    assert relative(ours, diffusers.encode(x).latent_dist.mean) <= 1e-5
+    assert relative(vae.encode(x), diffusers.encode(x).latent_dist.mean) <= 1e-5
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 9])
-def test_decode_equals_native_and_diffusers(vae, native, diffusers, frames):
+def test_decode_equals_diffusers(vae, diffusers, frames):
     z = latents(frames)
-    ours = vae.decode(z)
-    reference = native.decode(z)
-    assert 0.1 < reference.std() < 10  # a comparison of zeros or of explosions proves nothing
-    assert relative(ours, reference) <= 1e-5
-    # diffusers clamps its result to [-1, 1]
-    assert relative(ours.clamp(-1, 1), diffusers.decode(z).sample) <= 1e-5
+    reference = diffusers.decode(z).sample  # clamped to [-1, 1]
+    assert (reference.abs() < 1).float().mean() > 0.5 and reference.std() > 0.1  # else this proves nothing
+    assert relative(vae.decode(z).clamp(-1, 1), reference) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -111,9 +94,8 @@ def test_cpu_upsampling_equals_the_direct_sum():
     assert relative(cpu.upsample_conv(conv, x), expected) <= 1e-6
 
 
-def test_batch_is_independent(vae, native):
+def test_batch_is_independent(vae):
     z = latents(2, batch=3)
-    assert relative(vae.decode(z), native.decode(z)) <= 1e-5
     assert relative(vae.decode(z)[1:2], vae.decode(z[1:2])) <= 2e-6
 
 
@@ -171,13 +153,8 @@ def test_decode_writes_into_the_buffer(vae, dtype):
     assert torch.equal(buffer, vae.decode(z).to(dtype))
 
 
-def test_host_operations_and_other_floats(vae):
-    from comfy import ops
-
+def test_other_floats(vae):
     z, x = latents(2), pixels(5)
-    hosted = WanVAE(dim=DIM, operations=ops.disable_weight_init).requires_grad_(False)
-    hosted.load_state_dict(vae.state_dict(), strict=True)
-    assert torch.equal(hosted.decode(z), vae.decode(z))
     for dtype in (torch.bfloat16, torch.float16):
         low = WanVAE(dim=DIM, dtype=dtype).requires_grad_(False)
         low.load_state_dict(vae.state_dict())

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from helpers import relative
-from helpers_vae import latents, peak_bytes, randomise
+from helpers_memory import peak_bytes
+from helpers_vae import latents
+from lib.random_weights import randomise
 from wan21.wan.vae import WanVAE, cpu
 from wan21.wan.vae.fallback import Piece, decode_within_memory, on_cpu, smaller_tiles
 from wan21.wan.vae.layers import AttentionBlock

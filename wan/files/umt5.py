@@ -18,7 +18,7 @@ UMT5_PREFIXES = (
     "transformer.",
 )  # fmt: skip
 LAST_NORM = "encoder.final_layer_norm.weight"
-TOKENIZER_KEY = "spiece_model"  # ComfyUI's files carry the SentencePiece tokenizer as bytes
+TOKENIZER_KEY = "spiece_model"  # some files carry the SentencePiece tokenizer as bytes
 
 RELEASE_MODULES = {"token_embedding": "shared", "norm": LAST_NORM.removesuffix(".weight")}
 RELEASE_BLOCK_MODULES = {
@@ -38,7 +38,7 @@ RELEASE_BLOCK_MODULES = {
 def to_umt5_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A umT5 encoder under Hugging Face's names.
 
-    Read are ComfyUI's and Hugging Face's layout (with `shared.weight`, `encoder.embed_tokens.weight` or both)
+    Read are Hugging Face's layout (with `shared.weight`, `encoder.embed_tokens.weight` or both)
     and the Wan2.1 release's, with or without one of `UMT5_PREFIXES`. A decoder and its output layer, which
     encoding does not use, are left out. The tokenizer's bytes stay under `spiece_model`, where present;
     scales of quantised layers follow their layer. The tensors are those given, uncopied.

@@ -1,0 +1,96 @@
+"""The memory estimate against the counted tensors of a forward pass, with the host's layers."""
+
+from dataclasses import replace
+
+import comfy.ops
+import pytest
+import torch
+from helpers_memory import PeakBytes
+from torch._subclasses.fake_tensor import FakeTensorMode
+from wan21.wan.chunked import block_executor
+from wan21.wan.config import SIZES, WanConfig
+from wan21.wan.dit import WanModel, run_blocks
+from wan21.wan.memory import (
+    GIB,
+    LATENT_COPIES,
+    MemoryPlan,
+    StepSize,
+    step_bytes,
+)
+from wan21.wan.teacache import Plan, Residuals
+
+TOY = WanConfig(in_dim=36, dim=256, ffn_dim=1024, num_heads=2, num_layers=2, text_dim=64, image_dim=1280)
+
+
+def counted(config, latent, dtype, plan, passes=2, image_tokens=0, device="cuda", teacache=False):
+    """Peak of the new tensors of a step. On `cuda` they are fake: shapes, and no device needed.
+
+    The model computes float32 where the loaded one does: patches, time, modulation, residual stream.
+    """
+
+    def attention(q, k, v):
+        return torch.empty_like(q)  # a fused kernel: nothing but its result
+
+    count = passes if plan.joint else 1
+    mode = FakeTensorMode() if device == "cuda" else torch.no_grad()
+    with torch.no_grad(), mode:
+        model = WanModel(config, comfy.ops.manual_cast, device=device, dtype=dtype)
+        batch = count * latent[0]
+        x = torch.zeros(batch, config.in_dim, *latent[2:], device=device)
+        text = torch.zeros(batch, 512, config.text_dim, device=device, dtype=dtype)
+        clip = torch.zeros(batch, image_tokens, 1280, device=device, dtype=dtype) if image_tokens else None
+        timestep = torch.zeros(batch, device=device)
+        with PeakBytes(device) as meter:
+            runner = Residuals(Plan((True, False), 0.0, 1)).around(0)(run_blocks) if teacache else run_blocks
+            names = ("cond", "uncond")[:passes]
+            for group in [names] if plan.joint else [(name,) for name in names]:
+                how = {"attention": attention, "runner": runner, "execute": block_executor(plan.parts)}
+                model(x, timestep, text, clip, pass_names=group, **how)
+    return meter.peak
+
+
+def estimated(config, latent, dtype, plan, passes=2, image_tokens=0, teacache=False):
+    """The estimate, less what is held outside the model call: the latents, the input and its parts."""
+    size = StepSize(config, latent, passes, dtype.itemsize, image_tokens=image_tokens, teacache=teacache)
+    area, together = 16 * size.tokens, passes if plan.joint else 1
+    return step_bytes(size, plan) - area * (16 * (LATENT_COPIES + passes) + together * 2 * config.in_dim)
+
+
+PLANS = [MemoryPlan(), MemoryPlan(True, 4), MemoryPlan(False), MemoryPlan(False, 4)]
+SHORT = (1, 16, 21, 60, 104)  # 480x832, 81 frames
+LARGE = (1, 16, 21, 90, 160)  # 720x1280, 81 frames
+
+
+@pytest.mark.parametrize(
+    "size, latent, dtype, plan",
+    [
+        *(("i2v-14B", LARGE, torch.bfloat16, plan) for plan in PLANS),
+        ("i2v-14B", SHORT, torch.float32, PLANS[0]),
+        ("t2v-1.3B", SHORT, torch.bfloat16, PLANS[0]),
+        ("t2v-1.3B", SHORT, torch.bfloat16, PLANS[3]),
+    ],
+)
+def test_estimate_at_released_sizes(size, latent, dtype, plan):
+    config = replace(SIZES[size], num_layers=1)  # each further block takes and leaves the same
+    image_tokens = 257 if config.image_dim else 0
+    real = counted(config, latent, dtype, plan, image_tokens=image_tokens)
+    ours = estimated(config, latent, dtype, plan, image_tokens=image_tokens)
+    assert 0.97 < ours / real < 1.1, f"{ours / GIB:.2f} estimated, {real / GIB:.2f} GiB counted"
+
+
+@pytest.mark.parametrize("plan", PLANS[::3], ids=str)
+def test_estimate_with_teacache(plan):
+    """It keeps the residual of each pass, and the tokens before the blocks while a pass walks."""
+    config = replace(SIZES["i2v-14B"], num_layers=1)
+    real, plain = (counted(config, SHORT, torch.bfloat16, plan, teacache=on) for on in (True, False))
+    ours = estimated(config, SHORT, torch.bfloat16, plan, teacache=True)
+    assert 0.97 < ours / real < 1.1, f"{ours / GIB:.2f} estimated, {real / GIB:.2f} GiB counted"
+    assert real > 1.05 * plain
+
+
+@pytest.mark.parametrize("plan", PLANS[::3], ids=str)
+@pytest.mark.parametrize("latent", [(1, 16, 5, 30, 52), (2, 16, 3, 16, 17)])
+def test_estimate_of_real_tensors(latent, plan):
+    latent = (*latent[:4], latent[4] + latent[4] % 2)  # the host pads odd sides
+    real = counted(TOY, latent, torch.float32, plan, device="cpu")
+    assert real / 1.15 < estimated(TOY, latent, torch.float32, plan) < real * 1.15
