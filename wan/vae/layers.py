@@ -1,24 +1,43 @@
 """Layers of the Wan2.1 video autoencoder. They know nothing of chunks or memory: executors walk them.
 
-Each is called as layer(x, past) with x [B, C, f, H, W], and is causal in time: an output frame needs its
-own and earlier input frames only. The earlier ones come from `past`; a layer itself stores nothing.
-
-`reach` of a layer: how many pixels to each side of an output pixel it looks, counted in the output;
-`reach_back`: how many frames before its own an output frame looks, counted in the input.
+All are causal in time: an output frame needs its own and earlier input frames only. The earlier ones come
+from a `Past`; a layer itself stores nothing. Executors see `Layer` records, never the modules.
 
 Parameter names are the Wan2.1 release's (wan/modules/vae.py), so that its files load strictly.
 
     B batch    C channels    f frames of one chunk    H W height and width of the tensor at hand
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from . import cpu
+
+
+class Layer(NamedTuple):
+    """One entry of a stage, and what an executor must know of it.
+
+    Attributes:
+        run: run(x, past) -> y, both [B, C, f, H, W].
+        convs: its convolutions that keep frames of the past.
+        reach: pixels to each side of an output pixel that it reads, counted in the output.
+        reach_back: frames before its own that an output frame reads, counted in the input.
+        space: 2 where it doubles height and width.
+        time: 2 where it doubles the frames, 0.5 where it halves them.
+    """
+
+    run: Callable[[torch.Tensor, "Past"], torch.Tensor]
+    convs: tuple[nn.Module, ...] = ()
+    reach: int = 0
+    reach_back: int = 0
+    space: int = 1
+    time: float = 1
 
 
 class Past:
@@ -73,9 +92,8 @@ def causal_conv(conv, x, past, norm=None, overwrite=False, add_to=None):
 
 def conv_layer(conv):
     """A causal convolution as a layer of its own."""
-    layer = partial(causal_conv, conv)
-    layer.reach_back = conv.kernel_size[0] - 1
-    return layer
+    back = conv.kernel_size[0] - 1
+    return Layer(partial(causal_conv, conv), (conv,) if back else (), reach_back=back)
 
 
 def conv2d_of_last_tap(conv, x):
@@ -108,9 +126,6 @@ def norm_silu(norm, x, in_place=False):
 
 
 class ResidualBlock(nn.Module):
-    reach = 2
-    reach_back = 4
-
     def __init__(self, in_dim, out_dim, ops, **kw):
         super().__init__()
         self.residual = nn.Sequential(
@@ -124,6 +139,9 @@ class ResidualBlock(nn.Module):
         )
         self.shortcut = ops.Conv3d(in_dim, out_dim, 1, **kw) if in_dim != out_dim else nn.Identity()
 
+    def layer(self):
+        return Layer(self, (self.residual[2], self.residual[6]), reach=2, reach_back=4)
+
     def forward(self, x, past):
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
         h = causal_conv(conv1, x, past, norm1)
@@ -133,13 +151,14 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head attention among the pixels of one frame."""
 
-    reach_back = 0
-
     def __init__(self, dim, ops, **kw):
         super().__init__()
         self.norm = RMSNorm(dim, 2, **kw)
         self.to_qkv = ops.Conv2d(dim, dim * 3, 1, **kw)
         self.proj = ops.Conv2d(dim, dim, 1, **kw)
+
+    def layer(self):
+        return Layer(self)
 
     def forward(self, x, past):
         b, c, f, h, w = x.shape
@@ -164,26 +183,32 @@ class Resample(nn.Module):
 
     def __init__(self, dim, direction, in_time, ops, **kw):
         super().__init__()
-        if direction == "up":
+        self.up, self.in_time = direction == "up", in_time
+        if self.up:
             self.resample = nn.Sequential(
                 nn.Upsample(scale_factor=2.0, mode="nearest-exact"),
                 ops.Conv2d(dim, dim // 2, 3, padding=1, **kw),
             )
         else:
             self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), ops.Conv2d(dim, dim, 3, stride=2, **kw))
-        if in_time and direction == "up":
+        if in_time and self.up:
             self.time_conv = ops.Conv3d(dim, dim * 2, (3, 1, 1), **kw)
         elif in_time:
             self.time_conv = ops.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1), **kw)
 
+    def space_layer(self):
+        return Layer(self.space, reach=1, space=2 if self.up else 1)
+
+    def time_layer(self):
+        if self.up:  # two frames of the convolution, and the first one that passes unchanged
+            return Layer(self.time_up, (self.time_conv,), reach_back=3, time=2)
+        return Layer(self.time_down, (self.time_conv,), time=0.5)
+
     def space(self, x, past):
         frames = frames_to_batch(x)
-        if isinstance(self.resample[0], nn.Upsample) and cpu.fits(self.resample[1], x):
+        if self.up and cpu.fits(self.resample[1], x):
             return batch_to_frames(cpu.upsample_conv(self.resample[1], frames, past.check), x.shape[0])
         return batch_to_frames(self.resample(frames), x.shape[0])
-
-    space.reach = 1
-    space.reach_back = 0
 
     def time_up(self, x, past):
         """[B, C, f, H, W] -> [B, C, 2f, H, W], one frame less in the chunk that holds frame 0."""
@@ -192,9 +217,6 @@ class Resample(nn.Module):
         past.keep(self, x[:, :, :0])
         first, rest = x[:, :, :1], x[:, :, 1:]
         return torch.cat((first, self._double(rest, past)), 2) if rest.shape[2] else first
-
-    time_up.reach = 0
-    time_up.reach_back = 3  # two of the convolution, and the frame that passes unchanged
 
     def _double(self, x, past):
         pairs = causal_conv(self.time_conv, x, past).unflatten(1, (2, x.shape[1]))  # [B, 2, C, f, H, W]
@@ -222,13 +244,13 @@ def batch_to_frames(x, batch):
 class Head(nn.Sequential):
     """Norm, SiLU, convolution to the output channels."""
 
-    reach = 1
-    reach_back = 2
-
     def __init__(self, dim, out_dim, ops, **kw):
         super().__init__(
             RMSNorm(dim, 3, **kw), nn.SiLU(), ops.Conv3d(dim, out_dim, 3, padding=(0, 1, 1), **kw)
         )
+
+    def layer(self):
+        return Layer(self, (self[2],), reach=1, reach_back=2)
 
     def forward(self, x, past):
         return causal_conv(self[2], x, past, self[0], overwrite=True)
@@ -261,11 +283,11 @@ class Encoder(nn.Module):
         stages = [[conv_layer(self.conv1)]]
         for layer in self.downsamples:
             if not isinstance(layer, Resample):
-                stages[-1].append(layer)
+                stages[-1].append(layer.layer())
                 continue
-            stages[-1].append(layer.space)
-            stages.append([layer.time_down] if hasattr(layer, "time_conv") else [])
-        stages[-1] += [*self.middle, self.head]
+            stages[-1].append(layer.space_layer())
+            stages.append([layer.time_layer()] if layer.in_time else [])
+        stages[-1] += [layer.layer() for layer in (*self.middle, self.head)]
         return stages
 
 
@@ -288,13 +310,13 @@ class Decoder(nn.Module):
 
     def stages(self):
         """Lists of layers: those that need whole frames; then a new list wherever a frame is doubled."""
-        stages = [[conv_layer(self.conv1), *self.middle], []]
+        stages = [[conv_layer(self.conv1), *(layer.layer() for layer in self.middle)], []]
         for layer in self.upsamples:
             if not isinstance(layer, Resample):
-                stages[-1].append(layer)
+                stages[-1].append(layer.layer())
                 continue
-            if hasattr(layer, "time_conv"):
-                stages[-1].append(layer.time_up)
-            stages.append([layer.space])
-        stages[-1].append(self.head)
+            if layer.in_time:
+                stages[-1].append(layer.time_layer())
+            stages.append([layer.space_layer()])
+        stages[-1].append(self.head.layer())
         return stages

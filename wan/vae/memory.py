@@ -8,7 +8,7 @@ that chunk.
 from .cpu import STRIP_BYTES
 from .fallback import TILES
 from .stream import frames_per_chunk
-from .tiling import doubles, doubles_time, even_spans, margins, with_margin
+from .tiling import even_spans, margins, with_margin
 
 # Chunks alive at once in a residual block: its input, the normed copy, that joined to the two frames before
 # it (twice a chunk of two), the result, and on CUDA what the library's convolution takes for itself, at most
@@ -36,7 +36,7 @@ def decode_bytes(vae, h, w, device, tile=None, itemsize=None, held_frames=0):
     kept, widest, scale = kept_values(whole) * h * w, 0, 1
     for layers, margin in zip(local, margins(local)):
         rows, columns = (longest(side, tile, scale, margin) for side in (h, w))
-        factor = 2 if doubles(layers) else 1
+        factor = layers[0].space
         scale *= factor
         pixels = rows * columns * factor**2
         kept += kept_values(layers) * pixels
@@ -63,7 +63,7 @@ def encode_bytes(vae, frames, h, w, device, itemsize=None):
         kept += kept_values(layers, frames) * pixels
         widest = max(widest, width(layers) * pixels * min(chunk, frames))
         pixels //= 4
-        if halves_time(layers[0]):
+        if layers[0].time == 0.5:
             frames = (frames + 1) // 2
     strips = 2 * STRIP_BYTES if device.type == "cpu" else 0
     return strips + int(SAFETY * itemsize * (kept + alive * widest))
@@ -87,29 +87,12 @@ def choose_tile(vae, h, w, device, free_bytes, itemsize=None, held_frames=0):
     return TILES[-1]
 
 
-def causal_convs(layer):
-    """The convolutions of a layer that keep frames."""
-    if doubles_time(layer) or halves_time(layer):
-        return [layer.__self__.time_conv]
-    if hasattr(layer, "args"):  # conv_layer
-        return [conv for conv in layer.args if conv.kernel_size[0] > 1]
-    if not hasattr(layer, "modules"):
-        return []
-    return [m for m in layer.modules() if len(getattr(m, "kernel_size", ())) == 3 and m.kernel_size[0] > 1]
-
-
-def halves_time(layer):
-    return getattr(layer, "__name__", "") == "time_down"
-
-
 def kept_values(layers, frames=2):
     """Numbers per pixel that the layers keep between chunks, of a clip of so many frames."""
     return sum(
-        min(conv.kernel_size[0] - 1, frames) * conv.in_channels
-        for layer in layers
-        for conv in causal_convs(layer)
+        min(conv.kernel_size[0] - 1, frames) * conv.in_channels for layer in layers for conv in layer.convs
     )
 
 
 def width(layers):
-    return max(conv.in_channels for layer in layers for conv in causal_convs(layer))
+    return max(conv.in_channels for layer in layers for conv in layer.convs)

@@ -53,7 +53,7 @@ def run_stage(layers, chunks, past):
         del x
         for layer in layers:
             past.check()
-            held.append(layer(held.pop(), past))
+            held.append(layer.run(held.pop(), past))
             if not held[0].shape[2]:  # every frame waits for its partner in time
                 break
         else:

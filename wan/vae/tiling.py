@@ -3,11 +3,14 @@
 h, w: latent height and width; scale: blended values per latent pixel, 8 for RGB and 1 for latents.
 """
 
+import math
 from functools import partial
 from itertools import product
 from typing import NamedTuple
 
 import torch
+
+from .layers import Layer
 
 
 class Tile(NamedTuple):
@@ -82,19 +85,10 @@ def margins(stages):
     """How many pixels around a window the input of each stage must have, counted in that input."""
     needed, found = 0, []
     for layers in reversed(stages):
-        needed += sum(layer.reach for layer in layers)
-        if doubles(layers):
-            needed = -(-needed // 2)
+        for layer in reversed(layers):
+            needed = -(-(needed + layer.reach) // layer.space)
         found.append(needed)
     return found[::-1]
-
-
-def doubles(layers):
-    return getattr(layers[0], "__name__", "") == "space"
-
-
-def doubles_time(layer):
-    return getattr(layer, "__name__", "") == "time_up"
 
 
 def frames_left_out(stages, first):
@@ -112,12 +106,10 @@ def frames_left_out(stages, first):
     needed, starts = first, []
     for layers in reversed(stages):
         for layer in reversed(layers):
-            if doubles_time(layer):
-                needed = -(-needed // 2)
-            needed = max(0, needed - layer.reach_back)
+            needed = max(0, -(-needed // layer.time) - layer.reach_back)
         starts.append(needed)
     starts.reverse()
-    results = [start * 2 ** any(map(doubles_time, layers)) for start, layers in zip(starts, stages)]
+    results = [start * math.prod(layer.time for layer in layers) for start, layers in zip(starts, stages)]
     return starts[0], [after - result for after, result in zip([*starts[1:], first], results)]
 
 
@@ -138,10 +130,10 @@ def windowed(stages, window, size):
             start = want
         else:
             inside = [slice(w.start - h.start, w.stop - h.start) for w, h in zip(want, have)]
-            result[-1].append(partial(crop, *inside))
+            result[-1].append(Layer(partial(crop, *inside)))
         if layers is not None:
             result.append([*layers])
-            factor = 2 if doubles(layers) else 1
+            factor = layers[0].space
             scale *= factor
             have = [slice(span.start * factor, span.stop * factor) for span in want]
     return start, result
