@@ -15,7 +15,7 @@ from torch import nn
 
 from .layers import Decoder, Encoder, conv_layer
 from .stream import frames_per_chunk, regroup, stream
-from .tiling import cut_windows, frames_left_out, plan_tiles, windowed
+from .tiling import cut_windows, frames_left_out, plan_tiles, scaled, windowed
 
 
 class WanVAE(nn.Module):
@@ -271,10 +271,6 @@ def check_multiple_of_8(**pixels):
                 f"{name} = {value} pixels for Wan VAE encoding: it must be a multiple of 8 (one latent "
                 f"pixel). Use {max(8, value // 8 * 8)}."
             )
-
-
-def scaled(span, factor):
-    return slice(span.start * factor, span.stop * factor)
 
 
 def report(progress, done, total):

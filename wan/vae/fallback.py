@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import WanVAE, report, scaled
-from .tiling import cut_windows
+from . import WanVAE, report
+from .tiling import cut_windows, scaled
 
 TILES = (512, 256, 128, 64)  # pixels, after whole frames
 

@@ -8,7 +8,7 @@ that chunk.
 from .cpu import STRIP_BYTES
 from .fallback import TILES
 from .stream import frames_per_chunk
-from .tiling import even_spans, margins, with_margin
+from .tiling import even_spans, growth, margins, with_margin
 
 # Chunks alive at once in a residual block: its input, the normed copy, that joined to the two frames before
 # it (twice a chunk of two), the result, and on CUDA what the library's convolution takes for itself, at most
@@ -36,9 +36,8 @@ def decode_bytes(vae, h, w, device, tile=None, itemsize=None, held_frames=0):
     kept, widest, scale = kept_values(whole) * h * w, 0, 1
     for layers, margin in zip(local, margins(local)):
         rows, columns = (longest(side, tile, scale, margin) for side in (h, w))
-        factor = layers[0].space
-        scale *= factor
-        pixels = rows * columns * factor**2
+        scale *= growth(layers)
+        pixels = rows * columns * growth(layers) ** 2
         kept += kept_values(layers) * pixels
         widest = max(widest, width(layers) * pixels * chunk)
     held = vae.decoder.conv1.out_channels * held_frames * h * w if tile else 0
