@@ -13,7 +13,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .layers import Layer, Past
+from .layers import Layer, Stage
+from .past import Past
 
 Window: TypeAlias = tuple[slice, slice]  # rows, columns
 
@@ -106,7 +107,7 @@ def growth(layers: Sequence[Layer]) -> int:
     return math.prod(layer.space for layer in layers)
 
 
-def margins(stages: Sequence[Sequence[Layer]]) -> list[int]:
+def margins(stages: Sequence[Stage]) -> list[int]:
     """How many pixels around a window each stage reads, counted in the pixels of its input."""
     margin, found = 0, []
     for layers in reversed(stages):
@@ -116,7 +117,7 @@ def margins(stages: Sequence[Sequence[Layer]]) -> list[int]:
     return found[::-1]
 
 
-def frames_left_out(stages: Sequence[Sequence[Layer]], first: int) -> tuple[int, list[int]]:
+def frames_left_out(stages: Sequence[Stage], first: int) -> tuple[int, list[int]]:
     """How to compute the frames of a clip from frame `first` on, exactly, without all those before.
 
     The stages run on a clip that begins later. Its first frames lack the past that they had in the whole
@@ -132,7 +133,7 @@ def frames_left_out(stages: Sequence[Sequence[Layer]], first: int) -> tuple[int,
     return starts[0], drops
 
 
-def first_frames(stages: Sequence[Sequence[Layer]], first: int) -> list[int]:
+def first_frames(stages: Sequence[Stage], first: int) -> list[int]:
     """The first frame that each stage reads for the result from frame `first` on; then `first` itself."""
     found = [first]
     for layers in reversed(stages):
@@ -143,9 +144,7 @@ def first_frames(stages: Sequence[Sequence[Layer]], first: int) -> list[int]:
     return found[::-1]
 
 
-def windowed(
-    stages: Sequence[Sequence[Layer]], window: Window, size: tuple[int, int]
-) -> tuple[Window, list[list[Layer]]]:
+def windowed(stages: Sequence[Stage], window: Window, size: tuple[int, int]) -> tuple[Window, list[Stage]]:
     """Stages that compute one window of the result, exactly; each ends by cropping to what the next reads.
 
     Args:
@@ -165,7 +164,7 @@ def windowed(
     return regions[0], cropped
 
 
-def needed_regions(stages: Sequence[Sequence[Layer]], window: Window, size: tuple[int, int]) -> list[Window]:
+def needed_regions(stages: Sequence[Stage], window: Window, size: tuple[int, int]) -> list[Window]:
     """What each stage reads of its whole input for a window of the result; then that window itself.
 
     Each region is counted in the pixels of its own frame: `size` times what the stages before it grow.
