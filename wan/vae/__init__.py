@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..refusal import Refusal
 from .layers import Decoder, Encoder, Stage, conv_layer
 from .past import Check
 from .stream import frames_per_chunk, new_past, regroup, stream
@@ -76,7 +77,7 @@ class WanVAE(nn.Module):
             [B, z_dim, (F - 1) / 4 + 1, H / 8, W / 8] on `device`.
 
         Raises:
-            ValueError: if the shape of x does not fit.
+            Refusal: if the shape of x does not fit.
         """
         out = self._latent_like(x, device)
         for t, chunk in self.encode_chunks(x, out.device, chunk_frames, check):
@@ -104,7 +105,8 @@ class WanVAE(nn.Module):
             `output_buffer`: about [-1, 1], not clamped.
 
         Raises:
-            ValueError: if the shape of z or of `output_buffer` does not fit.
+            Refusal: if the shape of z does not fit.
+            ValueError: if that of `output_buffer` does not.
         """
         out = self._output(z, output_buffer, z.dtype)
         for f, chunk in self.decode_part(z, chunk_frames=chunk_frames, check=check):
@@ -140,7 +142,7 @@ class WanVAE(nn.Module):
             As `encode`.
 
         Raises:
-            ValueError: if the shape of x or a tile size does not fit.
+            Refusal: if the shape of x or a tile size does not fit.
         """
         out = self._latent_like(x, device).zero_()
         check_multiple_of_8(tile_x=tile_x, tile_y=tile_y, overlap=overlap)
@@ -180,7 +182,8 @@ class WanVAE(nn.Module):
             `output_buffer`, as `decode`.
 
         Raises:
-            ValueError: if the shape of z, a tile size or the shape of `output_buffer` does not fit.
+            Refusal: if the shape of z or a tile size does not fit.
+            ValueError: if the shape of `output_buffer` does not.
         """
         out = self._output(z, output_buffer, torch.float32)
         h, w = z.shape[-2:]
@@ -287,9 +290,10 @@ class WanVAE(nn.Module):
     def _output(self, z: Tensor, buffer: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The buffer for the pixels of z, or a new one; both shapes are checked."""
         if z.ndim != 5 or z.shape[1] != self.z_dim or 0 in z.shape:
-            raise ValueError(
+            raise Refusal(
                 f"Wan VAE latent of shape {tuple(z.shape)}: it must be [batch, {self.z_dim}, latent frames, "
-                f"height / 8, width / 8] with nothing empty. Connect a Wan2.1 latent."
+                f"height / 8, width / 8] with nothing empty",
+                "Connect a Wan2.1 latent",
             )
         shape = self.decode_output_shape(z.shape)
         if buffer is None:
@@ -303,33 +307,36 @@ class WanVAE(nn.Module):
 
 
 def check_pixels(shape: Sequence[int]) -> None:
-    """Raises for what is not [B, 3, 4n+1, 8m, 8k]."""
+    """Refuses what is not [B, 3, 4n+1, 8m, 8k]."""
     if len(shape) != 5 or shape[1] != 3 or 0 in shape:
-        raise ValueError(
+        raise Refusal(
             f"Wan VAE pixels of shape {tuple(shape)}: they must be [batch, 3, frames, height, width] with "
-            f"nothing empty. Pass RGB frames channels-first with the frames as third axis."
+            f"nothing empty",
+            "Pass RGB frames channels-first with the frames as third axis",
         )
     frames, h, w = shape[2:]
     if frames % 4 != 1:
         shorter = frames - (frames - 1) % 4
-        raise ValueError(
+        raise Refusal(
             f"{frames} frames for the Wan VAE: the number must be 4n + 1 (one latent for the first frame, "
-            f"one for each four after it). Use {shorter} or {shorter + 4}."
+            f"one for each four after it)",
+            f"Use {shorter} or {shorter + 4}",
         )
     if h % 8 or w % 8:
-        raise ValueError(
-            f"Frames of {w} x {h} pixels for the Wan VAE: both must be multiples of 8. "
-            f"Resize or crop to {max(8, w // 8 * 8)} x {max(8, h // 8 * 8)}."
+        raise Refusal(
+            f"Frames of {w} x {h} pixels for the Wan VAE: both must be multiples of 8",
+            f"Resize or crop to {max(8, w // 8 * 8)} x {max(8, h // 8 * 8)}",
         )
 
 
 def check_multiple_of_8(**pixels: int) -> None:
-    """Raises for a size that is no whole number of latent pixels; the keyword names it."""
+    """Refuses a size that is no whole number of latent pixels; the keyword names it."""
     for name, value in pixels.items():
         if value % 8:
-            raise ValueError(
+            raise Refusal(
                 f"{name} = {value} pixels for Wan VAE encoding: it must be a multiple of 8 (one latent "
-                f"pixel). Use {max(8, value // 8 * 8)}."
+                f"pixel)",
+                f"Use {max(8, value // 8 * 8)}",
             )
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ..refusal import Refusal
 from .layers import Layer, Stage
 from .past import Past
 
@@ -42,12 +43,13 @@ def plan_tiles(h: int, w: int, tile_y: int, tile_x: int, overlap: int, scale: in
         scale: blended values per latent pixel and axis, 8 for RGB and 1 for latents.
 
     Raises:
-        ValueError: if the overlap leaves no step from tile to tile.
+        Refusal: if the overlap leaves no step from tile to tile.
     """
     if min(tile_y, tile_x) < 1 or not 0 <= overlap < min(tile_y, tile_x):
-        raise ValueError(
+        raise Refusal(
             f"VAE tiles of {tile_x} x {tile_y} latent pixels with overlap {overlap}: the overlap must be at "
-            f"least 0 and smaller than both sides of the tile. Use for example tile 32 and overlap 8."
+            f"least 0 and smaller than both sides of the tile",
+            "Use for example tile 32 and overlap 8",
         )
     rows = list(zip(*_cut(h, tile_y, overlap, scale)))
     columns = list(zip(*_cut(w, tile_x, overlap, scale)))
@@ -77,11 +79,12 @@ def cut_windows(h: int, w: int, tile_y: int, tile_x: int) -> list[Window]:
     """Windows of at most tile_y x tile_x that cover h x w without overlap.
 
     Raises:
-        ValueError: if a side of the tile is below 1.
+        Refusal: if a side of the tile is below 1.
     """
     if min(tile_y, tile_x) < 1:
-        raise ValueError(
-            f"VAE tiles of {tile_x} x {tile_y} latent pixels: both must be at least 1, for example 32."
+        raise Refusal(
+            f"VAE tiles of {tile_x} x {tile_y} latent pixels: both sides must be at least 1",
+            "Use for example 32",
         )
     return [*product(even_spans(h, tile_y), even_spans(w, tile_x))]
 
