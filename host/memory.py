@@ -9,8 +9,8 @@ from comfy.memory_management import extra_ram_release
 from comfy.model_prefetch import cleanup_prefetched_modules
 
 from ..wan.memory import GIB, choose_plans, step_bytes
+from ..wan.out_of_memory import is_out_of_memory
 from ..wan.preflight import fail
-from ..wan.vae.fallback import is_out_of_memory
 from .lora import changes_weights_at_use
 from .model import kept_dtype
 
