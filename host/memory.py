@@ -13,8 +13,8 @@ from comfy.model_prefetch import cleanup_prefetched_modules
 
 from ..wan.memory import GIB, MemoryPlan, choose_plans, step_bytes
 from ..wan.option import Option
+from ..wan.out_of_memory import is_out_of_memory
 from ..wan.refusal import Refusal
-from ..wan.vae.fallback import is_out_of_memory
 from .lora import changes_weights_at_use
 from .stored import weight_bytes
 

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import comfy.model_management
 import comfy.model_patcher
@@ -10,6 +11,7 @@ import comfy.ops
 import comfy.sd
 import torch
 from comfy.model_prefetch import cleanup_prefetched_modules
+from torch import Tensor
 
 from ..wan import files
 from ..wan.vae import WanVAE
@@ -19,21 +21,62 @@ from .load import DTYPES
 from .memory import need_host_bytes
 from .progress import Progress, check_cancelled
 
+Device: TypeAlias = torch.device | str | None
+
 
 class HostWanVAE(WanVAE):
-    """Our VAE with the host's progress and cancel, wherever it is called from."""
+    """Our VAE as the host's `comfy.sd.VAE` calls it, with the host's progress and cancel."""
 
-    def encode(self, x, device=None):
-        return super().encode(x, device=device, progress=Progress(), check=check_cancelled)
+    comfy_has_chunked_io = True  # the host gives decode() the final image's buffer, encode() a device
 
-    def decode(self, z, output_buffer=None):
-        return super().decode(z, output_buffer=output_buffer, progress=Progress(), check=check_cancelled)
+    def is_plain(self, conv: Any) -> bool:
+        return not (conv.weight_function or conv.bias_function)  # patches that act inside forward()
 
-    def encode_tiled(self, x, **tiling):
-        return super().encode_tiled(x, progress=Progress(), check=check_cancelled, **tiling)
+    def encode(self, x: Tensor, device: Device = None, **options: Any) -> Tensor:
+        return super().encode(x, device, **_watched(options))
 
-    def decode_tiled(self, z, **tiling):
-        return super().decode_tiled(z, progress=Progress(), check=check_cancelled, **tiling)
+    def decode(self, z: Tensor, output_buffer: Tensor | None = None, **options: Any) -> Tensor:
+        return super().decode(z, output_buffer, **_watched(options))
+
+    def encode_tiled(
+        self,
+        x: Tensor,
+        tile_x: int = 256,
+        tile_y: int = 256,
+        overlap: int = 64,
+        tile_t: int | None = None,
+        overlap_t: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """As `WanVAE.encode_tiled`.
+
+        Args:
+            tile_t, overlap_t: ignored. Time is streamed exactly, in bounded memory, and a cut without the
+                causal past would begin a new clip.
+        """
+        return super().encode_tiled(x, tile_x, tile_y, overlap, **_watched(options))
+
+    def decode_tiled(
+        self,
+        z: Tensor,
+        tile_x: int = 32,
+        tile_y: int = 32,
+        overlap: int | None = None,
+        tile_t: int | None = None,
+        overlap_t: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """As `WanVAE.decode_tiled`.
+
+        Args:
+            overlap: ignored, since each tile is computed from all it depends on.
+            tile_t, overlap_t: ignored, as for `encode_tiled`.
+        """
+        return super().decode_tiled(z, tile_x, tile_y, **_watched(options))
+
+
+def _watched(options: dict[str, Any]) -> dict[str, Any]:
+    return {"progress": Progress(), "check": check_cancelled} | options
 
 
 def load_vae(path: str | Path, precision: str = "auto") -> comfy.sd.VAE:
@@ -47,7 +90,7 @@ def load_vae(path: str | Path, precision: str = "auto") -> comfy.sd.VAE:
         Refusal: the file is damaged or something else.
     """
     state_dict = files.to_wan_vae_keys(files.read_checkpoint(path).state_dict)
-    vae = comfy.sd.VAE(sd=dict(state_dict), dtype=DTYPES.get(precision))
+    vae: Any = comfy.sd.VAE(sd=dict(state_dict), dtype=DTYPES.get(precision))
     model = HostWanVAE(
         dim=state_dict["decoder.head.0.gamma"].shape[0],
         operations=comfy.ops.disable_weight_init,
@@ -68,10 +111,16 @@ def load_vae(path: str | Path, precision: str = "auto") -> comfy.sd.VAE:
 
 def _set_estimates(vae, model, device):
     """What the host's manager is asked for: bytes of one clip [B, C, frames, height, width]."""
-    vae.memory_used_encode = lambda shape, dtype: encode_bytes(model, *shape[2:], device, dtype.itemsize)
-    vae.memory_used_decode = lambda shape, dtype: decode_bytes(
-        model, *shape[3:], device, itemsize=dtype.itemsize
-    )
+
+    def encode(shape, dtype):
+        frames, height, width = shape[2:]
+        return encode_bytes(model, frames, height, width, device, dtype.itemsize)
+
+    def decode(shape, dtype):
+        height, width = shape[3:]
+        return decode_bytes(model, height, width, device, itemsize=dtype.itemsize)
+
+    vae.memory_used_encode, vae.memory_used_decode = encode, decode
 
 
 def encode_video(vae, video, tile_size):
