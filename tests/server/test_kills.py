@@ -11,7 +11,7 @@ from collections import Counter
 import requests
 from helpers_server import Receiver, wait_until
 
-KILLS = 20
+KILLS = 12
 LIFE_S = 0.5
 TERMINAL = {10, 11, 12}
 
