@@ -4,6 +4,9 @@ It puts our model, VAE and text encoder into the host's standard MODEL, VAE and 
 sampler the host's life cycle: device memory, model patches, progress, preview and cancel.
 """
 
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
+
 from .attention import choose_attention_for
 from .coefficients import measured_coefficients
 from .conditioning import Conditioning, describe_conditioning, trim_clip_vision
@@ -28,11 +31,13 @@ from .vae import decode_video, encode_video, latent_device, load_vae, vae_shape
 
 __all__ = [
     "DTYPES",
+    "VAE",
     "WEIGHT_DTYPES",
     "Conditioning",
     "InterpolationModel",
     "KeptLatent",
     "MemoryWatch",
+    "ModelPatcher",
     "Prepared",
     "Progress",
     "StepProgress",

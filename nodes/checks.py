@@ -22,7 +22,7 @@ BROKEN_LATENT = (
 )
 
 
-def check_model(model) -> None:
+def check_model(model: host.ModelPatcher) -> None:
     """Whether a MODEL can be sampled by our sampler."""
     if not host.is_ours(model):
         raise Refusal(

@@ -31,7 +31,7 @@ VIDEO_COPIES = 2.5  # peak host memory of the encode, in copies of the video's f
 
 class Wan21ImageToVideo(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id=NODE,
             display_name="Wan2.1 Image to Video",
@@ -87,8 +87,10 @@ class Wan21ImageToVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width=None, height=None, num_frames=None):
-        """Refuse impossible sizes when the prompt is queued (a linked input arrives as None)."""
+    def validate_inputs(
+        cls, width: int | None = None, height: int | None = None, num_frames: int | None = None
+    ) -> bool | str:
+        """Refuses impossible sizes when the prompt is queued (a linked input arrives as None)."""
         try:
             check_sizes(width, height, num_frames)
         except Refusal as error:
@@ -99,19 +101,19 @@ class Wan21ImageToVideo(io.ComfyNode):
     @named(NODE)
     def execute(
         cls,
-        positive,
-        negative,
-        vae,
-        start_image,
-        width,
-        height,
-        num_frames,
-        resize_mode,
-        add_frames_for_end_image,
-        tile_size,
-        end_image=None,
-        clip_vision_start=None,
-        clip_vision_end=None,
+        positive: list,
+        negative: list,
+        vae: host.VAE,
+        start_image: Tensor,
+        width: int,
+        height: int,
+        num_frames: int,
+        resize_mode: str,
+        add_frames_for_end_image: bool,
+        tile_size: str,
+        end_image: Tensor | None = None,
+        clip_vision_start: Any = None,
+        clip_vision_end: Any = None,
     ) -> io.NodeOutput:
         check_sizes(width, height, num_frames)
         check_inputs(vae, start_image, end_image, clip_vision_start, clip_vision_end, num_frames)
@@ -161,7 +163,12 @@ def check_sizes(width: int | None, height: int | None, num_frames: int | None) -
 
 
 def check_inputs(
-    vae, start_image: Tensor, end_image: Tensor | None, clip_start, clip_end, num_frames: int
+    vae: host.VAE,
+    start_image: Tensor,
+    end_image: Tensor | None,
+    clip_start: Any,
+    clip_end: Any,
+    num_frames: int,
 ) -> None:
     """Whether the inputs go together.
 
@@ -199,7 +206,7 @@ def empty_latent(num_frames: int, height: int, width: int, end_alone: bool) -> T
     )
 
 
-def join_clip_vision(start, end):
+def join_clip_vision(start: Any, end: Any) -> Any:
     """Features of both images, 257 + 257 tokens, as first-last-frame models read them."""
     if start is None or end is None:
         return start

@@ -72,7 +72,13 @@ class Wan21LoraLoader(io.ComfyNode):
     @classmethod
     @named(NODE)
     def execute(
-        cls, model, lora_name: str, strength: float, strength_schedule: str, lora_url: str, strict: bool
+        cls,
+        model: host.ModelPatcher,
+        lora_name: str,
+        strength: float,
+        strength_schedule: str,
+        lora_url: str,
+        strict: bool,
     ) -> io.NodeOutput:
         schedule = parse_schedule(strength_schedule)
         path = _path(lora_name, lora_url)

@@ -141,7 +141,7 @@ def option_inputs() -> list[Any]:
 
 class Wan21Sampler(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id=NODE,
             display_name="Wan2.1 Sampler",
@@ -194,7 +194,7 @@ class Wan21Sampler(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, seed, **_):
+    def fingerprint_inputs(cls, seed: int, **_: Any) -> int:
         """A drawn seed is another job each time; a given one is the same job."""
         return time.time_ns() if seed == -1 else seed
 
@@ -202,19 +202,19 @@ class Wan21Sampler(io.ComfyNode):
     @named(NODE)
     def execute(
         cls,
-        model,
-        positive,
-        negative,
-        latent,
-        seed,
-        steps,
-        guidance_scale,
-        flow_shift,
-        solver,
-        denoise,
-        joint_pass=True,
-        attention="auto",
-        **options,
+        model: host.ModelPatcher,
+        positive: list,
+        negative: list,
+        latent: dict,
+        seed: int,
+        steps: int,
+        guidance_scale: float,
+        flow_shift: float,
+        solver: str,
+        denoise: float,
+        joint_pass: bool = True,
+        attention: str = "auto",
+        **options: Any,
     ) -> io.NodeOutput:
         """`options` are the inputs of `options_of`."""
         job = SampleJob(steps, guidance_scale, flow_shift, solver, denoise)
@@ -226,7 +226,9 @@ class Wan21Sampler(io.ComfyNode):
             return cls._sampled(model, prepared, latent, seed)
 
     @classmethod
-    def _sampled(cls, model, prepared: "Prepared", latent: dict, seed: int) -> io.NodeOutput:
+    def _sampled(
+        cls, model: host.ModelPatcher, prepared: "Prepared", latent: dict, seed: int
+    ) -> io.NodeOutput:
         job = prepared.job
         if seed == -1:
             seed = secrets.randbelow(2**32)
@@ -258,7 +260,7 @@ class Wan21Sampler(io.ComfyNode):
 
 
 def options_of(
-    model,
+    model: host.ModelPatcher,
     shape: tuple[int, ...],
     *,
     teacache_multiplier: float = 0.0,
@@ -296,7 +298,7 @@ def options_of(
     return tuple(options)
 
 
-def profile_of(model, shape: tuple[int, ...], name: str) -> Profile:
+def profile_of(model: host.ModelPatcher, shape: tuple[int, ...], name: str) -> Profile:
     """The TeaCache coefficients of a MODEL for a latent of this shape."""
     pixels = shape[-2] * shape[-1] * VAE_STRIDE[1] * VAE_STRIDE[2]
     measured = host.measured_coefficients(model)
@@ -323,7 +325,13 @@ class Prepared(host.Prepared):
 
 
 def prepare(
-    model, positive: list, negative: list, latent: dict, job: SampleJob, joint: bool, attention: str
+    model: host.ModelPatcher,
+    positive: list,
+    negative: list,
+    latent: dict,
+    job: SampleJob,
+    joint: bool,
+    attention: str,
 ) -> Prepared:
     """Checks the rest of the job, before anything runs, and chooses how to carry it out.
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from comfy_api.latest import io
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 class Wan21SpatialUpsample(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id=SPACE,
             display_name="Wan2.1 Spatial Upsample",
@@ -52,7 +53,7 @@ class Wan21SpatialUpsample(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, method=None, upscale_model="absent"):
+    def validate_inputs(cls, method: str | None = None, upscale_model: Any = "absent") -> bool | str:
         """Refuses a missing model when the graph is queued, not after hours of sampling.
 
         A linked input arrives as None, an unconnected one not at all. Having `method` as an argument turns
@@ -66,7 +67,7 @@ class Wan21SpatialUpsample(io.ComfyNode):
 
     @classmethod
     @named(SPACE)
-    def execute(cls, images, method, upscale_model=None) -> io.NodeOutput:
+    def execute(cls, images: Tensor, method: str, upscale_model: Any = None) -> io.NodeOutput:
         checks.check_frames(images)
         if method == "none":
             return io.NodeOutput(images)
@@ -85,7 +86,7 @@ class Wan21SpatialUpsample(io.ComfyNode):
 
 class Wan21TemporalUpsample(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id=TIME,
             display_name="Wan2.1 Temporal Upsample",
@@ -132,7 +133,12 @@ class Wan21TemporalUpsample(io.ComfyNode):
     @classmethod
     @named(TIME)
     def execute(
-        cls, images, fps, method, interpolation_model=None, scene_cut_threshold=SCENE_CUT
+        cls,
+        images: Tensor,
+        fps: float,
+        method: str,
+        interpolation_model: host.ModelPatcher | None = None,
+        scene_cut_threshold: float = SCENE_CUT,
     ) -> io.NodeOutput:
         checks.check_frames(images, least=2)
         checks.check_fps(fps)
