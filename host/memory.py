@@ -9,6 +9,7 @@ import psutil
 import torch
 from comfy import memory_management
 from comfy.memory_management import extra_ram_release
+from comfy.model_patcher import ModelPatcher
 from comfy.model_prefetch import cleanup_prefetched_modules
 
 from ..wan.memory import GIB, MemoryPlan, choose_plans, step_bytes
@@ -34,7 +35,7 @@ def usable_bytes(device: torch.device) -> float:
 
 
 def plan_memory(
-    model,
+    model: ModelPatcher,
     latent_shape: tuple[int, ...],
     plans: Sequence[MemoryPlan],
     passes: int,
@@ -119,7 +120,7 @@ def tell_out_of_memory() -> Iterator[None]:
         raise torch.OutOfMemoryError(str(error)) from None
 
 
-def make_room(patcher) -> bool:
+def make_room(patcher: ModelPatcher) -> bool:
     """Empties the caches, takes other models off the device, then a part of this one's weights.
 
     Returns:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
+from typing import Any
 
 import comfy.ldm.common_dit
 import comfy.model_base
@@ -72,7 +73,7 @@ class HostWanModel(WanModel):
         clip_fea: Tensor | None = None,
         time_dim_concat: Tensor | None = None,
         transformer_options: dict | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         """The velocity of each pass, stacked in the batch as the host stacks them.
 
@@ -163,7 +164,7 @@ class Wan21(comfy.model_base.WAN21):
         self.checkpoint_path = path
         self.checkpoint_metadata = metadata
 
-    def extra_conds_shapes(self, **conditioning) -> dict[str, list]:
+    def extra_conds_shapes(self, **conditioning: Any) -> dict[str, list]:
         """What the host hands to `memory_required` of a conditioning."""
         return {NEED: [conditioning[NEED]]} if NEED in conditioning else {}
 
@@ -203,7 +204,7 @@ class Wan21(comfy.model_base.WAN21):
         """Bytes for each number of the largest matrix while it is in use; see `stored.matrix_bytes`."""
         return matrix_bytes(self.diffusion_model.get_submodule("blocks.0.ffn.0"), itemsize)
 
-    def velocity(self, x: Tensor, timestep: Tensor, transformer_options: dict, **conds) -> Tensor:
+    def velocity(self, x: Tensor, timestep: Tensor, transformer_options: dict, **conds: Any) -> Tensor:
         """`apply_model` without its change to denoised space; wrappers such as torch.compile apply.
 
         Args:

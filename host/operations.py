@@ -1,5 +1,7 @@
 """Layers for our DiT: the host's with our own product on the CPU, or with matrices packed as in a GGUF."""
 
+from typing import Any
+
 import comfy.model_management
 import comfy.ops
 import torch
@@ -42,11 +44,16 @@ class GGUFOperations(comfy.ops.manual_cast):
             return linear(input, weight, bias)
 
         # The host merges patches of other LoRA loaders through these two; a patched matrix stays unpacked.
-        def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs) -> Tensor:
+        def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs: Any) -> Tensor:
             return dequantize(weight.to(torch.uint8), *self.packed) if self.packed else weight
 
         def set_weight(
-            self, weight: Tensor, inplace_update: bool = False, seed=None, return_weight=False, **kwargs
+            self,
+            weight: Tensor,
+            inplace_update: bool = False,
+            seed: int | None = None,
+            return_weight: bool = False,
+            **kwargs: Any,
         ) -> Tensor | None:
             assert self.bias is not None  # each of Wan's matrices has one, in the dtype of what is not packed
             weight = weight.to(self.bias.dtype)

@@ -45,7 +45,8 @@ def tell(sentence: str) -> None:
     logging.info("%s %s", _speaker.get(), sentence)
     context = get_executing_context()
     if context is not None:
-        from server import PromptServer  # imported here: scripts call nodes without a server
+        # Imported here: scripts call nodes without a server.
+        from server import PromptServer  # pyright: ignore[reportAttributeAccessIssue] (not our server/)
 
         server = PromptServer.instance
         server.send_progress_text(sentence, context.node_id, server.client_id)

@@ -8,6 +8,7 @@ import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..wan.option import Call
@@ -36,7 +37,7 @@ class Prepared:
 class HostDenoiser:
     """A `wan.option.Denoiser` over the host's loaded model and its prepared conditioning."""
 
-    def __init__(self, guider, transformer_options: dict, device: torch.device):
+    def __init__(self, guider: comfy.samplers.CFGGuider, transformer_options: dict, device: torch.device):
         self.patcher = guider.model_patcher
         self.conds = guider.conds
         self.model = guider.inner_model
@@ -105,7 +106,9 @@ class _Sampler(comfy.samplers.Sampler):
         return samples
 
 
-def run_sampling(model, prepared: Prepared, latent: dict, seed: int, run: Run) -> tuple[Tensor, Any]:
+def run_sampling(
+    model: ModelPatcher, prepared: Prepared, latent: dict, seed: int, run: Run
+) -> tuple[Tensor, Any]:
     """Runs our sampling loop inside the host's.
 
     Args:

@@ -1,9 +1,10 @@
 """Our VAE inside a standard VAE."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import comfy.model_management
 import comfy.model_patcher
@@ -123,18 +124,24 @@ def _set_estimates(vae, model, device):
     vae.memory_used_encode, vae.memory_used_decode = encode, decode
 
 
-def encode_video(vae, video, tile_size):
+def _ours(vae: comfy.sd.VAE) -> HostWanVAE | None:
+    """Our model in a VAE; None in one of another loader."""
+    model: Any = vae.first_stage_model
+    return model if isinstance(model, HostWanVAE) else None
+
+
+def encode_video(vae: comfy.sd.VAE, video: Tensor, tile_size: str) -> Tensor:
     """Latent of a clip, [F, H, W, 3] in [0, 1] -> [1, 16, T, H/8, W/8]; sides are multiples of 8.
 
     The host would bring the whole clip to the device before it is cut into tiles; ours go there by chunks.
     """
     if tile_size in ("auto", "0"):
         return vae.encode(video)
-    tile = int(tile_size)
-    if not isinstance(vae.first_stage_model, HostWanVAE):
+    tile, model = int(tile_size), _ours(vae)
+    if model is None:
         return vae.encode_tiled(video, tile_x=tile, tile_y=tile, overlap=tile // 4)
     vae.throw_exception_if_invalid()
-    model, device = vae.first_stage_model, vae.device
+    device = vae.device
     frames, height, width = video.shape[:3]
     needed = encode_bytes(model, frames, min(tile, height), min(tile, width), device, vae.vae_dtype.itemsize)
     comfy.model_management.load_models_gpu(
@@ -146,31 +153,35 @@ def encode_video(vae, video, tile_size):
     return latent.to(vae.output_device, vae.vae_output_dtype())
 
 
-def decode_video(vae, samples, tile_size, say):
-    """Frames of a video latent, in as much memory as there is.
+def decode_video(vae: comfy.sd.VAE, samples: Tensor, tile_size: str, say: Callable[[str], None]) -> Tensor:
+    """The frames of a video latent, in as much memory as there is.
 
     A VAE of another loader is decoded as the host does it, which has its own answer to a lack of memory.
 
     Args:
+        vae: ours, or another loader's.
         samples: [B, 16, T, h, w], raw.
         tile_size: "auto", or pixels as text; "0" is whole frames.
-        say: Called with one sentence on how it is done.
+        say: called with one sentence on how it is done.
 
     Returns:
         [B, F, H, W, 3] in [0, 1].
     """
-    if isinstance(vae.first_stage_model, HostWanVAE):
+    model = _ours(vae)
+    if model is not None:
         vae.throw_exception_if_invalid()
         with comfy.model_management.cuda_device_context(vae.device):
-            return _decode_ours(vae, samples, tile_size, say)
+            return _decode_ours(vae, model, samples, tile_size, say)
     if tile_size in ("auto", "0"):
         return vae.decode(samples)
-    tile = int(tile_size) // vae.spacial_compression_decode()
+    tile = int(tile_size) // cast(int, vae.spacial_compression_decode())
     return vae.decode_tiled(samples, tile_x=tile, tile_y=tile, overlap=tile // 4)
 
 
-def _decode_ours(vae, samples, tile_size, say):
-    management, model, device = comfy.model_management, vae.first_stage_model, vae.device
+def _decode_ours(
+    vae: comfy.sd.VAE, model: HostWanVAE, samples: Tensor, tile_size: str, say: Callable[[str], None]
+) -> Tensor:
+    management, device = comfy.model_management, vae.device
     shape, dtype = model.decode_output_shape(samples.shape), vae.vae_output_dtype()
     if vae.output_device.type == "cpu":
         what = f"{shape[0] * shape[2]} frames of {shape[4]}x{shape[3]}"
@@ -188,7 +199,7 @@ def _decode_ours(vae, samples, tile_size, say):
         how = f"tiles of {tile} pixels" if tile else "whole frames"
         say(f"decodes {how}: whole frames take {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free")
 
-    def retreat(sentence):
+    def retreat(sentence: str) -> None:
         say(sentence)
         if vae.patcher.is_dynamic():  # as in memory.make_room
             cleanup_prefetched_modules(model.modules())
@@ -207,11 +218,11 @@ def _decode_ours(vae, samples, tile_size, say):
     return vae.process_output(out).movedim(1, -1)
 
 
-def vae_shape(vae):
-    """(latent channels, latent dimensions, spatial compression), for the preflight."""
-    return vae.latent_channels, vae.latent_dim, vae.spacial_compression_encode()
+def vae_shape(vae: comfy.sd.VAE) -> tuple[int, int, int]:
+    """(latent channels, latent dimensions, spatial compression), for the checks."""
+    return vae.latent_channels, vae.latent_dim, cast(int, vae.spacial_compression_encode())
 
 
-def latent_device():
+def latent_device() -> torch.device:
     """Where the host keeps latents between nodes."""
     return comfy.model_management.intermediate_device()

@@ -10,6 +10,7 @@ as the release runs under autocast.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ class Pass:
     image: Tensor | None
 
 
+Device = torch.device | None
+Dtype = torch.dtype | None
 ApplyBlock = Callable[[int, Pass], Tensor]
 BlockRunner = Callable[[int, list[Pass], ApplyBlock], None]
 # How tokens attend to a text: see `attend_text`, the plain way.
@@ -116,9 +119,15 @@ class GELU(nn.Module):
 class WanSelfAttention(nn.Module):
     """Queries, keys and values of the tokens. The block attends and applies `o`: x is freed by then."""
 
-    def __init__(self, config: WanConfig, operations, device=None, dtype=None):
+    def __init__(
+        self,
+        config: WanConfig,
+        operations: Any,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        kw = dict(device=device, dtype=dtype)
+        kw: dict[str, Any] = dict(device=device, dtype=dtype)
         dim = config.dim
         self.num_heads = config.num_heads
         self.q = operations.Linear(dim, dim, **kw)
@@ -141,7 +150,13 @@ class WanSelfAttention(nn.Module):
 class WanCrossAttention(WanSelfAttention):
     """Tokens look at the text and, with an image branch and CLIP features, at the image as well."""
 
-    def __init__(self, config: WanConfig, operations, device=None, dtype=None):
+    def __init__(
+        self,
+        config: WanConfig,
+        operations: Any,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(config, operations, device, dtype)
         self.k_img = None
         if config.image_dim is not None:
@@ -180,9 +195,15 @@ class WanAttentionBlock(nn.Module):
     Every step below acts on any tokens [B, rows, D] of the stream; self-attention alone needs all of them.
     """
 
-    def __init__(self, config: WanConfig, operations, device=None, dtype=None):
+    def __init__(
+        self,
+        config: WanConfig,
+        operations: Any,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        kw = dict(device=device, dtype=dtype)
+        kw: dict[str, Any] = dict(device=device, dtype=dtype)
         self.eps = config.eps
         self.self_attn = WanSelfAttention(config, operations, **kw)
         self.norm3 = operations.LayerNorm(config.dim, config.eps, elementwise_affine=True, **kw)
@@ -249,15 +270,21 @@ BlockExecutor = Callable[..., Tensor]
 NO_CONTEXTS: Mapping[str, Tensor] = {}
 
 
-def at_once(block: nn.Module, *inputs) -> Tensor:
+def at_once(block: nn.Module, *inputs: Any) -> Tensor:
     """The block's own forward. Another executor of this signature does a block's steps in another way."""
     return block(*inputs)
 
 
 class Head(nn.Module):
-    def __init__(self, config: WanConfig, operations, device=None, dtype=None):
+    def __init__(
+        self,
+        config: WanConfig,
+        operations: Any,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        kw = dict(device=device, dtype=dtype)
+        kw: dict[str, Any] = dict(device=device, dtype=dtype)
         self.eps = config.eps
         patch = PATCH_SIZE[0] * PATCH_SIZE[1] * PATCH_SIZE[2]
         self.head = operations.Linear(config.dim, patch * config.out_dim, **kw)
@@ -271,9 +298,15 @@ class Head(nn.Module):
 class MLPProj(nn.Module):
     """CLIP vision features [B, I, 1280] -> image tokens [B, I, D]."""
 
-    def __init__(self, config: WanConfig, operations, device=None, dtype=None):
+    def __init__(
+        self,
+        config: WanConfig,
+        operations: Any,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        kw = dict(device=device, dtype=dtype)
+        kw: dict[str, Any] = dict(device=device, dtype=dtype)
         width = config.image_dim
         assert width is not None
         self.proj = nn.Sequential(
@@ -303,10 +336,16 @@ class WanModel(nn.Module):
         device, dtype: of the parameters.
     """
 
-    def __init__(self, config: WanConfig, operations, device=None, dtype=None):
+    def __init__(
+        self,
+        config: WanConfig,
+        operations: Any,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        kw = dict(operations=operations, device=device, dtype=dtype)
-        at = dict(device=device, dtype=dtype)
+        kw: dict[str, Any] = dict(operations=operations, device=device, dtype=dtype)
+        at: dict[str, Any] = dict(device=device, dtype=dtype)
         dim = config.dim
         self.config = config
         # The release keeps the patch embedding in float32; so do we.

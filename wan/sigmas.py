@@ -65,7 +65,7 @@ def timesteps(sigmas: list[float], solver: str) -> list[float]:
 def partial_sigmas(steps: int, shift: float, solver: str, denoise: float) -> list[float]:
     """The schedule of a run that starts part way, from a latent that is only partly noise.
 
-    This is the convention of ComfyUI's KSampler: the last `steps` steps of a run of int(steps / denoise).
+    The last `steps` steps of a run of int(steps / denoise).
 
     Args:
         steps: number of model evaluations, at least 1.
