@@ -115,7 +115,7 @@ def embed(path, coefficients):
     os.replace(unfinished, path)
 
 
-def parser():
+def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", type=Path, help="a Wan2.1 checkpoint of any published layout")
     parser.add_argument("--text-encoder", required=True)
@@ -125,11 +125,11 @@ def parser():
     target.add_argument("--print", action="store_true", help="print the list, write no file")
     target.add_argument("--embed", action="store_true", help="write it into MODEL, a single safetensors file")
     add_job_arguments(parser, steps=50)
-    return parser
+    return parser.parse_args(argv)
 
 
 def main():
-    args = parser().parse_args()
+    args = arguments()
     with torch.inference_mode():
         coefficients, explained, count = calibrate(Files(args.model, args.text_encoder, args.vae), args)
     print(f"{count} points, {100 * explained:.0f} % of the variance explained: {coefficients}")

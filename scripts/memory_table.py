@@ -10,6 +10,7 @@ from lib import pack
 pack.load_pack()
 
 import torch  # noqa: E402
+from lib.markdown import table  # noqa: E402
 from wan21.wan.config import CLIP_TOKENS, SIZES  # noqa: E402
 from wan21.wan.dit import WanModel  # noqa: E402
 from wan21.wan.memory import GIB, StepSize, choose_plans, plans_from, step_bytes  # noqa: E402
@@ -47,10 +48,8 @@ def cell(size, weights, budget):
     return f"{max(0, budget - needs[plan]) / weights:.0%}{low}"
 
 
-def table():
-    """Lines of Markdown."""
-    yield "| checkpoint | size | weights | step | least | " + " | ".join(f"{d} GB" for d in DEVICES) + " |"
-    yield "|---" * (5 + len(DEVICES)) + "|"
+def rows():
+    """One a checkpoint and size: weights, a step, the least step, and what each device makes of it."""
     for name, release, width in CHECKPOINTS:
         config = SIZES[release]
         weights = weight_bytes(config, width)
@@ -58,10 +57,14 @@ def table():
             size = StepSize(config, latent, image_tokens=CLIP_TOKENS if config.image_dim else 0)
             plans = plans_from(True)
             sizes = (weights, step_bytes(size, plans[0]), step_bytes(size, plans[-1]))
-            row = [name, latent_name, *(f"{n / GIB:.1f} GiB" for n in sizes)]
-            row += [cell(size, weights, d * GIB - RESERVE) for d in DEVICES]
-            yield "| " + " | ".join(row) + " |"
+            cells = (cell(size, weights, d * GIB - RESERVE) for d in DEVICES)
+            yield name, latent_name, *(f"{n / GIB:.1f} GiB" for n in sizes), *cells
+
+
+def as_table():
+    headings = ("checkpoint", "size", "weights", "step", "least", *(f"{d} GB" for d in DEVICES))
+    return table(headings, rows())
 
 
 if __name__ == "__main__":
-    print("\n".join(table()))
+    print(as_table())

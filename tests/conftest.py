@@ -40,16 +40,21 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def files(tmp_path_factory):
+def checkpoints(tmp_path_factory):
+    """A `models` folder with the small random checkpoints."""
+    return make_checkpoints(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def files(checkpoints):
     """Paths of the small checkpoints: i2v, flf2v, t2v, vae, umt5."""
-    root = make_checkpoints(tmp_path_factory.mktemp("models"))
-    dit = root / "diffusion_models"
+    dit = checkpoints / "diffusion_models"
     return {
         "i2v": dit / I2V,
         "flf2v": dit / FLF2V,
         "t2v": dit / T2V,
-        "vae": root / "vae" / VAE,
-        "umt5": root / "text_encoders" / TEXT_ENCODER,
+        "vae": checkpoints / "vae" / VAE,
+        "umt5": checkpoints / "text_encoders" / TEXT_ENCODER,
     }
 
 

@@ -11,8 +11,8 @@ import pytest
 import requests
 from inferencesh import APIError, TaskStatus
 from lib.host_server import HostServer
+from lib.job_api import Receiver
 from lib.pack import comfyui_path
-from load_jobs import Receiver
 from PIL import Image
 
 APP = "infsh/wan2-1-i2v"

@@ -8,6 +8,7 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
+from lib.quality import psnr
 from safetensors.torch import save_file
 from wan21.frames import minterpolate
 from wan21.host import upsample as host_upsample
@@ -29,10 +30,6 @@ def clip(count, height=48, width=64, step=1.0):
         for i in range(count)
     ]  # fmt: skip
     return torch.cat(frames).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
-
-
-def psnr(a, b):
-    return -10 * math.log10((a - b).square().mean().item())
 
 
 def temporal(images, fps=16.0, method="x2", **inputs):

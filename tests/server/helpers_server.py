@@ -8,7 +8,6 @@ import contextlib
 import sqlite3
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import inferencesh
 from aiohttp import web
@@ -178,37 +177,6 @@ class Api:
 
     def client_of(self, key):
         return inferencesh.inference(api_key=key, base_url=self.url)
-
-
-class Receiver:
-    """A web server that keeps what it is sent, and answers with the statuses it was given, then 200.
-
-    Attributes:
-        events: (headers, body) of each request.
-    """
-
-    def __init__(self, *statuses):
-        self.events = []
-        remaining = list(statuses)
-        events = self.events
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                events.append((self.headers, body))
-                self.send_response(remaining.pop(0) if remaining else 200)
-                self.end_headers()
-
-            def log_message(self, *_):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}/hook"
-
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @contextlib.contextmanager

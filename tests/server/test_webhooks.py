@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 import requests
-from helpers_server import GIVE_UP_S, Receiver, serve, stored_status, wait_until
+from helpers_server import GIVE_UP_S, serve, stored_status, wait_until
+from lib.job_api import Receiver
 from wan21.server import webhooks
 from wan21.server.settings import Settings
 from wan21.server.store import Store
@@ -50,7 +51,7 @@ def test_one_event_at_the_end_retried_and_signed(api, job, receive):
     api.play_next()
     wait_until(lambda: delivery(api, task)["state"] == "delivered")
     assert delivery(api, task)["attempts"] == len(receiver.events) == 3
-    headers, body = receiver.events[-1]
+    headers, body = receiver.requests[-1]
     event = json.loads(body)
     assert event.keys() == {"id", "status", "output", "error", "session_id", "created_at", "updated_at"}
     assert event["id"] == task["id"] == headers["X-Wan21-Delivery"] and event["status"] == 10
@@ -66,7 +67,7 @@ def test_cancelled_tasks_are_told_and_a_dead_receiver_shows(api, job, receive):
     api.client.cancel(task["id"])
     wait_until(lambda: delivery(api, task)["state"] == "failed")
     assert delivery(api, task) == {"state": "failed", "attempts": 3, "error": "the receiver answered 503"}
-    assert json.loads(receiver.events[0][1])["status"] == 12
+    assert receiver.events[0]["status"] == 12
 
 
 def test_private_receivers_are_not_contacted(host, job, receive, monkeypatch):
@@ -92,7 +93,7 @@ def test_a_restart_delivers_what_is_due(host, job, receive):
     host.queue.clear()
     with serve(host) as api:
         wait_until(lambda: receiver.events)
-        event = json.loads(receiver.events[0][1])
+        event = receiver.events[0]
         assert event["status"] == 11 and "stopped while the task ran" in event["error"]
 
 
