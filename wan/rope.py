@@ -27,7 +27,9 @@ def axis_frequencies(head_dim: int, theta: float = 10000.0) -> tuple[Tensor, ...
     return tuple(theta ** -(torch.arange(0, d, 2, dtype=torch.float64) / d) for d in axes)
 
 
-def rope_table(frequencies: tuple[Tensor, ...], grid: tuple[int, ...], device=None) -> Tensor:
+def rope_table(
+    frequencies: tuple[Tensor, ...], grid: tuple[int, ...], device: torch.device | None = None
+) -> Tensor:
     """Rotations of every token of a patch grid.
 
     Args:
