@@ -351,7 +351,7 @@ def prepare(
         f"{name} set on the MODEL by another node is not used here" for name in host.ignored_patches(model)
     ]
     conds = {"positive": positive}
-    if "uncond" in job.contexts:
+    if "uncond" in (*job.pass_names, *job.contexts):
         conds["negative"] = negative
     for name, cond in conds.items():
         conds[name], note = host.trim_clip_vision(cond, config)

@@ -44,8 +44,8 @@ class Pass:
     image: Tensor | None
 
 
-Device = torch.device | None
-Dtype = torch.dtype | None
+Device = torch.device | str | None
+DType = torch.dtype | None
 ApplyBlock = Callable[[int, Pass], Tensor]
 BlockRunner = Callable[[int, list[Pass], ApplyBlock], None]
 # How tokens attend to a text: see `attend_text`, the plain way.
@@ -119,13 +119,7 @@ class GELU(nn.Module):
 class WanSelfAttention(nn.Module):
     """Queries, keys and values of the tokens. The block attends and applies `o`: x is freed by then."""
 
-    def __init__(
-        self,
-        config: WanConfig,
-        operations: Any,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, config: WanConfig, operations: Any, device: Device = None, dtype: DType = None):
         super().__init__()
         kw: dict[str, Any] = dict(device=device, dtype=dtype)
         dim = config.dim
@@ -150,17 +144,11 @@ class WanSelfAttention(nn.Module):
 class WanCrossAttention(WanSelfAttention):
     """Tokens look at the text and, with an image branch and CLIP features, at the image as well."""
 
-    def __init__(
-        self,
-        config: WanConfig,
-        operations: Any,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, config: WanConfig, operations: Any, device: Device = None, dtype: DType = None):
         super().__init__(config, operations, device, dtype)
         self.k_img = None
         if config.image_dim is not None:
-            kw = dict(device=device, dtype=dtype)
+            kw: dict[str, Any] = dict(device=device, dtype=dtype)
             self.k_img = operations.Linear(config.dim, config.dim, **kw)
             self.v_img = operations.Linear(config.dim, config.dim, **kw)
             self.norm_k_img = operations.RMSNorm(config.dim, eps=config.eps, elementwise_affine=True, **kw)
@@ -195,13 +183,7 @@ class WanAttentionBlock(nn.Module):
     Every step below acts on any tokens [B, rows, D] of the stream; self-attention alone needs all of them.
     """
 
-    def __init__(
-        self,
-        config: WanConfig,
-        operations: Any,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, config: WanConfig, operations: Any, device: Device = None, dtype: DType = None):
         super().__init__()
         kw: dict[str, Any] = dict(device=device, dtype=dtype)
         self.eps = config.eps
@@ -267,7 +249,6 @@ class WanAttentionBlock(nn.Module):
 
 
 BlockExecutor = Callable[..., Tensor]
-NO_CONTEXTS: Mapping[str, Tensor] = {}
 
 
 def at_once(block: nn.Module, *inputs: Any) -> Tensor:
@@ -276,13 +257,7 @@ def at_once(block: nn.Module, *inputs: Any) -> Tensor:
 
 
 class Head(nn.Module):
-    def __init__(
-        self,
-        config: WanConfig,
-        operations: Any,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, config: WanConfig, operations: Any, device: Device = None, dtype: DType = None):
         super().__init__()
         kw: dict[str, Any] = dict(device=device, dtype=dtype)
         self.eps = config.eps
@@ -298,13 +273,7 @@ class Head(nn.Module):
 class MLPProj(nn.Module):
     """CLIP vision features [B, I, 1280] -> image tokens [B, I, D]."""
 
-    def __init__(
-        self,
-        config: WanConfig,
-        operations: Any,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, config: WanConfig, operations: Any, device: Device = None, dtype: DType = None):
         super().__init__()
         kw: dict[str, Any] = dict(device=device, dtype=dtype)
         width = config.image_dim
@@ -336,13 +305,7 @@ class WanModel(nn.Module):
         device, dtype: of the parameters.
     """
 
-    def __init__(
-        self,
-        config: WanConfig,
-        operations: Any,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, config: WanConfig, operations: Any, device: Device = None, dtype: DType = None):
         super().__init__()
         kw: dict[str, Any] = dict(operations=operations, device=device, dtype=dtype)
         at: dict[str, Any] = dict(device=device, dtype=dtype)
@@ -382,7 +345,7 @@ class WanModel(nn.Module):
         runner: BlockRunner = run_blocks,
         execute: BlockExecutor = at_once,
         context_attention: ContextAttention = own_text,
-        contexts: Mapping[str, Tensor] = NO_CONTEXTS,
+        contexts: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The velocity (noise minus clean sample) of every pass.
 
@@ -413,7 +376,7 @@ class WanModel(nn.Module):
         clips = (None,) * count if clip_fea is None else clip_fea.chunk(count)
         inputs = zip(pass_names, x.chunk(count), timestep.chunk(count), context.chunk(count), clips)
         passes = [self.embed(*one) for one in inputs]
-        texts = {name: self.text_embedding(features) for name, features in contexts.items()}
+        texts = {name: self.text_embedding(features) for name, features in (contexts or {}).items()}
         texts |= {p.name: p.text for p in passes}
         attends = {p.name: context_attention(p, texts) for p in passes}
 

@@ -43,9 +43,8 @@ class SampleJob:
 
     @property
     def contexts(self) -> tuple[str, ...]:
-        """The passes whose text is read; the negative one by an option, perhaps, though it does not run."""
-        needs_negative = any(option.needs_negative for option in self.options)
-        return ("cond", "uncond") if needs_negative else self.pass_names
+        """Names of passes whose text is read by an option, though they may not run."""
+        return ("uncond",) if any(option.needs_negative for option in self.options) else ()
 
     @property
     def sigmas(self) -> list[float]:
