@@ -164,6 +164,23 @@ def test_other_floats(vae):
         assert relative(low.encode(x.to(dtype)), vae.encode(x)) < 0.05
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_convolutions_that_do_more_than_convolve_are_called(vae, monkeypatch, plain):
+    from wan21.wan.vae import cpu
+
+    monkeypatch.setattr(cpu, "MIN_VOXELS", 1)
+    monkeypatch.setattr(WanVAE, "is_plain", lambda self, conv: plain)
+    called = []
+    convs = [vae.decoder.head[2], vae.decoder.upsamples[3].resample[1]]
+    hooks = [conv.register_forward_hook(lambda *_: called.append(1)) for conv in convs]
+    decoded = vae.decode(latents(2))
+    for hook in hooks:
+        hook.remove()
+    assert bool(called) != plain
+    monkeypatch.undo()
+    assert relative(decoded, vae.decode(latents(2))) <= 2e-6
+
+
 def test_gradients_reach_every_parameter(vae):
     model = WanVAE(dim=8)
     randomise(model).requires_grad_(True)
