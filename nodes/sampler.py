@@ -361,7 +361,8 @@ def prepare(
     execution = Execution(joint, host.choose_attention_for(model, attention))
     job = replace(job, options=(*job.options, execution))
     passes = len(job.pass_names)
-    plans, need, memory = host.plan_memory(model, shape, plans_from(joint, passes), passes, job.options)
+    plans = plans_from(joint, passes)
+    plans, need, memory = host.plan_memory(model, shape, plans, passes, job.active(run))
     return Prepared(
         positive=conds["positive"],
         negative=conds.get("negative"),
