@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import comfy.quant_ops
 import execution
 import folder_paths
 from aiohttp import web
@@ -153,6 +154,12 @@ class Host:
     def model_path(self, folder: str, name: str) -> Path:
         """The path of a listed model file."""
         return Path(folder_paths.get_full_path_or_raise(folder, name))
+
+    @property
+    def weight_formats(self) -> frozenset[str]:
+        """The quantised formats that the host's layers read."""
+        quant = comfy.quant_ops
+        return frozenset(quant.QUANT_ALGOS if quant._CK_AVAILABLE else ())
 
     @property
     def data_directory(self) -> Path:
