@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,18 @@ def preferred_names(workflow: Graph) -> dict[str, str]:
         for node in workflow.values()
         if node["class_type"] == kind
     }
+
+
+def as_written(text: str) -> str:
+    """A prompt for the host's text encoder node, such that the text encoder gets `text` itself.
+
+    The host reads `(word:1.2)` as a weight and a word that begins with `embedding:` as the name of a file. It
+    takes a bracket behind a backslash for text, and NUL with \\1 or \\2 for a bracket; a backslash alone is
+    one. The wide colon is the plain one to umT5's tokenizer, to which \\1 and \\2 are nothing.
+    """
+    text = re.sub("\0[\1\2]+", "\0", text)
+    text = re.sub(r"(?<!\S)embedding:", "embedding：", text)  # noqa: RUF001
+    return re.sub(r"([()])", r"\\\1", text)
 
 
 def build_graph(
@@ -189,7 +202,7 @@ class _Builder:
                 self.set(row.node, row.input, row.choices[value] if row.choices else value, row.name)
         for field, title in _TITLED.items():
             if values[field]:
-                self.set(title, "text", values[field], field)
+                self.set(title, "text", as_written(values[field]), field)
         width, height = parse_size(values["size"])
         self.set(I2V, "width", width, "size")
         self.set(I2V, "height", height, "size")
