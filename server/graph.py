@@ -36,6 +36,7 @@ LOADERS = {  # part -> (node, input)
 }
 _WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 _TITLED = {"prompt": "Positive prompt", "negative_prompt": "Negative prompt"}  # field -> title of its node
+REPORT, LORA_REPORT = "Report", "LoRA report"  # titles
 
 
 @dataclass
@@ -44,7 +45,7 @@ class JobGraph:
 
     Attributes:
         nodes: the graph.
-        roles: "sampler", "video", "last_frame", "report" -> node id.
+        roles: "sampler", "video", "last_frame", "report", and with a LoRA "lora_report" -> node id.
         fields: (node id, input name) -> field of the app that set it.
     """
 
@@ -178,7 +179,9 @@ class _Builder:
         sampler, video, decode = (self.only(kind) for kind in (SAMPLER, "CreateVideo", DECODE))
         if values["lora_url"]:
             model = self.nodes[sampler]["inputs"]["model"]
-            self.nodes[sampler]["inputs"]["model"] = [self.add(LORA, "LoRA", model=model), 0]
+            lora = self.add(LORA, "LoRA", model=model)
+            self.nodes[sampler]["inputs"]["model"] = [lora, 0]
+            self.add("PreviewAny", LORA_REPORT, source=[lora, 1])
         frames = [decode, 0]
         if values["temporal_upsampling"] != NONE:
             node = self.add(TEMPORAL, "More frames", images=frames)
@@ -212,10 +215,12 @@ class _Builder:
 
     def finish(self, output_prefix: str) -> dict[str, str]:
         """Names the outputs, saves the last frame too, and returns the roles."""
-        video, save, report = (self.only(kind) for kind in ("CreateVideo", "SaveVideo", "PreviewAny"))
+        video, save, report = (self.only(name) for name in ("CreateVideo", "SaveVideo", REPORT))
         self.nodes[save]["inputs"]["filename_prefix"] = f"{output_prefix}/video"
         images = self.nodes[video]["inputs"]["images"]
         last = self.add("ImageFromBatch", "Last frame", image=images, batch_index=-1, length=1)
         prefix = f"{output_prefix}/last_frame"
         saved = self.add("SaveImage", "Save last frame", images=[last, 0], filename_prefix=prefix)
-        return {"sampler": self.only(SAMPLER), "video": save, "last_frame": saved, "report": report}
+        roles = {"sampler": self.only(SAMPLER), "video": save, "last_frame": saved, "report": report}
+        reports = find(self.nodes, LORA_REPORT)
+        return roles | ({"lora_report": reports[0]} if reports else {})

@@ -1,11 +1,9 @@
-"""Model files of any size that take no room on the disk: a true header, a hole where the numbers would be."""
+"""Model files of any size, and a host that lists them."""
 
-import json
-import math
 from dataclasses import replace
 
 import torch
-from helpers_checkpoint import umt5_state_dict
+from helpers_checkpoint import umt5_state_dict, write_sparse
 from helpers_server import FakeHost
 from torch import nn
 from wan21.server import installed
@@ -13,10 +11,6 @@ from wan21.wan.config import WanConfig
 from wan21.wan.dit import WanModel
 from wan21.wan.vae import WanVAE
 
-DTYPES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
 FOLDERS = {
     "Wan21ModelLoader": ("model_name", "diffusion_models"),
     "Wan21TextEncoderLoader": ("text_encoder_name", "text_encoders"),
@@ -67,31 +61,6 @@ def clip_vision(width=1280, layers=32, tokens=257):
     return {f"vision_model.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()}
 
 
-def write(path, state_dict, metadata=None, numbers=()):
-    """A safetensors file of these shapes and types.
-
-    Args:
-        numbers: bytes by key, of those that are not to be zero.
-    """
-    header, end = {"__metadata__": metadata or {}}, 0
-    for key, value in state_dict.items():
-        begin, end = end, end + math.prod(value.shape) * value.dtype.itemsize
-        header[key] = {
-            "dtype": DTYPES[value.dtype],
-            "shape": list(value.shape),
-            "data_offsets": [begin, end],
-        }
-    raw = json.dumps(header).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        file.truncate(8 + len(raw) + end)
-        for key, data in dict(numbers).items():
-            file.seek(8 + len(raw) + header[key]["data_offsets"][0])
-            file.write(data)
-    return path
-
-
 class Shelf(FakeHost):
     """A host that lists what lies in the user's folders, and then what this pack brings.
 
@@ -124,4 +93,4 @@ class Shelf(FakeHost):
 
     def put_file(self, part, name, state_dict, **kwargs):
         """Installs a file of the user's."""
-        return write(self.own / installed.FOLDERS[part] / name, state_dict, **kwargs)
+        return write_sparse(self.own / installed.FOLDERS[part] / name, state_dict, **kwargs)

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from helpers_checkpoint import write_sparse
 from helpers_models import (
     EXPERT,
     FLF2V,
@@ -19,7 +20,6 @@ from helpers_models import (
     dit,
     umt5,
     vae,
-    write,
 )
 from helpers_server import serve
 from inferencesh import APIError
@@ -502,7 +502,7 @@ def test_models_are_found_in_checkpoints_too(shelf):
     """Once the loader lists that folder."""
     shelf.put_release("text_encoder", "vae")
     whole = {f"model.diffusion_model.{key}": value for key, value in dit().items()}
-    write(shelf.own / "checkpoints" / "all_in_one.safetensors", whole)
+    write_sparse(shelf.own / "checkpoints" / "all_in_one.safetensors", whole)
     listing = shelf.node_inputs
     both = {"model_name": {"type": "COMBO", "options": ["all_in_one.safetensors", TINY["model"]]}}
     shelf.node_inputs = lambda kind: both if kind == "Wan21ModelLoader" else listing(kind)
@@ -518,7 +518,7 @@ def test_models_are_judged_as_by_their_loader(tmp_path, what):
 
     good = {"good": (dit, None, ""), "good expert": (lambda: dit(**EXPERT), None, "")}
     made, spoil, _ = (REFUSED_MODELS | good).get(what) or (FOREIGN_MODELS[what], None, "")
-    path = write(tmp_path / "x.safetensors", made())
+    path = write_sparse(tmp_path / "x.safetensors", made())
     if spoil:
         spoil(path)
     refusal = read_traits("model", path, None).refusal
