@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..wan.files import INDEX_SUFFIX, SHARD_NAME
 from .graph import LOADERS
-from .model_notes import FOLDERS, WANTED, lack_of, notes_on
-from .model_set import PARTNERS, File, ModelSet, Offer, choose_set
+from .model_notes import FOLDERS, WANTED, Lack, lack_of, notes_on
+from .model_set import File, ModelSet, Offer, choose_set
 from .problems import invalid
 from .traits import Traits, read_traits
 
@@ -140,13 +140,14 @@ def _lacks(
     chosen: ModelSet, offers: Mapping[str, Offer], preferred: Mapping[str, str]
 ) -> Iterable[tuple[str, str]]:
     """(part, sentence) pairs: what is missing where no set is complete."""
-    if not chosen.lacking:
-        return [("model", lack_of("model", None, offers["model"], preferred.get("model")))]
     models = sorted(chosen.lacking, key=lambda model: len(chosen.lacking[model]))[:MODELS_TOLD]
-    told: dict[tuple[str, str], None] = {}
-    for part in PARTNERS:
-        for model in models:
-            if part in chosen.lacking[model]:
-                told[part, lack_of(part, model, offers[part], preferred.get(part))] = None
-    parts = dict.fromkeys(part for part, _ in told)
-    return [(part, "; ".join(text for other, text in told if other == part)) for part in parts]
+    lacks: dict[str, list[Lack]] = {}
+    for model in models:
+        for part in chosen.lacking[model]:
+            lack = lack_of(part, model, offers[part], preferred.get(part))
+            lacks.setdefault(part, []).append(lack)
+    if not models:
+        lacks["model"] = [lack_of("model", None, offers["model"], preferred.get("model"))]
+    for part, told in lacks.items():
+        problems, fixes = (dict.fromkeys(texts) for texts in zip(*told))
+        yield part, "; ".join([*problems, *fixes])

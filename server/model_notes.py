@@ -1,10 +1,11 @@
 """The set of model files of a job, in sentences: what was chosen and left aside, or what is missing."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from ..wan.files.bad_file import listed
 from ..wan.files.kinds import CLIP_VISION, UMT5, WAN21_VAE
-from .model_set import PARTNERS, File, ModelSet, Offer, fitting, mismatch
+from .model_set import PARTNERS, RELEASE_VAE_DIMS, File, ModelSet, Offer, fitting
 from .problems import as_part
 
 FOLDERS = {
@@ -29,6 +30,13 @@ _EXPERT = (
 )
 
 
+class Lack(NamedTuple):
+    """Why there is no file for a part, and what to do; both without a full stop."""
+
+    problem: str
+    fix: str
+
+
 def notes_on(chosen: ModelSet, offers: Mapping[str, Offer], preferred: Mapping[str, str]) -> list[str]:
     """Lines for the task's log on a complete set.
 
@@ -38,7 +46,9 @@ def notes_on(chosen: ModelSet, offers: Mapping[str, Offer], preferred: Mapping[s
     files, model = chosen.files, chosen.files["model"]
     parts = [f"{WORDS[part]} {file.name}" for part, file in files.items()]
     lines = [f"the job runs with {', '.join(parts[:-1])} and {parts[-1]}"]
-    candidates = {"model": offers["model"].files} | {p: fitting(model, p, offers[p]) for p in PARTNERS}
+    models = [file for file in offers["model"].files if file not in chosen.lacking]
+    models = [file for file in models if model.is_expert or not file.is_expert]
+    candidates = {"model": models} | {part: fitting(model, part, offers[part]) for part in PARTNERS}
     for part, several in candidates.items():
         if len(several) > 1:
             names = listed([file.name for file in several], NAMES_TOLD)
@@ -60,7 +70,7 @@ def _left_aside(chosen: ModelSet, offers: Mapping[str, Offer], preferred: Mappin
     passed = [model for model in chosen.lacking if not model.bundled]
     for model in passed[:FILES_EXPLAINED]:
         lacks = [lack_of(part, model, offers[part], preferred.get(part)) for part in chosen.lacking[model]]
-        yield f"model: {model.name} was passed over: {'; '.join(lacks)}"
+        yield f"model: passed over, since {'; '.join(f'{problem}; {fix}' for problem, fix in lacks)}"
     if passed[FILES_EXPLAINED:]:
         yield f"model: {len(passed) - FILES_EXPLAINED} more models were passed over"
     experts = [file.name for file in offers["model"].files if file.is_expert and file not in chosen.lacking]
@@ -71,25 +81,46 @@ def _left_aside(chosen: ModelSet, offers: Mapping[str, Offer], preferred: Mappin
             yield f"{part}: left aside, since they would not load: {_explained(offer.refused)}"
 
 
-def lack_of(part: str, model: File | None, offer: Offer, release_file: str | None) -> str:
-    """A sentence on why there is no file for a part, and what to do; without its full stop.
+def lack_of(part: str, model: File | None, offer: Offer, release_file: str | None) -> Lack:
+    """Why there is no file for a part.
 
     Args:
         model: whose partner it is to be; None for the model itself.
         release_file: name of the release's file for the part.
     """
-    fix = f"install {release_file}" if release_file else f"install {WANTED[part]}"
+    folder = f"models/{FOLDERS[part]}"
+    fix = f"install {release_file or WANTED[part]}"
     if model is not None and not model.is_release:
         fix = f"use the {WORDS[part]} that {model.name} was made with"
-    if model is not None and offer.named:
-        return f"{mismatch(model, part, offer.files[0])}; name files that belong together, or leave one out"
     if model is None or not offer.files:
-        problem = f"no file in models/{FOLDERS[part]} is {WANTED[part]}"
-        if offer.refused:
-            problem += f" that would load, {_explained(offer.refused)}"
-        return f"{problem}; {fix}"
-    reasons = [mismatch(model, part, file) for file in offer.files[:FILES_EXPLAINED]]
-    return f"no file in models/{FOLDERS[part]} goes with {model.name} ({'; '.join(reasons)}); {fix}"
+        problem = f"no file in {folder} is {WANTED[part]}"
+        return Lack(
+            f"{problem} that would load, {_explained(offer.refused)}" if offer.refused else problem, fix
+        )
+    needs = f"{model.name} needs {_needed(model, part)}"
+    if offer.named:
+        there = f"{offer.files[0].name} has {_size(part, offer.files[0])}"
+        return Lack(f"{needs}, and {there}", "name files that belong together, or leave one out")
+    there = listed([f"{file.name} ({_size(part, file)})" for file in offer.files], NAMES_TOLD)
+    return Lack(f"{needs}, and {folder} has {there}", fix)
+
+
+def _needed(model: File, part: str) -> str:
+    """What a model takes for a partner."""
+    if part == "vae":
+        if not model.is_release:
+            return "a small VAE of its own"
+        return f"the VAE of the release, of {RELEASE_VAE_DIMS[0]} channels at its first level"
+    width = model.traits.text_width if part == "text_encoder" else model.traits.image_width
+    return f"a {WORDS[part]} of width {width}"
+
+
+def _size(part: str, file: File) -> str:
+    """The size of a file by which it belongs to a model or not."""
+    traits = file.traits
+    if part == "vae":
+        return f"{traits.vae_dim} channels at its first level"
+    return f"width {traits.text_width if part == 'text_encoder' else traits.image_width}"
 
 
 def _explained(files: Sequence[File]) -> str:

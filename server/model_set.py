@@ -89,28 +89,18 @@ def fitting(model: File, part: str, offer: Offer) -> list[File]:
     """The files of a part that go with a model, best first; no image encoder that it would not read."""
     if part == "clip_vision" and model.traits.image_width is None and not offer.named:
         return []
-    files = [file for file in offer.files if not mismatch(model, part, file)]
+    files = [file for file in offer.files if belongs(model, part, file)]
     return sorted(files, key=lambda file: _partner_rank(model, part, file))
 
 
-def mismatch(model: File, part: str, file: File) -> str:
-    """Why a file does not go with a model, as a clause; empty where it does."""
+def belongs(model: File, part: str, file: File) -> bool:
+    """Whether a file of a part goes with a model, as far as sizes tell."""
     own, other = model.traits, file.traits
-    if part == "text_encoder" and own.text_width != other.text_width:
-        widths = own.text_width, other.text_width
-        return f"{model.name} reads text features {widths[0]} wide, and {file.name} gives {widths[1]}"
-    if part == "vae" and model.is_release != (other.vae_dim in RELEASE_VAE_DIMS):
-        needed, found = "the VAE of the release", "a small one"
-        if not model.is_release:
-            needed, found = "a small VAE of its own", "that of the release"
-        return (
-            f"{model.name} works on the latents of {needed}, and {file.name} is {found} ({other.vae_dim} "
-            "channels at its first level)"
-        )
-    widths = own.image_width, other.image_width
-    if part == "clip_vision" and None not in widths and widths[0] != widths[1]:
-        return f"{model.name} reads image features {widths[0]} wide, and {file.name} gives {widths[1]}"
-    return ""
+    if part == "text_encoder":
+        return own.text_width == other.text_width
+    if part == "vae":
+        return model.is_release == (other.vae_dim in RELEASE_VAE_DIMS)
+    return None in (own.image_width, other.image_width) or own.image_width == other.image_width
 
 
 def _is_needed(part: str, offer: Offer) -> bool:

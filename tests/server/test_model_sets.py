@@ -118,10 +118,11 @@ def test_partners_of_another_size_are_said_with_their_sizes(bare):
     told = refused(bare)
     assert told.keys() == {"text_encoder", "vae"}
     assert (
-        "reads text features 4096 wide, and t5-small.safetensors gives 128" in told["text_encoder"]
+        "needs a text encoder of width 4096, and models/text_encoders has t5-small.safetensors (width 128)"
+        in told["text_encoder"]
         and f"install {RELEASE['text_encoder']}" in told["text_encoder"]
     )
-    assert "small.safetensors is a small one (16 channels" in told["vae"]
+    assert "models/vae has small.safetensors (16 channels at its first level)" in told["vae"]
 
 
 def test_a_small_model_of_the_user_s_has_the_partners_beside_it(shelf):
@@ -366,17 +367,25 @@ def test_gguf_heads_are_looked_at(shelf):
 @pytest.mark.parametrize(
     ("named", "field", "told"),
     [
-        ({"model": TINY["model"], "vae": RELEASE["vae"]}, "vae", "that of the release (96 channels"),
-        ({"model": RELEASE["model"], "vae": TINY["vae"]}, "vae", "a small one (16 channels"),
+        (
+            {"model": TINY["model"], "vae": RELEASE["vae"]},
+            "vae",
+            f"needs a small VAE of its own, and {RELEASE['vae']} has 96 channels",
+        ),
+        (
+            {"model": RELEASE["model"], "vae": TINY["vae"]},
+            "vae",
+            f"of 96 channels at its first level, and {TINY['vae']} has 16 channels",
+        ),
         (
             {"model": TINY["model"], "text_encoder": RELEASE["text_encoder"]},
             "text_encoder",
-            f"reads text features 128 wide, and {RELEASE['text_encoder']} gives 4096",
+            f"a text encoder of width 128, and {RELEASE['text_encoder']} has width 4096",
         ),
         (
             {"model": RELEASE["model"], "clip_vision": "vit_l.safetensors"},
             "clip_vision",
-            "reads image features 1280 wide",
+            "a CLIP vision of width 1280",
         ),
     ],
 )
