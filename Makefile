@@ -2,7 +2,8 @@
 #
 #   make demo                                  a still image becomes demo.mp4, through a real ComfyUI
 #   make demo IMAGE=cat.jpg PROMPT="zoom in"   your own picture; also SEED, STEPS, WIDTH, HEIGHT, FRAMES
-#   make test                                  all tests, the real host included; ARGS="-k vae" picks
+#   make test                                  all tests, the real host included; ARGS="-k vae" picks,
+#                                              ARGS="-n 0" runs them one after the other
 #   make bench                                 our model and VAE beside the host's and diffusers'
 #   make train-tiny                            trains the bundled checkpoint anew, hours without a GPU
 #   make eval-tiny                             measures it through a real ComfyUI; ARGS="--cases 18" is quick
@@ -29,8 +30,11 @@ setup: .venv/created
 demo: setup
 	$(VENV_PYTHON) scripts/demo.py
 
+# A group is what shares a server or an expensive fixture: it stays in one worker.
+TEST_WORKERS := -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+
 test: setup
-	$(VENV_PYTHON) -m pytest $(ARGS)
+	$(VENV_PYTHON) -m pytest $(TEST_WORKERS) $(ARGS)
 
 bench: setup
 	$(VENV_PYTHON) scripts/bench.py $(ARGS)

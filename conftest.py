@@ -5,13 +5,18 @@ The host is not loaded here: tests of `wan/` need torch, safetensors and einops 
 
 import os
 
+import hypothesis
 import pytest
 from lib import pack
 
 pack.load_pack()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the servers that tests start: they share the cores
 
 import torch  # noqa: E402
 
+hypothesis.settings.register_profile("tests", deadline=None)  # an example may meet a busy machine
+hypothesis.settings.load_profile("tests")
 torch.set_num_threads(1)  # tensors are tiny here, and another worker has the other core
 
 

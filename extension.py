@@ -17,13 +17,16 @@ MODELS = Path(__file__).parent / "models"  # the bundled small checkpoint
 
 
 class Wan21Extension(ComfyExtension):
-    async def on_load(self):
-        """Show the bundled checkpoint in the host's lists, after the user's own folders; serve jobs."""
+    """What the host asks the pack for, at start."""
+
+    async def on_load(self) -> None:
+        """Lists the bundled checkpoint after the user's own folders, and mounts the job API."""
         for folder in sorted(path for path in MODELS.glob("*") if path.is_dir()):
             folder_paths.add_model_folder_path(folder.name, str(folder))
         server.mount()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Our nodes."""
         return [
             Wan21ModelLoader,
             Wan21TextEncoderLoader,

@@ -1,23 +1,25 @@
 """More pixels: Lanczos resampling, and an upscaler run over overlapping tiles.
 
-Images are [F, H, W, C] in [0, 1], as the host hands them; planes (B, C, H, W).
+Images are [F, H, W, C] in [0, 1]; planes (B, C, H, W).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 LANCZOS_LOBES = 3
-LANCZOS_BLOCK = 64  # outputs of one matrix product: short enough to skip most of the zeros
+LANCZOS_BLOCK = 64  # outputs a matrix product: its band of the weights has few zeros
 
 
-def even_side(side, scale):
-    """Return `side * scale` rounded to the nearest even number of pixels, half upwards."""
+def even_side(side: int, scale: float) -> int:
+    """`side * scale` rounded to the nearest even number of pixels, half upwards."""
     return 2 * math.floor(side * scale / 2 + 0.5)
 
 
-def lanczos_weights(size_in, size_out, device=None):
-    """Return the matrix (size_out, size_in) that resizes a line of pixels, float32.
+def lanczos_weights(size_in: int, size_out: int, device: torch.device | None = None) -> Tensor:
+    """The matrix (size_out, size_in) that resizes a line of pixels, float32.
 
     Lanczos with three lobes, antialiased when it shrinks; taps beyond the border are left out and the
     rest normalised, as in Pillow's Resample.c.
@@ -29,8 +31,8 @@ def lanczos_weights(size_in, size_out, device=None):
     return (weights / weights.sum(dim=1, keepdim=True)).to(device, torch.float32)
 
 
-def lanczos(x, height, width):
-    """Resize planes with Lanczos, rows first.
+def lanczos(x: Tensor, height: int, width: int) -> Tensor:
+    """Planes resized with Lanczos, rows first.
 
     Values are clamped to [0, 1] after each direction: Pillow does so as well, in 8 bits.
 
@@ -55,15 +57,17 @@ def lanczos(x, height, width):
     return x
 
 
-def tile_spans(length, tile, overlap):
-    """Cut a side into tiles that overlap.
+def tile_spans(length: int, tile: int, overlap: int) -> list[tuple[int, Tensor]]:
+    """A side cut into tiles that overlap.
 
     Args:
-        length: of the side; tile: of a tile, at most used whole; overlap: least pixels two tiles share.
+        length: of the side, in pixels.
+        tile: pixels of a tile; a shorter side is one tile.
+        overlap: pixels that two tiles share at least.
 
     Returns:
-        A list of (first, weights): where each tile starts and its share (its size,) of every pixel. Shares
-        fall linearly where tiles overlap and add up to 1.
+        Where each tile starts, and its share (its size,) of every pixel. Shares fall linearly where tiles
+        overlap and add up to 1.
     """
     size = min(tile, length)
     count = 1 + math.ceil((length - size) / max(1, size - overlap))
@@ -81,13 +85,20 @@ def tile_spans(length, tile, overlap):
     return [(first, shares[i, first : first + size].float()) for i, first in enumerate(firsts)]
 
 
-def upscale_tiled(upscale, x, scale, tile, overlap, on_tile=lambda: None):
-    """Run an upscaler over overlapping tiles.
+def upscale_tiled(
+    upscale: Callable[[Tensor], Tensor],
+    x: Tensor,
+    scale: int,
+    tile: int,
+    overlap: int,
+    on_tile: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Planes enlarged by an upscaler that sees overlapping tiles.
 
     Args:
         upscale: (B, 3, h, w) -> (B, 3, h * scale, w * scale).
         x: (B, 3, H, W) float32 in [0, 1].
-        scale: of the upscaler, an integer.
+        scale: of the upscaler.
         tile, overlap: pixels of `x`, tile > overlap.
         on_tile: called before each tile.
 

@@ -8,13 +8,18 @@ and only the frames between ours are taken from it.
 
 import queue
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from fractions import Fraction
 
 import av
+import av.error
 import av.filter
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from .spans import Span
 
 # Chosen with scripts/compare_interpolation.py: blocks of 8 and motion both ways gave the best PSNR.
 OPTIONS = "mi_mode=mci:mc_mode=obmc:me_mode=bidir:mb_size=8:scd=none"
@@ -28,13 +33,19 @@ OFFSET = torch.tensor([0.0, 0.5, 0.5])[:, None, None]
 TO_RGB = torch.linalg.inv(TO_YCBCR)
 
 
-def available():
-    """Return whether this FFmpeg has the filter."""
+def available() -> bool:
+    """Whether this FFmpeg has the filter."""
     return "minterpolate" in av.filter.filters_available
 
 
-def fill_spans(images, spans, multiplier, result, progress):
-    """Write the frames inside spans of motion, on as many threads as torch uses, at most 8.
+def fill_spans(
+    images: Tensor,
+    spans: Sequence[Span],
+    multiplier: int,
+    result: Tensor,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Writes the frames inside spans of motion, on as many threads as torch uses, at most 8.
 
     Args:
         images: [F, H, W, 3] in [0, 1].
@@ -61,13 +72,17 @@ def fill_spans(images, spans, multiplier, result, progress):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _chunks(spans):
-    """Cut spans into tasks of one shot each, as (warm-up span or None, spans).
+Chunk = tuple[Span | None, list[Span]]  # the span before, for the motion to start from; those to fill
+
+
+def _chunks(spans: Sequence[Span]) -> list[Chunk]:
+    """Tasks of one shot each.
 
     The search for motion starts from the motion of the pair before, so a task begins one span early. Tasks
     have a fixed length: the frames do not depend on the number of threads.
     """
-    chunks, last = [], None
+    chunks: list[Chunk] = []
+    last = None
     for span in spans:
         same_shot = last is not None and last.last == span.first
         if not same_shot or len(chunks[-1][1]) == CHUNK:
@@ -77,9 +92,23 @@ def _chunks(spans):
     return chunks
 
 
-@torch.inference_mode()  # a mode of the thread; the host's frames are inference tensors
-def _fill(images, chunk, multiplier, result, written, stop):
-    """Run one task: push its frames, and place what lies inside its spans."""
+@torch.inference_mode()  # inference mode is per thread, and the frames are inference tensors
+def _fill(
+    images: Tensor,
+    chunk: Chunk,
+    multiplier: int,
+    result: Tensor,
+    written: queue.SimpleQueue,
+    stop: threading.Event,
+) -> None:
+    """One task: pushes its frames, and places what lies inside its spans.
+
+    Args:
+        images, multiplier, result: as of `fill_spans`.
+        chunk: the task.
+        written: gets one item for each frame placed.
+        stop: set to end the task.
+    """
     warm_up, spans = chunk
     height, width = images.shape[1:3]
     graph = _graph(-(-width // ALIGN) * ALIGN, -(-height // ALIGN) * ALIGN, multiplier)
@@ -97,11 +126,12 @@ def _fill(images, chunk, multiplier, result, written, stop):
     assert not wanted, f"minterpolate left out {sorted(wanted)}"
 
 
-def _graph(width, height, multiplier):
+def _graph(width: int, height: int, multiplier: int) -> av.filter.Graph:
     """A filter graph whose clock ticks once for each frame of the result."""
     graph = av.filter.Graph()
     graph.threads = 1
-    source = graph.add_buffer(width=width, height=height, format="yuv444p", time_base=Fraction(1, multiplier))
+    pixels = av.VideoFormat("yuv444p", width, height)
+    source = graph.add_buffer(width=width, height=height, format=pixels, time_base=Fraction(1, multiplier))
     graph.link_nodes(
         source, graph.add("minterpolate", f"fps={multiplier}:{OPTIONS}"), graph.add("buffersink")
     )
@@ -109,15 +139,18 @@ def _graph(width, height, multiplier):
     return graph
 
 
-def _pulled(graph):
+def _pulled(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
+    """The frames that are ready."""
     while True:
         try:
-            yield graph.pull()
+            frame = graph.pull()
         except (av.error.BlockingIOError, av.error.EOFError):
             return
+        assert isinstance(frame, av.VideoFrame)
+        yield frame
 
 
-def _to_frame(image, pts, multiplier):
+def _to_frame(image: Tensor, pts: int, multiplier: int) -> av.VideoFrame:
     """[H, W, 3] in [0, 1] -> YCbCr in 8 bits, its border repeated up to a multiple of 16."""
     rgb = image.cpu().float().clamp(0, 1).permute(2, 0, 1)
     ycbcr = torch.einsum("ij,jhw->ihw", TO_YCBCR, rgb).add_(OFFSET).mul_(255).round_().clamp_(0, 255)
@@ -128,7 +161,7 @@ def _to_frame(image, pts, multiplier):
     return frame
 
 
-def _to_image(frame, height, width):
+def _to_image(frame: av.VideoFrame, height: int, width: int) -> Tensor:
     """YCbCr in 8 bits -> [height, width, 3] in [0, 1]."""
     ycbcr = torch.from_numpy(frame.to_ndarray())[:, :height, :width].float().div_(255).sub_(OFFSET)
     return torch.einsum("ij,jhw->hwi", TO_RGB, ycbcr).clamp_(0, 1)

@@ -4,20 +4,20 @@ It puts our model, VAE and text encoder into the host's standard MODEL, VAE and 
 sampler the host's life cycle: device memory, model patches, progress, preview and cancel.
 """
 
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
+
+from .attention import choose_attention_for
+from .coefficients import measured_coefficients
 from .conditioning import Conditioning, describe_conditioning, trim_clip_vision
 from .latent_file import KeptLatent
+from .load import DTYPES, WEIGHT_DTYPES, load_model
 from .lora import add_lora, other_family, read_lora
-from .memory import need_host_bytes, plan_memory
-from .model import (
-    checkpoint_name,
-    choose_attention_for,
-    config_of,
-    is_ours,
-    measured_coefficients,
-)
+from .memory import MemoryWatch, need_host_bytes, plan_memory
+from .model import checkpoint_name, config_of, is_ours
 from .patches import ignored_patches, refused_patch
-from .progress import Progress, StepProgress, check_cancelled, memory_watch, speaking_as, tell
-from .sampling import run_sampling
+from .progress import Progress, StepProgress, check_cancelled, speaking_as, tell
+from .sampling import Prepared, run_sampling
 from .text_encoder import load_text_encoder
 from .upsample import (
     InterpolationModel,
@@ -28,14 +28,17 @@ from .upsample import (
     upscale_with_model,
 )
 from .vae import decode_video, encode_video, latent_device, load_vae, vae_shape
-from .weights import DTYPES, WEIGHT_DTYPES, load_model
 
 __all__ = [
     "DTYPES",
+    "VAE",
     "WEIGHT_DTYPES",
     "Conditioning",
     "InterpolationModel",
     "KeptLatent",
+    "MemoryWatch",
+    "ModelPatcher",
+    "Prepared",
     "Progress",
     "StepProgress",
     "add_lora",
@@ -55,7 +58,6 @@ __all__ = [
     "load_text_encoder",
     "load_vae",
     "measured_coefficients",
-    "memory_watch",
     "need_host_bytes",
     "no_upscale_model",
     "other_family",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import node_helpers
 import torch
 
-from ..wan.config import CLIP_TOKENS
+from ..wan.config import CLIP_TOKENS, WanConfig
 
 # Keys by which other nodes ask for what our sampler does not do.
 UNSUPPORTED = ("area", "mask", "control", "gligen", "hooks", "start_percent", "end_percent")
@@ -13,18 +13,28 @@ UNSUPPORTED = ("area", "mask", "control", "gligen", "hooks", "start_percent", "e
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Shapes of one CONDITIONING input; None where a key is absent."""
+    """Shapes of one CONDITIONING input; None where a key is absent.
+
+    Attributes:
+        name: of the input.
+        entries: how many conditionings are listed in it.
+        text: [B, L, D].
+        image_latent: [B, 16, T, h, w].
+        mask: [B, 4, T, h, w].
+        clip: CLIP features [B, I, 1280].
+        unsupported: keys by which other nodes ask for what our sampler does not do.
+    """
 
     name: str
     entries: int
-    text: tuple | None
-    image_latent: tuple | None
-    mask: tuple | None
-    clip: tuple | None
+    text: tuple[int, ...] | None
+    image_latent: tuple[int, ...] | None
+    mask: tuple[int, ...] | None
+    clip: tuple[int, ...] | None
     unsupported: tuple[str, ...] = ()
 
 
-def describe_conditioning(name, conditioning):
+def describe_conditioning(name: str, conditioning: list) -> Conditioning:
     """Shapes of a CONDITIONING, for the checks."""
     text, options = conditioning[0] if conditioning else (None, {})
     shape = {k: tuple(v.shape) for k, v in options.items() if torch.is_tensor(v)}
@@ -40,11 +50,11 @@ def describe_conditioning(name, conditioning):
     )
 
 
-def trim_clip_vision(conditioning, config):
-    """A plain i2v model reads the start image alone: cut the end image's CLIP features off.
+def trim_clip_vision(conditioning: list, config: WanConfig) -> tuple[list, str | None]:
+    """The conditioning without the end image's CLIP features, where the model reads the start image's alone.
 
     Returns:
-        (conditioning, note or None)
+        (conditioning, a sentence if something was left out)
     """
     clip = describe_conditioning("", conditioning).clip
     if clip is None or config.image_tokens or clip[-2] != 2 * CLIP_TOKENS:

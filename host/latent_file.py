@@ -6,6 +6,7 @@ import comfy.utils
 import folder_paths
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 PREFIX = "wan21/undecoded"
 
@@ -20,14 +21,14 @@ class KeptLatent:
         OSError: The output folder cannot be written.
     """
 
-    def __init__(self, samples):
+    def __init__(self, samples: Tensor):
         output = folder_paths.get_output_directory()
         try:
             folder, name, counter, _, _ = folder_paths.get_save_image_path(PREFIX, output)
-        except Exception as error:  # a plain one, when the folder is a link to elsewhere
+        except Exception as error:  # the host raises a plain one when the folder is a link to elsewhere
             raise OSError(str(error)) from error
         self.path = Path(folder) / f"{name}_{counter:05}_.latent"
-        # The empty tensor says that the numbers are not scaled.
+        # LoadLatent divides by SD's factor unless this marker is there.
         tensors = {
             "latent_tensor": samples.cpu().contiguous(),
             "latent_format_version_0": torch.tensor([]),
@@ -35,8 +36,9 @@ class KeptLatent:
         try:
             comfy.utils.save_torch_file(tensors, str(self.path))
         except SafetensorError as error:
-            self.remove()  # a part of it, when the disk is full
+            self.remove()  # a full disk leaves a part of it
             raise OSError(str(error)) from error
 
-    def remove(self):
+    def remove(self) -> None:
+        """Deletes the file, if it is there."""
         self.path.unlink(missing_ok=True)

@@ -1,186 +1,267 @@
 """LoRAs on a MODEL: the host's weight patches, and strengths that change over the steps."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import comfy.patcher_extension
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
+from torch import Tensor, nn
 
 from ..wan import files
-from ..wan.lora import Patch, apply_patch, match_lora, scheduled, step_at
-from .model import CALL, kept_dtype
+from ..wan.lora import Lora, Patch, apply_patch, match_lora, scheduled, step_at
+from .model import CALL
+from .stored import kept_dtype, kept_shapes
 
 PREFIX = "diffusion_model."
-KEY = "wan21_loras"  # of our wrapper on a MODEL
+KEY = "wan21_loras"  # names our wrapper and our attachment on a MODEL
 
 
 class HostPatch(WeightAdapterBase):
-    """One `Patch` as the host keeps adapters: it merges, offloads and requantises around it."""
+    """One `Patch` as the host keeps adapters: it merges, offloads and requantises around it.
+
+    Args:
+        loaded_keys: keys of the file, of which the host keeps account.
+        weights: the fields of a `Patch`; the host moves the tensors among them.
+    """
 
     name = "wan21"
+    weights: Any
 
-    def __init__(self, loaded_keys, weights):
+    def __init__(self, loaded_keys: set[str], weights: tuple):
         self.loaded_keys = loaded_keys
-        self.weights = weights  # the fields of a Patch; the host moves the tensors in it
+        self.weights = weights
 
     def calculate_weight(
         self,
-        weight,
-        key,
-        strength,
-        strength_model,
-        offset,
-        function,
-        intermediate_dtype,
-        original_weight=None,
-    ):
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: tuple | None,
+        function: Callable,
+        intermediate_dtype: torch.dtype,
+        original_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The weight with the patch merged into it, in place."""
         return apply_patch(Patch(*self.weights), weight, strength, intermediate_dtype)
 
 
-def other_family(model) -> str | None:
+class ScheduledLora(NamedTuple):
+    """What of a LoRA is worked in while a run lasts.
+
+    Attributes:
+        patches: (parameter of the model, Patch).
+        values: strengths, spread over the steps of the run.
+    """
+
+    patches: list[tuple[str, Patch]]
+    values: list[float]
+
+
+def other_family(model: ModelPatcher) -> str | None:
     """What a MODEL that is no Wan model is called; None for one that is."""
     layers = getattr(model.model, "diffusion_model", None)
-    is_wan = layers is not None and "blocks.0.self_attn.q.weight" in layers.state_dict()
+    is_wan = layers is not None and "blocks.0.self_attn.q.weight" in kept_shapes(layers)
     return None if is_wan else type(model.model).__name__
 
 
-def read_lora(path, model):
-    """Match a LoRA file with a MODEL.
+def read_lora(path: str | Path, model: ModelPatcher) -> Lora:
+    """A LoRA file as far as it fits a MODEL of the Wan family, ours or the host's.
 
     Raises:
         Refusal: the file cannot be read or is no LoRA.
     """
-    state = model.model.state_dict()
-    shapes = {k.removeprefix(PREFIX): tuple(v.shape) for k, v in state.items() if k.startswith(PREFIX)}
-    for name, layer in model.model.named_modules():  # in the state dict these may have their packed shapes
-        weight = getattr(layer, "weight", None)
-        if getattr(layer, "packed", None):
-            shapes[name.removeprefix(PREFIX) + ".weight"] = layer.packed[1]
-        elif isinstance(weight, QuantizedTensor):
-            shapes[name.removeprefix(PREFIX) + ".weight"] = tuple(weight.shape)
     file = files.read_checkpoint(path)
-    return match_lora(file.state_dict, shapes, file.metadata)
+    return match_lora(file.state_dict, kept_shapes(model.model.diffusion_model), file.metadata)
 
 
-def add_lora(model, lora, strength, schedule=()):
-    """A clone of a MODEL with a LoRA on it; `schedule` multiplies the strength over the steps of a run.
+def add_lora(
+    model: ModelPatcher, lora: Lora, strength: float, schedule: Sequence[float] = ()
+) -> ModelPatcher:
+    """A clone of a MODEL with a LoRA on it.
 
     One strength throughout is the host's to merge. What it cannot merge, or not without loss, is changed for
     the run, as under a schedule: parameters that belong to no layer (modulation), which its patch system
     passes over, and weights of 8 bits and fewer, where a merged LoRA would be rounded away.
+
+    Args:
+        schedule: multipliers of the strength, spread over the steps of a run; none for 1 throughout.
     """
     model = model.clone()
-    strengths = [strength * value for value in schedule or (1,)]
+    values = [strength * value for value in schedule or (1,)]
     patches = lora.patches
-    if len(set(strengths)) == 1:
+    if len(set(values)) == 1:
         for key, patch in patches:
-            if strengths[0] and _is_merged(model.model, key):
-                model.add_patches({PREFIX + key: HostPatch(set(), tuple(patch))}, strengths[0])
+            if values[0] and _is_merged(model.model, key):
+                model.add_patches({PREFIX + key: HostPatch(set(), tuple(patch))}, values[0])
         patches = [(key, patch) for key, patch in patches if not _is_merged(model.model, key)]
-    if patches and any(strengths):
+    if patches and any(values):
+        model.set_attachments(KEY, (*_scheduled_loras(model), ScheduledLora(patches, values)))
         wrappers = model.model_options["transformer_options"].setdefault("wrappers", {})
-        wrappers = wrappers.setdefault(WrappersMP.SAMPLER_SAMPLE, {})
-        earlier = wrappers[KEY][0].loras if KEY in wrappers else ()
-        wrappers[KEY] = [_ForTheRun((*earlier, (patches, strengths)))]
+        wrappers.setdefault(WrappersMP.SAMPLER_SAMPLE, {})[KEY] = [_sample_with_loras]
     return model
 
 
-def changes_weights_at_use(model):
+def _scheduled_loras(model: ModelPatcher) -> tuple[ScheduledLora, ...]:
+    """Those of a MODEL, in the order of their nodes. The host hands attachments on to clones."""
+    return model.get_attachment(KEY) or ()
+
+
+def changes_weights_at_use(model: ModelPatcher) -> bool:
     """Whether a LoRA on this MODEL is worked into matrices as they are used."""
-    wrappers = model.model_options["transformer_options"].get("wrappers", {})
-    runs = wrappers.get(WrappersMP.SAMPLER_SAMPLE, {}).get(KEY, [])
-    keys = [key for run in runs for patches, _ in run.loras for key, _ in patches]
+    keys = [key for lora in _scheduled_loras(model) for key, _ in lora.patches]
     return not all(_is_bare(model.model, key) for key in keys)
 
 
-def _is_merged(model, key):
+def _is_merged(model: nn.Module, key: str) -> bool:
     layer = comfy.utils.get_attr(model, (PREFIX + key).rpartition(".")[0])
     is_quantised = kept_dtype(layer, key.rpartition(".")[2]).itemsize == 1
     return not (is_quantised or _is_bare(model, key))
 
 
-def _is_bare(model, key):
+def _is_bare(model: nn.Module, key: str) -> bool:
+    """Whether a parameter belongs to no layer of the host's, so that no function can act as it is fetched."""
     owner, _, name = (PREFIX + key).rpartition(".")
     return not hasattr(comfy.utils.get_attr(model, owner), f"{name}_function")
 
 
-class _ForTheRun:
-    """Around a sampler's run, the host's or ours: patches act on each weight as a layer fetches it.
+# --- while a run lasts --------------------------------------------------------------------------------
 
-    So no merged copy is kept and nothing is reloaded when a strength changes; the numbers are those of
-    merging. Nothing stays on the model after the run.
+
+def _sample_with_loras(executor, guider, sigmas: Tensor, extra_args: dict, *args, **kwargs) -> Any:
+    """Around a sampler's run, the host's or ours: the MODEL's LoRAs are on the model while it lasts.
+
+    No merged copy is kept and nothing is reloaded when a strength changes; the numbers are those of merging.
+    """
+    loras = _scheduled_loras(guider.model_patcher)
+    run = _Run(guider.inner_model, loras, [float(sigma) for sigma in sigmas])
+    comfy.patcher_extension.add_wrapper(
+        WrappersMP.APPLY_MODEL, run.apply_model, extra_args["model_options"], True
+    )
+    try:
+        run.attach()
+        return executor(guider, sigmas, extra_args, *args, **kwargs)
+    finally:
+        run.detach()
+
+
+@dataclass
+class ActiveLora:
+    """A LoRA in a run.
+
+    Attributes:
+        patches, values: as of `ScheduledLora`.
+        strength: of the step under way, 0-D: compiled code would hold a number as a constant.
     """
 
-    def __init__(self, loras):
-        self.loras = loras  # (patches, strengths) of each
-
-    def __call__(self, executor, guider, sigmas, extra_args, *args, **kwargs):
-        run = _Run(guider.inner_model, self.loras, [float(sigma) for sigma in sigmas])
-        comfy.patcher_extension.add_wrapper(
-            WrappersMP.APPLY_MODEL, run.apply_model, extra_args["model_options"], True
-        )
-        try:
-            run.attach()
-            return executor(guider, sigmas, extra_args, *args, **kwargs)
-        finally:
-            run.detach()
+    patches: list[tuple[str, Patch]]
+    values: list[float]
+    strength: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
-class _Run:
-    """One sampling run."""
+class HookedWeights:
+    """LoRAs on the weights and biases of layers: worked into each as its layer fetches it."""
 
-    def __init__(self, model, loras, sigmas):
+    def __init__(self, model: nn.Module, loras: list[ActiveLora]):
         self.model = model
         self.loras = loras
-        self.sigmas = sigmas
-        self.strengths = [0.0] * len(loras)  # of the step under way
-        self.tensors = [
-            torch.zeros(()) for _ in loras
-        ]  # the same: compiled code would hold a number as given
-        self.functions = []  # (layer, name of its list, function)
-        self.bare = {}  # parameters that no layer fetches -> (value without LoRA, [(LoRA, patch)])
+        self.functions: list[tuple[nn.Module, str, Callable]] = []  # layer, name of its list, function
 
-    def attach(self):
-        for i, (patches, _) in enumerate(self.loras):
-            for key, patch in patches:
-                key = PREFIX + key
-                owner, _, name = key.rpartition(".")
-                if _is_bare(self.model, key.removeprefix(PREFIX)):
-                    value = comfy.utils.get_attr(self.model, key)
-                    self.bare.setdefault(key, (value, []))[1].append((i, patch))
+    def attach(self) -> None:
+        """Gives each layer the functions that change what it fetches."""
+        for lora in self.loras:
+            for key, patch in lora.patches:
+                if _is_bare(self.model, key):
                     continue
+                owner, _, name = (PREFIX + key).rpartition(".")
                 layer, name = comfy.utils.get_attr(self.model, owner), f"{name}_function"
-                function = partial(self.patched, i, patch)
+                function = partial(_patched, lora, patch)
                 # A new list: the host's default one is shared by all layers.
                 setattr(layer, name, [*getattr(layer, name), function])
                 self.functions.append((layer, name, function))
 
-    def detach(self):
+    def set(self) -> None:
+        """Nothing to do: the functions read each strength when they are called."""
+
+    def detach(self) -> None:
+        """Takes the functions away."""
         for layer, name, function in self.functions:
             setattr(layer, name, [f for f in getattr(layer, name) if f is not function])
-        for key, (value, _) in self.bare.items():
-            comfy.utils.set_attr_param(self.model, key, value)
 
-    def patched(self, i, patch, weight):
-        return apply_patch(patch, weight.clone(), self.tensors[i], weight.dtype)
 
-    def apply_model(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
-        steps = len(self.sigmas) - 1
+def _patched(lora: ActiveLora, patch: Patch, weight: Tensor) -> Tensor:
+    return apply_patch(patch, weight.clone(), lora.strength, weight.dtype)
+
+
+class BareParameters:
+    """LoRAs on parameters that no layer fetches, such as modulation: replaced when a strength changes."""
+
+    def __init__(self, model: nn.Module, loras: list[ActiveLora]):
+        self.model = model
+        self.loras = loras
+        self.values: dict[str, Tensor] = {}  # those without any LoRA
+
+    def attach(self) -> None:
+        """Keeps the values that the model has."""
+        for lora in self.loras:
+            for key, _ in lora.patches:
+                if _is_bare(self.model, key):
+                    value: Any = comfy.utils.get_attr(self.model, PREFIX + key)
+                    self.values[key] = value
+
+    def set(self) -> None:
+        """Gives each parameter the value of the step's strengths."""
+        for key, value in self.values.items():
+            changed = value.detach().clone()
+            if changed.dtype.itemsize == 1:  # torch does not add in fp8
+                changed = changed.float()
+            for lora in self.loras:
+                for target, patch in lora.patches:
+                    if target == key and lora.strength:
+                        apply_patch(patch, changed, lora.strength)
+            comfy.utils.set_attr_param(self.model, PREFIX + key, changed)
+
+    def detach(self) -> None:
+        """Puts the kept values back."""
+        for key, value in self.values.items():
+            comfy.utils.set_attr_param(self.model, PREFIX + key, value)
+
+
+class _Run:
+    """One sampling run: sets the strengths of each step."""
+
+    def __init__(self, model: nn.Module, loras: Sequence[ScheduledLora], sigmas: list[float]):
+        self.loras = [ActiveLora(*lora) for lora in loras]
+        self.carriers = (HookedWeights(model, self.loras), BareParameters(model, self.loras))
+        self.sigmas = sigmas
+        self.strengths = [0.0] * len(loras)
+
+    def attach(self) -> None:
+        for carrier in self.carriers:
+            carrier.attach()
+
+    def detach(self) -> None:
+        for carrier in self.carriers:
+            carrier.detach()
+
+    def apply_model(
+        self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs
+    ) -> Tensor:
+        """Around each call of the model."""
         call = transformer_options.get(CALL)
         step = step_at(float(transformer_options["sigmas"][0]), self.sigmas) if call is None else call.step
-        strengths = [scheduled(values, step, steps) for _, values in self.loras]
+        strengths = [scheduled(lora.values, step, len(self.sigmas) - 1) for lora in self.loras]
         if strengths != self.strengths:
             self.strengths = strengths
-            self.tensors = [torch.tensor(strength) for strength in strengths]
-            for key, (value, patches) in self.bare.items():
-                changed = value.detach().clone()
-                if changed.dtype.itemsize == 1:  # torch does not add in fp8
-                    changed = changed.float()
-                for i, patch in patches:
-                    if strengths[i]:
-                        apply_patch(patch, changed, strengths[i])
-                comfy.utils.set_attr_param(self.model, key, changed)
+            for lora, strength in zip(self.loras, strengths):
+                lora.strength = torch.tensor(strength)
+            for carrier in self.carriers:
+                carrier.set()
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)

@@ -1,72 +1,91 @@
 """The memory of the device: what may be used, the plans for it, and room when it has run out."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import comfy.model_management
 import psutil
 import torch
+from comfy import memory_management
 from comfy.memory_management import extra_ram_release
+from comfy.model_patcher import ModelPatcher
 from comfy.model_prefetch import cleanup_prefetched_modules
 
-from ..wan.memory import GIB, choose_plans, step_bytes
+from ..wan.memory import GIB, MemoryPlan, choose_plans, step_bytes
+from ..wan.option import Option
+from ..wan.out_of_memory import is_out_of_memory
 from ..wan.refusal import Refusal
-from ..wan.vae.fallback import is_out_of_memory
 from .lora import changes_weights_at_use
-from .model import kept_dtype
+from .stored import weight_bytes
 
-LORA_COPIES = 4  # of a matrix that a LoRA changes at its use: itself, a copy, the difference, that scaled
-LEAST_ROOM = GIB  # of weights taken off the device at a time
+LORA_COPIES = 4  # of a matrix changed at its use: the weight, its clone, the difference, that scaled
+LEAST_ROOM = GIB  # at least so many bytes of weights are taken off the device at a time
 
 
-def usable_bytes(device):
-    """What models and activations may take of a device: all that is free, or that the host would free."""
+def usable_bytes(device: torch.device) -> float:
+    """Bytes of a device for models and activations: what is free, and what the host would free for us."""
     management = comfy.model_management
-    # The entry of a MODEL that is gone stays in the list until the host next loads one.
+    # Entries of collected MODELs (`model` is None) stay in the list until the host's next load.
     loaded = (m for m in management.current_loaded_models if m.device == device and m.model is not None)
     held = 0 if device.type == "cpu" else sum(m.model_loaded_memory() for m in loaded)
-    return management.get_free_memory(device) + held - management.extra_reserved_memory()
+    free = management.get_free_memory(device)
+    assert isinstance(free, (int, float))  # a pair only where it is asked for
+    return free + held - management.extra_reserved_memory()
 
 
-def plan_memory(model, latent_shape, plans, passes, attention, teacache):
+def plan_memory(
+    model: ModelPatcher,
+    latent_shape: tuple[int, ...],
+    plans: Sequence[MemoryPlan],
+    passes: int,
+    options: Iterable[Option] = (),
+) -> tuple[Sequence[MemoryPlan], int, str]:
     """Which of the plans to begin with.
 
     Args:
         model: a MODEL of ours.
+        latent_shape: [B, 16, T, h, w].
         plans: as from `wan.memory.plans_from`.
-        attention: name of the backend, or None for the host's.
-        teacache: whether it is on.
+        passes: of a step.
+        options: of the job; some hold memory.
 
     Returns:
-        (plans left, bytes of a step, one sentence for the report)
+        The plans left, bytes of a step, and one sentence for the report.
     """
-    more = {"teacache": teacache} | ({} if attention is None else {"attention": attention})
+    size = model.model.step_size(tuple(latent_shape), passes)
+    for option in options:
+        size = option.sized(size)
     if changes_weights_at_use(model):
         itemsize = model.model.get_dtype_inference().itemsize
-        more["matrix_bytes"] = max(model.model.matrix_bytes(itemsize), LORA_COPIES * itemsize)
-    load = model.model.load(tuple(latent_shape), passes, **more)
+        size = replace(size, matrix_bytes=max(model.model.matrix_bytes(itemsize), LORA_COPIES * itemsize))
     on_cpu = model.load_device.type == "cpu"
     weights = weight_bytes(model)
     budget = usable_bytes(model.load_device)
-    needs = [step_bytes(load, plan) for plan in plans]
+    needs = [step_bytes(size, plan) for plan in plans]
     plans = choose_plans(plans, needs, 0 if on_cpu else weights, budget)
-    need = step_bytes(load, plans[0])
+    need = step_bytes(size, plans[0])
     where = "" if on_cpu else (", resident" if need + weights <= budget else ", streamed in part")
     said = f"{plans[0]}; {need / GIB:.2f} GiB estimated beside {weights / GIB:.2f} GiB of weights{where}"
     return plans, need, said
 
 
-def need_host_bytes(need, what, fix):
-    """Have the host give back memory that it only keeps for later, and refuse what does not fit even then.
+def need_host_bytes(need: float, what: str, fix: str) -> None:
+    """Makes room in host memory out of the host's caches, and refuses what does not fit even then.
 
-    Where nobody refuses, Linux ends the whole server with the queue when memory and swap are full.
+    Otherwise Linux would kill the server, and the queue with it, when memory and swap are full.
 
     Args:
         need: bytes.
         what: the beginning of the sentence, such as "81 frames of 832x480".
+        fix: what to do, as of a `Refusal`.
+
+    Raises:
+        Refusal: there is less.
     """
     management = comfy.model_management
-    extra_ram_release(need)  # outputs of earlier graphs
-    management.ensure_pin_budget(need)  # copies of weights that models not at work have left
+    extra_ram_release(need)  # cached outputs of earlier graphs
+    management.ensure_pin_budget(need)  # pinned copies of weights of idle models
     free = _free_host_bytes()
     if need > free:
         raise Refusal(
@@ -74,35 +93,24 @@ def need_host_bytes(need, what, fix):
         )
 
 
-def _free_host_bytes():
+def _free_host_bytes() -> int:
+    """Memory and swap that programs may still take."""
     try:
         swap = psutil.swap_memory().free
-    except (RuntimeError, OSError):  # psutil cannot read it everywhere
+    except (RuntimeError, OSError):  # psutil cannot read swap on every system
         swap = 0
     return psutil.virtual_memory().available + swap
 
 
-def weight_bytes(patcher):
-    """Of a MODEL's weights on the device. Where the host loads them at their use, it counts the file's."""
-    if not patcher.is_dynamic():
-        return patcher.model_size()
-    total = 0
-    for layer in patcher.model.modules():
-        for name, value in layer.named_parameters(recurse=False):
-            numbers = getattr(value, "_qdata", value).numel()
-            total += numbers * kept_dtype(layer, name).itemsize
-    return total
-
-
-def raise_unless_out_of_memory(error):
-    """Raise it again, unless it is one of the ways in which a device says that its memory has run out."""
+def raise_unless_out_of_memory(error: Exception) -> None:
+    """Raises the error again, unless a device reports by it that it is out of memory."""
     if not (comfy.model_management.is_oom(error) or is_out_of_memory(error)):
         raise error
 
 
 @contextmanager
-def tell_out_of_memory():
-    """Whatever the device raises when its memory has run out, as `torch.OutOfMemoryError`."""
+def tell_out_of_memory() -> Iterator[None]:
+    """Turns every error by which a device reports that it is out of memory into `torch.OutOfMemoryError`."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -112,8 +120,8 @@ def tell_out_of_memory():
         raise torch.OutOfMemoryError(str(error)) from None
 
 
-def make_room(patcher):
-    """Empty the caches, take other models off the device, then a part of this one's weights.
+def make_room(patcher: ModelPatcher) -> bool:
+    """Empties the caches, takes other models off the device, then a part of this one's weights.
 
     Returns:
         Whether anything was taken off.
@@ -121,13 +129,37 @@ def make_room(patcher):
     management = comfy.model_management
     ours = [m for m in management.current_loaded_models if m.model is patcher or patcher.is_clone(m.model)]
     gone = bool(management.free_memory(1e30, patcher.load_device, keep_loaded=ours))
-    if patcher.is_dynamic():  # a layer that ran out of memory would take its half-loaded weights for whole
+    if patcher.is_dynamic():  # a prefetch that was cut short would later pass for a loaded layer
         cleanup_prefetched_modules(patcher.model.modules())
     resident = patcher.loaded_size()
     amount = max(LEAST_ROOM, resident // 4)
-    if patcher.is_dynamic():  # for more than its pages hold, the host drops what is merged in small weights
+    if patcher.is_dynamic():
+        # Asked for more than its pages, the dynamic patcher also restores patched weights
+        # (`restore_loaded_backups`).
         amount = min(amount, resident - patcher.model.model_loaded_weight_memory)
     if not gone and patcher.load_device.type != "cpu" and resident and amount:
         gone = patcher.partially_unload(patcher.offload_device, amount) > 0
     management.soft_empty_cache()
     return gone
+
+
+class MemoryWatch:
+    """Context in which the memory of a device is watched; `said` is a sentence on it afterwards."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.said = ""
+
+    def __enter__(self) -> "MemoryWatch":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / GIB
+            without = " without the weights, which the host holds" if memory_management.aimdo_enabled else ""
+            self.said = f"peak {peak:.2f} GiB on {self.device}{without}"
+        else:
+            held = psutil.Process().memory_info().rss / GIB
+            self.said = f"{held:.2f} GiB held by the process ({self.device})"

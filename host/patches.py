@@ -1,9 +1,15 @@
 """What other nodes put on a MODEL: what our DiT and our sampler honour, refuse or leave out."""
 
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
+from torch import Tensor
 
 from ..wan.refusal import Refusal
 from ..wan.rope import axis_frequencies
+from .stored import kept_dtype
 
 # Functions inside a block: our blocks have no place for them. Whole blocks can be replaced (`runner_of`).
 INSIDE_BLOCKS = ("attn1_patch", "attn2_patch", "double_block")
@@ -18,8 +24,8 @@ AROUND_HOST_STEPS = (
 WRAPPERS_OF_HOST_STEPS = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)
 
 
-def patch_inside_blocks(transformer_options):
-    """What is wrong with the patches, and what to do: a Refusal, or None if they can be honoured."""
+def patch_inside_blocks(transformer_options: dict) -> Refusal | None:
+    """The refusal of functions inside the blocks, or None without any."""
     patches = transformer_options.get("patches", {})
     names = [name for name in INSIDE_BLOCKS if patches.get(name)]
     if not names:
@@ -30,7 +36,7 @@ def patch_inside_blocks(transformer_options):
     )
 
 
-def refused_patch(model):
+def refused_patch(model: ModelPatcher) -> Refusal | None:
     """The refusal of what would make our sampler's result wrong, or None."""
     options = model.model_options
     if "easycache" in options["transformer_options"]:
@@ -46,7 +52,28 @@ def refused_patch(model):
     return patch_inside_blocks(options["transformer_options"])
 
 
-def ignored_patches(model):
+def refuse_compiled_fp8(model: ModelPatcher) -> None:
+    """Refuses code that the device's compiler cannot make.
+
+    Raises:
+        Refusal: the MODEL is compiled for an NVIDIA GPU below 8.9 with weights in float8_e4m3fn.
+    """
+    compiled = model.model_options.get(TORCH_COMPILE_KWARGS)
+    if not compiled or compiled["backend"] != "inductor" or model.load_device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(model.load_device)
+    if not comfy.model_management.is_nvidia() or capability >= (8, 9):
+        return
+    layers = [x for x in model.model.diffusion_model.modules() if getattr(x, "weight", None) is not None]
+    if any(kept_dtype(layer, "weight") == torch.float8_e4m3fn for layer in layers):
+        raise Refusal(
+            f"the MODEL is compiled and its weights are fp8_e4m3fn, which torch.compile cannot convert on a "
+            f"GPU of compute capability {capability[0]}.{capability[1]} (it takes 8.9: RTX 40, L4, H100)",
+            "Remove TorchCompileModel, or set weight_dtype to fp8_e5m2 or bf16 (of a file that is not fp8)",
+        )
+
+
+def ignored_patches(model: ModelPatcher) -> list[str]:
     """What other nodes put on the MODEL that our sampler's own steps do not pass through."""
     names = [key for key in AROUND_HOST_STEPS if model.model_options.get(key)]
     for kind in WRAPPERS_OF_HOST_STEPS:
@@ -56,7 +83,9 @@ def ignored_patches(model):
     return names
 
 
-def scaled_frequencies(frequencies, head_dim, transformer_options):
+def scaled_frequencies(
+    frequencies: tuple[Tensor, ...] | None, head_dim: int, transformer_options: dict
+) -> tuple[Tensor, ...] | None:
     """The host's ScaleROPE: its scales stretch an axis; its shifts cancel, since RoPE sees differences only.
 
     Args:

@@ -1,27 +1,29 @@
-"""Progress, preview, cancel and memory of the node that runs."""
+"""Progress, preview and cancel of the node that runs."""
 
 import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
 import latent_preview
-import psutil
 import torch
-from comfy import memory_management
 from comfy.cli_args import LatentPreviewMethod, args
+from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
 from PIL import Image
+from torch import Tensor
 
 PREVIEW_FRAMES = 5
-TINY_DECODERS = ("taew2_1", "lighttaew2_1")  # TAEHV, by how its files begin
+TINY_DECODERS = ("taew2_1", "lighttaew2_1")  # file names of TAEHV for Wan2.1 begin with these
 
 
-def check_cancelled():
-    """Raise the host's interrupt when the user has cancelled the job."""
+def check_cancelled() -> None:
+    """Raises the host's interrupt when the user has cancelled the job."""
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
@@ -29,8 +31,8 @@ _speaker = ContextVar("speaker", default="Wan2.1:")
 
 
 @contextmanager
-def speaking_as(node: str):
-    """In this block the node is named in the log before what `tell` says."""
+def speaking_as(node: str) -> Iterator[None]:
+    """Inside, the log has the node's name before what `tell` says."""
     token = _speaker.set(node)
     try:
         yield
@@ -39,11 +41,12 @@ def speaking_as(node: str):
 
 
 def tell(sentence: str) -> None:
-    """Put a sentence on the node that runs, in the editor, and into the host's log."""
+    """Puts a sentence on the node that runs, in the editor, and into the host's log."""
     logging.info("%s %s", _speaker.get(), sentence)
     context = get_executing_context()
     if context is not None:
-        from server import PromptServer  # no server runs where nodes are called from a script
+        # Imported here: scripts call nodes without a server.
+        from server import PromptServer  # pyright: ignore[reportAttributeAccessIssue] (not our server/)
 
         server = PromptServer.instance
         server.send_progress_text(sentence, context.node_id, server.client_id)
@@ -55,13 +58,13 @@ class Progress:
     def __init__(self):
         self.bar = comfy.utils.ProgressBar(1)
 
-    def __call__(self, done, total):
+    def __call__(self, done: int, total: int) -> None:
         self.bar.update_absolute(done, total)
         check_cancelled()
 
 
-def previewer_for(model):
-    """What the host makes previews with; None when they are off.
+def previewer_for(model: ModelPatcher) -> "latent_preview.LatentPreviewer | TinyPreviewer | None":
+    """The maker of previews for a MODEL of ours; None when they are off.
 
     The host's `taesd` method looks for one of the tiny decoders of Wan2.1 only, and takes one in float16 for
     HunyuanVideo's, whose latents are scaled. Here any of them serves, in float32 as read.
@@ -70,7 +73,7 @@ def previewer_for(model):
         for name in folder_paths.get_filename_list("vae_approx"):
             if name.startswith(TINY_DECODERS):
                 path = folder_paths.get_full_path_or_raise("vae_approx", name)
-                weights = comfy.utils.load_torch_file(path, safe_load=True)
+                weights: Any = comfy.utils.load_torch_file(path, safe_load=True)
                 tiny = comfy.sd.VAE(sd={key: tensor.float() for key, tensor in weights.items()})
                 tiny.throw_exception_if_invalid()
                 return TinyPreviewer(tiny)
@@ -80,11 +83,12 @@ def previewer_for(model):
 class TinyPreviewer:
     """Frames by a tiny decoder, past the host's manager, which would take weights off the device for it."""
 
-    def __init__(self, vae):
+    def __init__(self, vae: comfy.sd.VAE):
         self.vae = vae
-        self.model = vae.first_stage_model
+        self.model: Any = vae.first_stage_model
 
-    def decode_latent_to_preview(self, x0):
+    def decode_latent_to_preview(self, x0: Tensor) -> Image.Image:
+        """The first frame of a normalised latent [B, 16, T, h, w]."""
         x0 = x0[:1, :, :1].float()
         self.model.to(x0.device)
         frame = self.vae.process_output(self.model.decode(x0))[0, :, 0].movedim(0, -1)  # (H, W, 3)
@@ -92,9 +96,14 @@ class TinyPreviewer:
 
 
 class StepProgress:
-    """`on_step(i, x0)`: moves the node's bar and sends a strip of frames of the current estimate."""
+    """`on_step(i, x0)`: moves the node's bar and sends a strip of frames of the current estimate.
 
-    def __init__(self, model, steps):
+    Args:
+        model: a MODEL of ours.
+        steps: of the whole run.
+    """
+
+    def __init__(self, model: ModelPatcher, steps: int):
         self.steps = steps
         self.bar = comfy.utils.ProgressBar(steps)
         try:
@@ -103,40 +112,28 @@ class StepProgress:
             tell(f"makes no previews in this run ({error})")
             self.previewer = None
 
-    def __call__(self, i, x0):
+    def __call__(self, i: int, x0: Tensor) -> None:
         preview = None
         if self.previewer is not None:
             try:
                 preview = ("JPEG", self.strip(x0), latent_preview.MAX_PREVIEW_RESOLUTION)
-            except Exception as error:  # as above
+            except Exception as error:  # as in __init__
                 tell(f"makes no more previews in this run ({error})")
                 self.previewer = None
         self.bar.update_absolute(i + 1, self.steps, preview)
         check_cancelled()
 
-    def strip(self, x0):
+    def strip(self, x0: Tensor) -> Image.Image:
+        """Frames spread over a latent [B, 16, T, h, w], side by side."""
+        previewer: Any = self.previewer
         count = min(PREVIEW_FRAMES, x0.shape[2])
-        if isinstance(self.previewer, latent_preview.Latent2RGBPreviewer):
-            x0 = x0[:1].float().cpu()  # the host would read pixels of a GPU before they have arrived
+        if isinstance(previewer, latent_preview.Latent2RGBPreviewer):
+            x0 = x0[:1].float().cpu()  # the host's copy from the GPU does not block, and it reads at once
         at = torch.linspace(0, x0.shape[2] - 1, count).round().int().tolist()
-        frames = [self.previewer.decode_latent_to_preview(x0[:1, :, t : t + 1]) for t in at]
+        frames = [previewer.decode_latent_to_preview(x0[:1, :, t : t + 1]) for t in at]
         strip = Image.new("RGB", (sum(f.width for f in frames), frames[0].height))
         left = 0
         for frame in frames:
             strip.paste(frame, (left, 0))
             left += frame.width
         return strip
-
-
-@contextmanager
-def memory_watch(device):
-    """Yields a list that, after the block, holds one sentence on the memory it took."""
-    said = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    yield said
-    if device.type == "cuda":
-        without = " without the weights, which the host holds" if memory_management.aimdo_enabled else ""
-        said.append(f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}{without}")
-    else:
-        said.append(f"{psutil.Process().memory_info().rss / 2**30:.2f} GiB held by the process ({device})")

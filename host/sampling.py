@@ -1,32 +1,43 @@
 """Our sampling loop inside the host's: models loaded and patched, noise and latent on the device."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
 
+from ..wan.option import Call
 from .memory import make_room, tell_out_of_memory
-from .model import CALL, NEED
-from .weights import check_compile
+from .model import CALL, NEED, TEXTS
+from .patches import refuse_compiled_fp8
 
 
-class _Sampler(comfy.samplers.Sampler):
-    """Hands the host's loaded model to `run(denoiser, noise, latent)` in place of a k-diffusion function."""
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A job as the host is given it.
 
-    def __init__(self, run):
-        self.run = run
+    Attributes:
+        positive: CONDITIONING.
+        negative: CONDITIONING, or None when nothing reads it.
+        sigmas: the schedule, one more than steps.
+        need: bytes of a step beside the weights, for which the host makes room; None for its own guess.
+    """
 
-    def sample(
-        self, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask=None, disable_pbar=False
-    ):
-        options = extra_args["model_options"]["transformer_options"]
-        return self.run(_Denoiser(guider, options, noise.device), noise, latent_image)
+    positive: list
+    negative: list | None
+    sigmas: list[float]
+    need: int | None = None
 
 
-class _Denoiser:
-    """`wan.sample.Denoiser` over the host's loaded model and its prepared conditioning."""
+class HostDenoiser:
+    """A `wan.option.Denoiser` over the host's loaded model and its prepared conditioning."""
 
-    def __init__(self, guider, transformer_options, device):
+    def __init__(self, guider: comfy.samplers.CFGGuider, transformer_options: dict, device: torch.device):
         self.patcher = guider.model_patcher
         self.conds = guider.conds
         self.model = guider.inner_model
@@ -34,16 +45,17 @@ class _Denoiser:
         self.transformer_options = transformer_options
         self.device = device
 
-    def embed_time(self, timesteps):
+    def embed_time(self, timesteps: list[float]) -> Tensor:
         return self.model.diffusion_model.embed_time(torch.tensor(timesteps, device=self.device))
 
-    def predict(self, x, timestep, call):
-        """Velocity of each pass: jointly where that is asked for and their contexts have equal shapes."""
+    def make_room(self) -> bool:
+        """Lets go of what the device holds beside a step; False: there was nothing left."""
+        return make_room(self.patcher)
+
+    def predict(self, x: Tensor, timestep: float, call: Call) -> dict[str, Tensor]:
+        """The velocity of each pass: jointly where that is asked for and their contexts have equal shapes."""
         with tell_out_of_memory():
             return self._predict(x, timestep, call)
-
-    def make_room(self):
-        return make_room(self.patcher)
 
     def _predict(self, x, timestep, call):
         inputs = {name: self._inputs(name, x.shape[0]) for name in call.pass_names}
@@ -57,10 +69,14 @@ class _Denoiser:
                 "cond_or_uncond": [("cond", "uncond").index(name) for name in group],
                 "sigmas": t[:1] / 1000,
                 CALL: call,
+                TEXTS: {name: self._text(name, x.shape[0]) for name in call.contexts if name not in group},
             }
             v = self.model.velocity(torch.cat([x] * count), t, options, **merged)
             velocities |= zip(group, v.chunk(count))
         return velocities
+
+    def _text(self, name, batch_size):
+        return self._inputs(name, batch_size)["c_crossattn"]
 
     def _inputs(self, name, batch_size):
         conds = self.conds[{"cond": "positive", "uncond": "negative"}[name]][0]["model_conds"]
@@ -71,27 +87,56 @@ def _shapes(part):
     return {k: tuple(v.shape) for k, v in part.items()}
 
 
-def run_sampling(model, positive, negative, latent_image, batch_index, seed, sigmas, run, need=None):
-    """Run our sampling loop inside the host's: models loaded and patched, noise and latent on the device.
+Run = Callable[[HostDenoiser, Tensor, Tensor], tuple[Tensor, Any]]
+
+
+class _Sampler(comfy.samplers.Sampler):
+    """Hands the host's loaded model to `run` in place of a k-diffusion function."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.beside: Any = None
+
+    def sample(
+        self, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask=None, disable_pbar=False
+    ):
+        options = extra_args["model_options"]["transformer_options"]
+        denoiser = HostDenoiser(guider, options, noise.device)
+        samples, self.beside = self.run(denoiser, noise, latent_image)
+        return samples
+
+
+def run_sampling(
+    model: ModelPatcher, prepared: Prepared, latent: dict, seed: int, run: Run
+) -> tuple[Tensor, Any]:
+    """Runs our sampling loop inside the host's.
 
     Args:
-        negative: None when there is no unconditional pass.
-        run: `run(denoiser, noise, latent)` -> latent: a `wan.sample.Denoiser`; latents are normalised.
-        need: bytes a step takes beside the weights, for which the host makes room; None for its own guess.
-
-    Raises:
-        ValueError: the device cannot run the MODEL as it was compiled.
+        model: a MODEL of ours.
+        prepared: the job.
+        latent: LATENT to start from, and for the shape of the noise.
+        seed: of the noise.
+        run: `run(denoiser, noise, latent)` -> samples and anything beside; latents are normalised.
 
     Returns:
-        The latent in the VAE's own space, where the host keeps latents.
+        The samples in the VAE's own space, where the host keeps latents, and what `run` gave beside them.
+
+    Raises:
+        Refusal: the device cannot run the MODEL as it was compiled.
     """
-    check_compile(model)
-    noise = comfy.sample.prepare_noise(latent_image, seed, batch_index)
+    refuse_compiled_fp8(model)
+    samples = latent["samples"]
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     guider = comfy.samplers.CFGGuider(model)
-    if need is not None:
-        positive = [[text, options | {NEED: need}] for text, options in positive]
-    conds = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
+    positive = prepared.positive
+    if prepared.need is not None:
+        positive = [[text, options | {NEED: prepared.need}] for text, options in positive]
+    conds = {"positive": positive}
+    if prepared.negative is not None:
+        conds["negative"] = prepared.negative
     guider.inner_set_conds(conds)
-    samples = guider.sample(noise, latent_image, _Sampler(run), torch.tensor(sigmas), seed=seed)
+    sampler = _Sampler(run)
+    samples = guider.sample(noise, samples, sampler, torch.tensor(prepared.sigmas), seed=seed)
     management = comfy.model_management
-    return samples.to(management.intermediate_device(), management.intermediate_dtype())
+    samples = samples.to(management.intermediate_device(), management.intermediate_dtype())
+    return samples, sampler.beside

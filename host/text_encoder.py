@@ -12,20 +12,28 @@ import torch
 
 from ..wan import files
 from ..wan.files.umt5 import tokenizer_beside
-from .weights import with_formats
+from .quantised import with_formats
 
 
-def load_text_encoder(path, device="default"):
-    """Read a umT5 encoder of any size and published layout into a standard CLIP."""
+def load_text_encoder(path: str | Path, device: str = "default") -> comfy.sd.CLIP:
+    """A standard CLIP from a umT5 encoder of any size and published layout.
+
+    Args:
+        path: see `wan.files.read_checkpoint`.
+        device: default is the host's choice; or cpu.
+
+    Raises:
+        Refusal: the file is damaged or something else, or there is no tokenizer for it.
+    """
     state_dict, metadata = files.read_checkpoint(path)
     state_dict, _ = with_formats(state_dict, metadata)
     state_dict = files.to_umt5_keys(state_dict)
     files.refuse_loose_scales(state_dict)
-    config = files.umt5_config(state_dict)
+    sizes = files.umt5_config(state_dict)
     tokenizer = state_dict.pop("spiece_model", None)
     if tokenizer is None:
         tokenizer = tokenizer_beside(Path(path)).read_bytes()
-    options = {"umt5xxl_model_config": config}
+    options: dict = {"umt5xxl_model_config": sizes}  # the host lays them over those of umT5-XXL
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     detected = comfy.text_encoders.sd3_clip.t5_xxl_detect(state_dict)

@@ -1,7 +1,10 @@
 """Our VAE inside a standard VAE."""
 
 import math
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias, cast
 
 import comfy.model_management
 import comfy.model_patcher
@@ -9,36 +12,86 @@ import comfy.ops
 import comfy.sd
 import torch
 from comfy.model_prefetch import cleanup_prefetched_modules
+from torch import Tensor
 
 from ..wan import files
 from ..wan.vae import WanVAE
 from ..wan.vae.fallback import decode_within_memory, on_cpu
 from ..wan.vae.memory import choose_tile, decode_bytes, encode_bytes
+from .load import DTYPES
 from .memory import need_host_bytes
 from .progress import Progress, check_cancelled
-from .weights import DTYPES
+
+Device: TypeAlias = torch.device | str | None
 
 
 class HostWanVAE(WanVAE):
-    """Our VAE with the host's progress and cancel, wherever it is called from."""
+    """Our VAE as the host's `comfy.sd.VAE` calls it, with the host's progress and cancel."""
 
-    def encode(self, x, device=None):
-        return super().encode(x, device=device, progress=Progress(), check=check_cancelled)
+    comfy_has_chunked_io = True  # the host gives decode() the final image's buffer, encode() a device
 
-    def decode(self, z, output_buffer=None):
-        return super().decode(z, output_buffer=output_buffer, progress=Progress(), check=check_cancelled)
+    def is_plain(self, conv: Any) -> bool:
+        return not (conv.weight_function or conv.bias_function)  # patches that act inside forward()
 
-    def encode_tiled(self, x, **tiling):
-        return super().encode_tiled(x, progress=Progress(), check=check_cancelled, **tiling)
+    def encode(self, x: Tensor, device: Device = None, **options: Any) -> Tensor:
+        return super().encode(x, device, **_watched(options))
 
-    def decode_tiled(self, z, **tiling):
-        return super().decode_tiled(z, progress=Progress(), check=check_cancelled, **tiling)
+    def decode(self, z: Tensor, output_buffer: Tensor | None = None, **options: Any) -> Tensor:
+        return super().decode(z, output_buffer, **_watched(options))
+
+    def encode_tiled(
+        self,
+        x: Tensor,
+        tile_x: int = 256,
+        tile_y: int = 256,
+        overlap: int = 64,
+        tile_t: int | None = None,
+        overlap_t: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """As `WanVAE.encode_tiled`.
+
+        Args:
+            tile_t, overlap_t: ignored. Time is streamed exactly, in bounded memory, and a cut without the
+                causal past would begin a new clip.
+        """
+        return super().encode_tiled(x, tile_x, tile_y, overlap, **_watched(options))
+
+    def decode_tiled(
+        self,
+        z: Tensor,
+        tile_x: int = 32,
+        tile_y: int = 32,
+        overlap: int | None = None,
+        tile_t: int | None = None,
+        overlap_t: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """As `WanVAE.decode_tiled`.
+
+        Args:
+            overlap: ignored, since each tile is computed from all it depends on.
+            tile_t, overlap_t: ignored, as for `encode_tiled`.
+        """
+        return super().decode_tiled(z, tile_x, tile_y, **_watched(options))
 
 
-def load_vae(path, precision="auto"):
-    """Read a Wan2.1 VAE of any published layout into a standard VAE."""
+def _watched(options: dict[str, Any]) -> dict[str, Any]:
+    return {"progress": Progress(), "check": check_cancelled} | options
+
+
+def load_vae(path: str | Path, precision: str = "auto") -> comfy.sd.VAE:
+    """A standard VAE from a Wan2.1 VAE of any published layout.
+
+    Args:
+        path: see `wan.files.read_checkpoint`.
+        precision: auto is the host's choice for the device; or a name of `DTYPES`.
+
+    Raises:
+        Refusal: the file is damaged or something else.
+    """
     state_dict = files.to_wan_vae_keys(files.read_checkpoint(path).state_dict)
-    vae = comfy.sd.VAE(sd=dict(state_dict), dtype=DTYPES.get(precision))
+    vae: Any = comfy.sd.VAE(sd=dict(state_dict), dtype=DTYPES.get(precision))
     model = HostWanVAE(
         dim=state_dict["decoder.head.0.gamma"].shape[0],
         operations=comfy.ops.disable_weight_init,
@@ -51,31 +104,44 @@ def load_vae(path, precision="auto"):
         model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
     )
     model.load_state_dict(state_dict, assign=patcher.is_dynamic())
-    vae.first_stage_model, vae.patcher, vae.handles_tiling = model, patcher, True
+    vae.first_stage_model = model  # pyright: ignore[reportAttributeAccessIssue] (the host lists its own)
+    vae.patcher, vae.handles_tiling = patcher, True
     _set_estimates(vae, model, vae.device)
     return vae
 
 
 def _set_estimates(vae, model, device):
     """What the host's manager is asked for: bytes of one clip [B, C, frames, height, width]."""
-    vae.memory_used_encode = lambda shape, dtype: encode_bytes(model, *shape[2:], device, dtype.itemsize)
-    vae.memory_used_decode = lambda shape, dtype: decode_bytes(
-        model, *shape[3:], device, itemsize=dtype.itemsize
-    )
+
+    def encode(shape, dtype):
+        frames, height, width = shape[2:]
+        return encode_bytes(model, frames, height, width, device, dtype.itemsize)
+
+    def decode(shape, dtype):
+        height, width = shape[3:]
+        return decode_bytes(model, height, width, device, itemsize=dtype.itemsize)
+
+    vae.memory_used_encode, vae.memory_used_decode = encode, decode
 
 
-def encode_video(vae, video, tile_size):
+def _ours(vae: comfy.sd.VAE) -> HostWanVAE | None:
+    """Our model in a VAE; None in one of another loader."""
+    model: Any = vae.first_stage_model
+    return model if isinstance(model, HostWanVAE) else None
+
+
+def encode_video(vae: comfy.sd.VAE, video: Tensor, tile_size: str) -> Tensor:
     """Latent of a clip, [F, H, W, 3] in [0, 1] -> [1, 16, T, H/8, W/8]; sides are multiples of 8.
 
     The host would bring the whole clip to the device before it is cut into tiles; ours go there by chunks.
     """
     if tile_size in ("auto", "0"):
         return vae.encode(video)
-    tile = int(tile_size)
-    if not isinstance(vae.first_stage_model, HostWanVAE):
+    tile, model = int(tile_size), _ours(vae)
+    if model is None:
         return vae.encode_tiled(video, tile_x=tile, tile_y=tile, overlap=tile // 4)
     vae.throw_exception_if_invalid()
-    model, device = vae.first_stage_model, vae.device
+    device = vae.device
     frames, height, width = video.shape[:3]
     needed = encode_bytes(model, frames, min(tile, height), min(tile, width), device, vae.vae_dtype.itemsize)
     comfy.model_management.load_models_gpu(
@@ -87,31 +153,35 @@ def encode_video(vae, video, tile_size):
     return latent.to(vae.output_device, vae.vae_output_dtype())
 
 
-def decode_video(vae, samples, tile_size, say):
-    """Frames of a video latent, in as much memory as there is.
+def decode_video(vae: comfy.sd.VAE, samples: Tensor, tile_size: str, say: Callable[[str], None]) -> Tensor:
+    """The frames of a video latent, in as much memory as there is.
 
     A VAE of another loader is decoded as the host does it, which has its own answer to a lack of memory.
 
     Args:
+        vae: ours, or another loader's.
         samples: [B, 16, T, h, w], raw.
         tile_size: "auto", or pixels as text; "0" is whole frames.
-        say: Called with one sentence on how it is done.
+        say: called with one sentence on how it is done.
 
     Returns:
         [B, F, H, W, 3] in [0, 1].
     """
-    if isinstance(vae.first_stage_model, HostWanVAE):
+    model = _ours(vae)
+    if model is not None:
         vae.throw_exception_if_invalid()
         with comfy.model_management.cuda_device_context(vae.device):
-            return _decode_ours(vae, samples, tile_size, say)
+            return _decode_ours(vae, model, samples, tile_size, say)
     if tile_size in ("auto", "0"):
         return vae.decode(samples)
-    tile = int(tile_size) // vae.spacial_compression_decode()
+    tile = int(tile_size) // cast(int, vae.spacial_compression_decode())
     return vae.decode_tiled(samples, tile_x=tile, tile_y=tile, overlap=tile // 4)
 
 
-def _decode_ours(vae, samples, tile_size, say):
-    management, model, device = comfy.model_management, vae.first_stage_model, vae.device
+def _decode_ours(
+    vae: comfy.sd.VAE, model: HostWanVAE, samples: Tensor, tile_size: str, say: Callable[[str], None]
+) -> Tensor:
+    management, device = comfy.model_management, vae.device
     shape, dtype = model.decode_output_shape(samples.shape), vae.vae_output_dtype()
     if vae.output_device.type == "cpu":
         what = f"{shape[0] * shape[2]} frames of {shape[4]}x{shape[3]}"
@@ -129,7 +199,7 @@ def _decode_ours(vae, samples, tile_size, say):
         how = f"tiles of {tile} pixels" if tile else "whole frames"
         say(f"decodes {how}: whole frames take {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free")
 
-    def retreat(sentence):
+    def retreat(sentence: str) -> None:
         say(sentence)
         if vae.patcher.is_dynamic():  # as in memory.make_room
             cleanup_prefetched_modules(model.modules())
@@ -148,11 +218,11 @@ def _decode_ours(vae, samples, tile_size, say):
     return vae.process_output(out).movedim(1, -1)
 
 
-def vae_shape(vae):
-    """(latent channels, latent dimensions, spatial compression), for the preflight."""
-    return vae.latent_channels, vae.latent_dim, vae.spacial_compression_encode()
+def vae_shape(vae: comfy.sd.VAE) -> tuple[int, int, int]:
+    """(latent channels, latent dimensions, spatial compression), for the checks."""
+    return vae.latent_channels, vae.latent_dim, cast(int, vae.spacial_compression_encode())
 
 
-def latent_device():
+def latent_device() -> torch.device:
     """Where the host keeps latents between nodes."""
     return comfy.model_management.intermediate_device()

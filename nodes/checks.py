@@ -4,11 +4,14 @@ Every function raises a `Refusal` for the person at the graph, or returns.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from .. import host
 from ..wan.conditioning import pixel_frames
-from ..wan.config import CLIP_TOKENS, LATENT_CHANNELS, VAE_STRIDE
+from ..wan.config import CLIP_TOKENS, LATENT_CHANNELS, VAE_STRIDE, WanConfig
 from ..wan.refusal import Refusal
 
 _KNOWN_LATENTS = {4: "Stable Diffusion", 48: "Wan2.2-5B", 128: "LTX-Video or Flux2"}
@@ -19,7 +22,19 @@ BROKEN_LATENT = (
 )
 
 
-def check_num_frames(num_frames):
+def check_model(model: host.ModelPatcher) -> None:
+    """Whether a MODEL can be sampled by our sampler."""
+    if not host.is_ours(model):
+        raise Refusal(
+            "the MODEL was not loaded by Wan21ModelLoader",
+            "Load it with Wan21ModelLoader, or sample it with the host's KSampler",
+        )
+    if refusal := host.refused_patch(model):
+        raise refusal
+
+
+def check_num_frames(num_frames: int) -> None:
+    """Whether a video may have so many frames."""
     if num_frames < 1 or num_frames % VAE_STRIDE[0] != 1:
         lower = max(1, (num_frames - 1) // 4 * 4 + 1)
         raise Refusal(
@@ -28,7 +43,8 @@ def check_num_frames(num_frames):
         )
 
 
-def check_sides(width, height):
+def check_sides(width: int, height: int) -> None:
+    """Whether a video may be of this size, in pixels."""
     for name, value in (("width", width), ("height", height)):
         if value < 16 or value % 16:
             lower = max(16, value // 16 * 16)
@@ -37,8 +53,13 @@ def check_sides(width, height):
             )
 
 
-def check_image(name, image):
-    """image: [B, H, W, C] as the host hands it."""
+def check_image(name: str, image: Tensor) -> None:
+    """Whether an IMAGE holds one picture.
+
+    Args:
+        name: of the input.
+        image: [B, H, W, C] as the host hands it.
+    """
     shape = tuple(image.shape)
     if len(shape) != 4 or 0 in shape:
         raise Refusal(
@@ -59,8 +80,13 @@ def check_image(name, image):
         )
 
 
-def check_frames(images, least=1):
-    """images: [F, H, W, C] as the host hands it; least: the fewest frames that make sense."""
+def check_frames(images: Tensor, least: int = 1) -> None:
+    """Whether an IMAGE holds a video.
+
+    Args:
+        images: [F, H, W, C] as the host hands it.
+        least: the fewest frames that make sense.
+    """
     shape = tuple(images.shape)
     if len(shape) != 4 or 0 in shape:
         raise Refusal(
@@ -76,7 +102,7 @@ def check_frames(images, least=1):
             f"images holds {shape[0]} frame; there is no time between frames to fill",
             f"Connect at least {least} frames, or leave this node out",
         )
-    for i, frame in enumerate(images):  # one at a time: a whole clip's mask would be a quarter of its size
+    for i, frame in enumerate(images):  # one at a time: the mask of a whole clip takes a quarter of its bytes
         if not torch.isfinite(frame).all():
             raise Refusal(
                 f"frame {i} of images holds NaN or infinite pixels",
@@ -84,12 +110,14 @@ def check_frames(images, least=1):
             )
 
 
-def check_fps(fps):
+def check_fps(fps: float) -> None:
+    """Whether a video can play so many frames a second."""
     if not (math.isfinite(fps) and fps > 0):
         raise Refusal(f"fps is {fps:g}; a video has more than 0 frames a second", "Set 16, Wan2.1's rate")
 
 
-def check_vae(latent_channels, latent_dim, compression):
+def check_vae(latent_channels: int, latent_dim: int, compression: int) -> None:
+    """Whether a VAE of this shape is Wan2.1's: as `host.vae_shape` gives it."""
     if (latent_channels, latent_dim, compression) != (LATENT_CHANNELS, 3, VAE_STRIDE[1]):
         kind = {48: " (Wan2.2's)", 4: " (Stable Diffusion's)"}.get(latent_channels, "")
         raise Refusal(
@@ -99,12 +127,12 @@ def check_vae(latent_channels, latent_dim, compression):
         )
 
 
-def check_latent(samples, multiple=16):
+def check_latent(samples: Tensor, multiple: int = 16) -> None:
     """Whether a latent is Wan2.1's.
 
     Args:
-        samples: The LATENT's tensor.
-        multiple: Of pixels that its sides must be: 16 for the DiT, 8 for the VAE.
+        samples: the LATENT's tensor.
+        multiple: of pixels that its sides must be: 16 for the DiT, 8 for the VAE.
     """
     shape = tuple(samples.shape)
     if len(shape) != 5 or shape[1] != LATENT_CHANNELS:
@@ -126,7 +154,7 @@ def check_latent(samples, multiple=16):
         raise Refusal(f"the latent holds NaN or infinite numbers ({_broken(samples)})", BROKEN_LATENT)
 
 
-def check_conditioning(config, latent_shape, cond):
+def check_conditioning(config: WanConfig, latent_shape: Sequence[int], cond: host.Conditioning) -> None:
     """Whether one conditioning fits the model and the latent [B, 16, T, h, w]."""
     if cond.entries != 1:
         raise Refusal(
@@ -143,7 +171,7 @@ def check_conditioning(config, latent_shape, cond):
     _check_clip(config, cond)
 
 
-def _check_text(config, cond):
+def _check_text(config: WanConfig, cond: host.Conditioning) -> None:
     if cond.text is None or cond.text[-1] != config.text_dim:
         width = "no text features" if cond.text is None else f"text features {cond.text[-1]} wide"
         raise Refusal(
@@ -152,7 +180,7 @@ def _check_text(config, cond):
         )
 
 
-def _check_image_latent(config, latent_shape, cond):
+def _check_image_latent(config: WanConfig, latent_shape: Sequence[int], cond: host.Conditioning) -> None:
     if config.takes_image and cond.image_latent is None and not config.empty_start:
         raise Refusal(
             f"the model is image-to-video (36 channels) and {cond.name} carries no image",
@@ -164,14 +192,14 @@ def _check_image_latent(config, latent_shape, cond):
             "Load an i2v model, or connect the prompts to the sampler directly",
         )
     for shape, what in ((cond.image_latent, "image"), (cond.mask, "mask")):
-        if shape is not None and shape[-3:] != latent_shape[-3:]:
+        if shape is not None and tuple(shape[-3:]) != tuple(latent_shape[-3:]):
             raise Refusal(
                 f"the {what} in {cond.name} is {_size(shape)} and the latent is {_size(latent_shape)}",
                 "Take latent and conditioning from the same Wan21ImageToVideo",
             )
 
 
-def _check_clip(config, cond):
+def _check_clip(config: WanConfig, cond: host.Conditioning) -> None:
     if cond.clip is None or config.image_dim is None:
         return
     tokens, width = cond.clip[-2:]
@@ -183,43 +211,17 @@ def _check_clip(config, cond):
         )
 
 
-def check_options(config, job):
-    """Whether the sampler's options fit the model and each other. job: SampleJob."""
-    if 0 < job.teacache_multiplier < 1:
-        raise Refusal(
-            f"teacache_multiplier is {job.teacache_multiplier:g}; a speed-up is at least 1, and 0 is off",
-            "Set 0, or 1.5 to 2.5",
-        )
-    if job.zero_init_steps >= job.steps:
-        raise Refusal(
-            f"zero_init_steps is {job.zero_init_steps} of {job.steps} steps; the model would never run",
-            "Set 0 (off) or 1",
-        )
-    unknown = [str(layer) for layer in job.skip_layers if layer >= config.num_layers]
-    if unknown:
-        raise Refusal(
-            f"skip_layers names block {', '.join(unknown)}; the model has {config.num_layers}, from 0",
-            f"Set numbers from 0 to {config.num_layers - 1}",
-        )
-    start, end = job.skip_layer_start_percent, job.skip_layer_end_percent
-    if job.skip_layers and start >= end:
-        raise Refusal(
-            f"skip_layer_start_percent is {start} and skip_layer_end_percent {end}; no step lies between",
-            "Set a start below the end, such as 10 and 90",
-        )
-
-
-def _size(shape):
+def _size(shape: Sequence[int]) -> str:
     frames, height, width = shape[-3:]
     return f"{width * 8}x{height * 8}, {pixel_frames(frames)} frames ({frames} latent)"
 
 
-def check_finite(samples):
+def check_finite(samples: Tensor) -> None:
     """After sampling: a latent that cannot be decoded is named where it arose."""
     if not torch.isfinite(samples).all():
         raise Refusal(f"sampling gave NaN or infinite numbers ({_broken(samples)})", BROKEN_LATENT)
 
 
-def _broken(samples):
+def _broken(samples: Tensor) -> str:
     share = 100 * (1 - torch.isfinite(samples).sum().item() / math.prod(samples.shape))
     return f"{share:.0f} % of the latent"

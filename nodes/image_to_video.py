@@ -1,8 +1,11 @@
 """Image(s) into the conditioning of an image-to-video model, and the empty latent to fill."""
 
+from typing import Any
+
 import node_helpers
 import torch
 from comfy_api.latest import io
+from torch import Tensor
 
 from .. import host
 from ..wan.conditioning import (
@@ -23,12 +26,12 @@ from .named import named
 NODE = "Wan21ImageToVideo"
 MAX_SIDE = 8192
 MAX_FRAMES = 4097
-VIDEO_COPIES = 2.5  # of the float32 pixels, while the host and the VAE hand them on
+VIDEO_COPIES = 2.5  # peak host memory of the encode, in copies of the video's float32 pixels
 
 
 class Wan21ImageToVideo(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id=NODE,
             display_name="Wan2.1 Image to Video",
@@ -84,8 +87,10 @@ class Wan21ImageToVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width=None, height=None, num_frames=None):
-        """Refuse impossible sizes when the prompt is queued (a linked input arrives as None)."""
+    def validate_inputs(
+        cls, width: int | None = None, height: int | None = None, num_frames: int | None = None
+    ) -> bool | str:
+        """Refuses impossible sizes when the prompt is queued (a linked input arrives as None)."""
         try:
             check_sizes(width, height, num_frames)
         except Refusal as error:
@@ -96,19 +101,19 @@ class Wan21ImageToVideo(io.ComfyNode):
     @named(NODE)
     def execute(
         cls,
-        positive,
-        negative,
-        vae,
-        start_image,
-        width,
-        height,
-        num_frames,
-        resize_mode,
-        add_frames_for_end_image,
-        tile_size,
-        end_image=None,
-        clip_vision_start=None,
-        clip_vision_end=None,
+        positive: list,
+        negative: list,
+        vae: host.VAE,
+        start_image: Tensor,
+        width: int,
+        height: int,
+        num_frames: int,
+        resize_mode: str,
+        add_frames_for_end_image: bool,
+        tile_size: str,
+        end_image: Tensor | None = None,
+        clip_vision_start: Any = None,
+        clip_vision_end: Any = None,
     ) -> io.NodeOutput:
         check_sizes(width, height, num_frames)
         check_inputs(vae, start_image, end_image, clip_vision_start, clip_vision_end, num_frames)
@@ -122,21 +127,19 @@ class Wan21ImageToVideo(io.ComfyNode):
         for name, image in (("start_image", start_image), ("end_image", end_image)):
             if image is not None and image.shape[-1] > 3:
                 host.tell(f"{name} has transparency, which is left out")
-        start, end = (
-            None if image is None else fit_image(image[..., :3], width, height, resize_mode)[0]
-            for image in (start_image, end_image)
-        )
+        start = fit_image(start_image[..., :3], width, height, resize_mode)[0]
+        end = None if end_image is None else fit_image(end_image[..., :3], width, height, resize_mode)[0]
         alone = end is not None and add_frames_for_end_image
         video = pixel_video(start, num_frames, None if alone else end)
         image_latent = host.encode_video(vae, video, tile_size)
-        if alone:
+        if end is not None and alone:
             image_latent = torch.cat([image_latent, host.encode_video(vae, end[None], tile_size)], dim=2)
         mask = known_mask(num_frames, height, width, end is not None, alone)
         values = {"concat_latent_image": image_latent, "concat_mask": 1 - mask}  # the host's 0 is known
         clip = join_clip_vision(clip_vision_start, clip_vision_end)
         if clip is not None:
             values["clip_vision_output"] = clip
-        latent = {"samples": empty_latent(num_frames, height, width, alone)}
+        latent: dict[str, Any] = {"samples": empty_latent(num_frames, height, width, alone)}
         if alone:
             latent[END_LATENT_ALONE] = True
         return io.NodeOutput(
@@ -146,7 +149,8 @@ class Wan21ImageToVideo(io.ComfyNode):
         )
 
 
-def check_sizes(width, height, num_frames):
+def check_sizes(width: int | None, height: int | None, num_frames: int | None) -> None:
+    """Whether there can be a video of this size; None where a value is not known yet."""
     for name, value, limit in (
         ("width", width, MAX_SIDE),
         ("height", height, MAX_SIDE),
@@ -158,7 +162,22 @@ def check_sizes(width, height, num_frames):
     checks.check_num_frames(1 if num_frames is None else num_frames)
 
 
-def check_inputs(vae, start_image, end_image, clip_start, clip_end, num_frames):
+def check_inputs(
+    vae: host.VAE,
+    start_image: Tensor,
+    end_image: Tensor | None,
+    clip_start: Any,
+    clip_end: Any,
+    num_frames: int,
+) -> None:
+    """Whether the inputs go together.
+
+    Args:
+        vae: VAE.
+        start_image, end_image: IMAGE; no end image is None.
+        clip_start, clip_end: CLIP_VISION_OUTPUT of the images, or None.
+        num_frames: of the video.
+    """
     checks.check_vae(*host.vae_shape(vae))
     checks.check_image("start_image", start_image)
     if end_image is not None:
@@ -174,7 +193,8 @@ def check_inputs(vae, start_image, end_image, clip_start, clip_end, num_frames):
         )
 
 
-def empty_latent(num_frames, height, width, end_alone):
+def empty_latent(num_frames: int, height: int, width: int, end_alone: bool) -> Tensor:
+    """The latent to fill, [1, 16, T, height/8, width/8]; one frame more with an end image of its own."""
     frames = latent_frames(num_frames) + end_alone
     return torch.zeros(
         1,
@@ -186,7 +206,7 @@ def empty_latent(num_frames, height, width, end_alone):
     )
 
 
-def join_clip_vision(start, end):
+def join_clip_vision(start: Any, end: Any) -> Any:
     """Features of both images, 257 + 257 tokens, as first-last-frame models read them."""
     if start is None or end is None:
         return start

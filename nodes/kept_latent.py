@@ -1,33 +1,34 @@
 """What took long to sample outlives the nodes that work on it."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .. import host
 
 # Keys of a LATENT beside its samples.
-END_LATENT_ALONE = "wan21_end_latent_alone"  # the last latent is the end image, a guide that gives no frame
-SAMPLING_SECONDS = "wan21_sampling_seconds"  # that it took to sample
+END_LATENT_ALONE = "wan21_end_latent_alone"  # True: the last latent is the end image, which gives no frame
+SAMPLING_SECONDS = "wan21_sampling_seconds"  # how long the sampling took
 
-WORTH_KEEPING = 60  # seconds of sampling
+WORTH_KEEPING = 60  # seconds of sampling; a latent that took longer is kept
 
 
 class LatentKept(RuntimeError):
-    """Work on a latent failed, and the latent is in a file: problem and fix as of a `Refusal`."""
+    """Work on a latent failed, and the latent is in a file. Problem and fix are those of a `Refusal`."""
 
-    def __init__(self, problem, fix):
+    def __init__(self, problem: str, fix: str):
         super().__init__(f"{problem}. {fix}.")
         self.problem, self.fix = problem, fix
 
-    def about(self, what):
+    def about(self, what: str) -> "LatentKept":
         """The same with the name of a node in front."""
         return LatentKept(f"{what}: {self.problem}", self.fix)
 
 
 @contextmanager
-def kept_until_done(latent, resume):
+def kept_until_done(latent: dict, resume: str) -> Iterator[None]:
     """Keeps a latent that took long in a file until the block has succeeded; an error names the file.
 
-    It is written first, so that a crash of the whole host leaves it as well.
+    The file is written before the block begins, so that it outlives a crash of the whole host too.
 
     Args:
         latent: LATENT; one that took up to a minute is not kept.

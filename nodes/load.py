@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
@@ -25,12 +26,12 @@ WHERE_TO_PICK = {
 _LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.safetensors$")
 
 
-def file_names(folder):
+def file_names(folder: str) -> list[str]:
     """Names in one of the host's model folders; a sharded set is listed once, by its first shard."""
     return [name for name in folder_paths.get_filename_list(folder) if not _LATER_SHARD.search(name)]
 
 
-def model_names():
+def model_names() -> list[str]:
     """Diffusion models, GGUF files among them, which the host does not list."""
     folders = [Path(folder) for folder in folder_paths.get_folder_paths("diffusion_models")]
     found = [path.relative_to(folder).as_posix() for folder in folders for path in folder.rglob("*.gguf")]
@@ -49,15 +50,23 @@ def about_file(name: str) -> Iterator[None]:
     except BadFile:
         raise  # with its own name, or that of another shard of the set
     except WrongKind as error:
-        kind = error.kind
-        fix = f"It is {kind.what}; {WHERE_TO_PICK[kind]}" if kind in WHERE_TO_PICK else error.fix
+        kind, fix = error.kind, error.fix
+        if kind is not None and kind in WHERE_TO_PICK:
+            fix = f"It is {kind.what}; {WHERE_TO_PICK[kind]}"
         raise Refusal(f"{name}: {error.problem}", fix) from error
     except Refusal as error:
         raise error.about(name) from error
 
 
-def load(folder: str, name: str, build: Callable, *args) -> io.NodeOutput:
-    """What `build(path, *args)` makes of a file in one of the host's model folders."""
+def load(folder: str, name: str, build: Callable[..., Any], *args: str) -> io.NodeOutput:
+    """What `build(path, *args)` makes of a file; the file's name stands in front of its refusals.
+
+    Args:
+        folder: one of the host's model folders.
+        name: of the file in it.
+        build: from the host's side.
+        args: of `build`, after the path.
+    """
     path = folder_paths.get_full_path_or_raise(folder, name)
     with about_file(name):
         return io.NodeOutput(build(path, *args))
@@ -65,7 +74,7 @@ def load(folder: str, name: str, build: Callable, *args) -> io.NodeOutput:
 
 class Wan21ModelLoader(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="Wan21ModelLoader",
             display_name="Wan2.1 Model Loader",
@@ -92,13 +101,13 @@ class Wan21ModelLoader(io.ComfyNode):
 
     @classmethod
     @named("Wan21ModelLoader")
-    def execute(cls, model_name, weight_dtype) -> io.NodeOutput:
+    def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
         return load("diffusion_models", model_name, host.load_model, weight_dtype)
 
 
 class Wan21TextEncoderLoader(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="Wan21TextEncoderLoader",
             display_name="Wan2.1 Text Encoder Loader",
@@ -125,13 +134,13 @@ class Wan21TextEncoderLoader(io.ComfyNode):
 
     @classmethod
     @named("Wan21TextEncoderLoader")
-    def execute(cls, text_encoder_name, device) -> io.NodeOutput:
+    def execute(cls, text_encoder_name: str, device: str) -> io.NodeOutput:
         return load("text_encoders", text_encoder_name, host.load_text_encoder, device)
 
 
 class Wan21VAELoader(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="Wan21VAELoader",
             display_name="Wan2.1 VAE Loader",
@@ -155,5 +164,5 @@ class Wan21VAELoader(io.ComfyNode):
 
     @classmethod
     @named("Wan21VAELoader")
-    def execute(cls, vae_name, precision) -> io.NodeOutput:
+    def execute(cls, vae_name: str, precision: str) -> io.NodeOutput:
         return load("vae", vae_name, host.load_vae, precision)

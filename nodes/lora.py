@@ -9,9 +9,10 @@ from .. import host
 from ..net.fetch import fetch
 from ..wan.files import check_head, detect_kind, read_checkpoint
 from ..wan.files.kinds import LORA, not_a
-from ..wan.lora import check_lora, lora_report, parse_schedule
+from ..wan.lora import parse_schedule
 from ..wan.refusal import Refusal
 from .load import CATEGORY, about_file
+from .lora_report import check_lora, lora_report
 from .named import named
 
 NODE = "Wan21LoraLoader"
@@ -21,7 +22,7 @@ LINKED = "the file behind lora_url"
 
 class Wan21LoraLoader(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id=NODE,
             display_name="Wan2.1 LoRA Loader",
@@ -70,7 +71,15 @@ class Wan21LoraLoader(io.ComfyNode):
 
     @classmethod
     @named(NODE)
-    def execute(cls, model, lora_name, strength, strength_schedule, lora_url, strict) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: host.ModelPatcher,
+        lora_name: str,
+        strength: float,
+        strength_schedule: str,
+        lora_url: str,
+        strict: bool,
+    ) -> io.NodeOutput:
         schedule = parse_schedule(strength_schedule)
         path = _path(lora_name, lora_url)
         if path is None:
@@ -84,7 +93,7 @@ class Wan21LoraLoader(io.ComfyNode):
         return io.NodeOutput(host.add_lora(model, lora, strength, schedule), "\n".join(lines))
 
 
-def _path(lora_name, lora_url):
+def _path(lora_name: str, lora_url: str) -> Path | None:
     """The LoRA's file, fetched if it is given as a link; None without any."""
     if not lora_url.strip():
         if lora_name == NONE:
@@ -99,19 +108,19 @@ def _path(lora_name, lora_url):
     return fetch(lora_url, folder, ".safetensors", _check_is_lora, _check_head, host.Progress())
 
 
-def _check_head(head):
+def _check_head(head: bytes) -> None:
     with about_file(LINKED):
         check_head(head)
 
 
-def _check_is_lora(path):
+def _check_is_lora(path: Path) -> None:
     with about_file(LINKED):
         state_dict = read_checkpoint(path, LINKED).state_dict
         if detect_kind(state_dict) is not LORA:
             raise not_a(LORA, state_dict)
 
 
-def _strength(strength, schedule):
+def _strength(strength: float, schedule: list[float]) -> str:
     if not schedule:
         return f"{strength:g}" + (" (off)" if strength == 0 else "")
     return f"{strength:g} x ({', '.join(f'{value:g}' for value in schedule)}) over the steps"

@@ -2,19 +2,27 @@
 
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from comfy_api.latest import io
 
 from .. import host
-from ..wan import attention, teacache
-from ..wan.config import CLIP_TOKENS, VAE_STRIDE
-from ..wan.memory import plans_from
+from ..wan.attention import CHOICES
+from ..wan.config import CLIP_TOKENS, VAE_STRIDE, WanConfig
+from ..wan.execution import Execution
+from ..wan.guidance import CfgZeroStar, ZeroInit
+from ..wan.memory import MemoryPlan, plans_from
+from ..wan.option import Option, Run
 from ..wan.refusal import Refusal
-from ..wan.sample import RIFLEX, NotFinite, SampleJob, sample
-from ..wan.skip_layer import parse_layers
+from ..wan.retry import FiniteOrSdpa, NotFinite, WithinMemory
+from ..wan.riflex import MODES, Riflex
+from ..wan.sample import SampleJob, sample
+from ..wan.skip_layer import SkipLayers, parse_layers
 from ..wan.solvers import SOLVERS
+from ..wan.teacache import PROFILES, Profile, TeaCache, choose_profile
 from . import checks
 from .kept_latent import END_LATENT_ALONE, SAMPLING_SECONDS, kept_until_done
 from .load import CATEGORY
@@ -25,9 +33,8 @@ NODE = "Wan21Sampler"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
-def option_inputs():
+def option_inputs() -> list[Any]:
     """The inputs added after the first ones: each is optional, and its default leaves the numbers alone."""
-    percent = dict(min=0, max=100, optional=True)
     return [
         io.Float.Input(
             "teacache_multiplier",
@@ -42,7 +49,9 @@ def option_inputs():
         io.Int.Input(
             "teacache_start_percent",
             default=0,
-            **percent,
+            min=0,
+            max=100,
+            optional=True,
             tooltip="This share of the steps is always computed; higher keeps more of the motion.",
         ),
         io.Boolean.Input(
@@ -72,7 +81,7 @@ def option_inputs():
         ),
         io.Combo.Input(
             "riflex",
-            options=list(RIFLEX),
+            options=list(MODES),
             default="off",
             optional=True,
             tooltip="RIFLEx, against repetition in long clips. It changes nothing below 181 frames. auto "
@@ -87,7 +96,7 @@ def option_inputs():
         ),
         io.Combo.Input(
             "attention",
-            options=list(attention.CHOICES),
+            options=list(CHOICES),
             default="auto",
             optional=True,
             tooltip="auto takes the fastest installed one that agrees with sdpa on this device.",
@@ -103,20 +112,24 @@ def option_inputs():
         io.Int.Input(
             "skip_layer_start_percent",
             default=10,
-            **percent,
+            min=0,
+            max=100,
+            optional=True,
             tooltip="The blocks are left out from here on.",
             advanced=True,
         ),
         io.Int.Input(
             "skip_layer_end_percent",
             default=90,
-            **percent,
+            min=0,
+            max=100,
+            optional=True,
             tooltip="The blocks are left out up to here.",
             advanced=True,
         ),
         io.Combo.Input(
             "teacache_profile",
-            options=list(teacache.PROFILES),
+            options=list(PROFILES),
             default="auto",
             optional=True,
             tooltip="Coefficients of TeaCache. auto takes those of the checkpoint itself, or chooses by "
@@ -128,7 +141,7 @@ def option_inputs():
 
 class Wan21Sampler(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id=NODE,
             display_name="Wan2.1 Sampler",
@@ -181,7 +194,7 @@ class Wan21Sampler(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, seed, **_):
+    def fingerprint_inputs(cls, seed: int, **_: Any) -> int:
         """A drawn seed is another job each time; a given one is the same job."""
         return time.time_ns() if seed == -1 else seed
 
@@ -189,136 +202,197 @@ class Wan21Sampler(io.ComfyNode):
     @named(NODE)
     def execute(
         cls,
-        model,
-        positive,
-        negative,
-        latent,
-        seed,
-        attention="auto",
-        skip_layers="",
-        teacache_profile="auto",
-        **settings,
+        model: host.ModelPatcher,
+        positive: list,
+        negative: list,
+        latent: dict,
+        seed: int,
+        steps: int,
+        guidance_scale: float,
+        flow_shift: float,
+        solver: str,
+        denoise: float,
+        joint_pass: bool = True,
+        attention: str = "auto",
+        **options: Any,
     ) -> io.NodeOutput:
-        """`settings` are the fields of `SampleJob`; the three before them are resolved here."""
-        job = SampleJob(**settings)
-        options = (attention, skip_layers, teacache_profile)
-        refines = job.denoise < 1
-        with kept_until_done(latent, "refine or decode it") if refines else nullcontext():
-            return cls._sampled(model, positive, negative, latent, seed, job, options)
+        """`options` are the inputs of `options_of`."""
+        job = SampleJob(steps, guidance_scale, flow_shift, solver, denoise)
+        with kept_until_done(latent, "refine or decode it") if denoise < 1 else nullcontext():
+            checks.check_model(model)
+            check_start(latent, denoise)
+            job = replace(job, options=options_of(model, latent["samples"].shape, **options))
+            prepared = prepare(model, positive, negative, latent, job, joint_pass, attention)
+            return cls._sampled(model, prepared, latent, seed)
 
     @classmethod
-    def _sampled(cls, model, positive, negative, latent, seed, job, options):
-        positive, negative, warnings = prepare(model, positive, negative, latent, job)
-        job = resolve_options(model, latent["samples"], job, *options)
-        job, need, plan = plan_memory(model, latent["samples"], job)
+    def _sampled(
+        cls, model: host.ModelPatcher, prepared: "Prepared", latent: dict, seed: int
+    ) -> io.NodeOutput:
+        job = prepared.job
         if seed == -1:
             seed = secrets.randbelow(2**32)
         on_step = host.StepProgress(model, job.steps)
-        records = []
+        adjusted: list[str] = []
 
         def run(denoiser, noise, start):
+            inner = WithinMemory(denoiser, prepared.plans, denoiser.make_room, adjusted.append)
             try:
-                samples, record = sample(job, denoiser, noise, start, on_step)
+                return sample(job, FiniteOrSdpa(inner, adjusted.append), noise, start, on_step)
             except NotFinite as error:
-                raise Refusal(str(error), checks.BROKEN_LATENT) from error
-            records.append(record)
-            return samples
+                raise Refusal(error.problem, checks.BROKEN_LATENT) from error
 
-        with host.memory_watch(model.load_device) as memory:
-            samples = host.run_sampling(
-                model,
-                positive,
-                negative,
-                latent["samples"],
-                latent.get("batch_index"),
-                seed,
-                job.sigmas,
-                run,
-                need,
-            )
+        with host.MemoryWatch(model.load_device) as memory:
+            samples, record = host.run_sampling(model, prepared, latent, seed, run)
         checks.check_finite(samples)
         report = sampling_report(
-            host.config_of(model),
             job,
-            records[0],
-            samples.shape,
+            prepared.run,
+            record,
             seed,
-            f"{plan}; {memory[0]}",
+            f"{prepared.memory}; {memory.said}",
             END_LATENT_ALONE in latent,
-            warnings + records[0].notes,
+            [*prepared.warnings, *record.notes, *adjusted],
         )
         earlier = latent.get(SAMPLING_SECONDS, 0) if job.denoise < 1 else 0  # what this one refined
-        seconds = {SAMPLING_SECONDS: earlier + sum(records[0].seconds)}
+        seconds = {SAMPLING_SECONDS: earlier + sum(record.seconds)}
         return io.NodeOutput(latent | {"samples": samples} | seconds, report)
 
 
-def resolve_options(model, samples, job, attention_name, skip_layers, profile_name):
-    """What the options' names mean for this model; errors before anything runs.
+def options_of(
+    model: host.ModelPatcher,
+    shape: tuple[int, ...],
+    *,
+    teacache_multiplier: float = 0.0,
+    teacache_start_percent: int = 0,
+    teacache_profile: str = "auto",
+    cfg_star: bool = False,
+    cfg_star_start_step: int = 0,
+    zero_init_steps: int = 0,
+    riflex: str = "off",
+    skip_layers: str = "",
+    skip_layer_start_percent: int = 10,
+    skip_layer_end_percent: int = 90,
+) -> tuple[Option, ...]:
+    """The options that the node's inputs turn on, in the order in which they act.
 
-    Returns:
-        The job with its attention, skipped blocks and TeaCache coefficients.
+    Args:
+        model: a MODEL of ours.
+        shape: of the latent, [B, 16, T, h, w].
+
+    Raises:
+        Refusal: an input cannot be read, or there are no TeaCache coefficients for the model.
     """
-    config = host.config_of(model)
-    job = replace(job, skip_layers=parse_layers(skip_layers))
-    checks.check_options(config, job)
-    if job.teacache_multiplier > 1:
-        pixels = samples.shape[-2] * samples.shape[-1] * VAE_STRIDE[1] * VAE_STRIDE[2]
-        measured, name = host.measured_coefficients(model), host.checkpoint_name(model)
-        profile = teacache.choose_profile(profile_name, config, name, pixels, measured)
-        job = replace(job, teacache_profile=profile)
-    return replace(job, attention=host.choose_attention_for(model, attention_name))
+    options: list[Option] = []
+    if riflex != "off":
+        options.append(Riflex(riflex))
+    if zero_init_steps:
+        options.append(ZeroInit(zero_init_steps))
+    if cfg_star:
+        options.append(CfgZeroStar(cfg_star_start_step))
+    if layers := parse_layers(skip_layers):
+        options.append(SkipLayers(layers, skip_layer_start_percent, skip_layer_end_percent))
+    if teacache_multiplier not in (0, 1):
+        profile = profile_of(model, shape, teacache_profile) if teacache_multiplier > 1 else None
+        options.append(TeaCache(teacache_multiplier, teacache_start_percent, profile))
+    return tuple(options)
 
 
-def plan_memory(model, samples, job):
-    """-> (the job with its memory plans, bytes of a step, one sentence on the plan)"""
+def profile_of(model: host.ModelPatcher, shape: tuple[int, ...], name: str) -> Profile:
+    """The TeaCache coefficients of a MODEL for a latent of this shape."""
+    pixels = shape[-2] * shape[-1] * VAE_STRIDE[1] * VAE_STRIDE[2]
+    measured = host.measured_coefficients(model)
+    return choose_profile(name, host.config_of(model), host.checkpoint_name(model), pixels, measured)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(host.Prepared):
+    """A job that has passed every check.
+
+    Attributes:
+        job: what to sample.
+        run: the same on this model and latent.
+        plans: memory plans, the first to begin with.
+        memory: one sentence on them.
+        warnings: sentences on what was adjusted or left out.
+    """
+
+    job: SampleJob
+    run: Run
+    plans: Sequence[MemoryPlan]
+    memory: str
+    warnings: list[str]
+
+
+def prepare(
+    model: host.ModelPatcher,
+    positive: list,
+    negative: list,
+    latent: dict,
+    job: SampleJob,
+    joint: bool,
+    attention: str,
+) -> Prepared:
+    """Checks the rest of the job, before anything runs, and chooses how to carry it out.
+
+    Args:
+        model: a MODEL of ours.
+        positive, negative: CONDITIONING.
+        latent: LATENT.
+        job: with its options.
+        joint: whether the passes walk the blocks together.
+        attention: one of `wan.attention.CHOICES`.
+    """
+    config, shape = host.config_of(model), tuple(latent["samples"].shape)
+    run = job.run_on(config, shape)
+    for option in job.options:
+        option.check(run)
+    warnings = [
+        f"{name} set on the MODEL by another node is not used here" for name in host.ignored_patches(model)
+    ]
+    conds = {"positive": positive}
+    if "uncond" in (*job.pass_names, *job.contexts):
+        conds["negative"] = negative
+    for name, cond in conds.items():
+        conds[name], note = host.trim_clip_vision(cond, config)
+        checks.check_conditioning(config, shape, host.describe_conditioning(name, conds[name]))
+        warnings += [f"{name}: {note}"] if note else []
+    warnings += warnings_on_images(config, positive, latent)
+    execution = Execution(joint, host.choose_attention_for(model, attention))
+    job = replace(job, options=(*job.options, execution))
     passes = len(job.pass_names)
-    name = job.attention and job.attention.name
-    plans = plans_from(job.joint_pass, passes)
-    cached = job.teacache_multiplier > 1
-    plans, need, said = host.plan_memory(model, samples.shape, plans, passes, name, cached)
-    return replace(job, plans=plans), need, said
+    plans, need, memory = host.plan_memory(model, shape, plans_from(joint, passes), passes, job.options)
+    return Prepared(
+        positive=conds["positive"],
+        negative=conds.get("negative"),
+        sigmas=job.sigmas,
+        need=need,
+        job=job,
+        run=run,
+        plans=plans,
+        memory=memory,
+        warnings=warnings,
+    )
 
 
-def prepare(model, positive, negative, latent, job):
-    """Check the whole job before anything runs.
-
-    Returns:
-        (positive, negative, warnings), with CLIP features cut to what the model reads; negative is None
-        when no pass uses it.
-    """
-    if not host.is_ours(model):
-        raise Refusal(
-            "the MODEL was not loaded by Wan21ModelLoader",
-            "Load it with Wan21ModelLoader, or sample it with the host's KSampler",
-        )
-    if refusal := host.refused_patch(model):
-        raise refusal
-    config = host.config_of(model)
-    samples = latent["samples"]
-    checks.check_latent(samples)
+def check_start(latent: dict, denoise: float) -> None:
+    """Whether the LATENT is one of Wan2.1 that this sampler can start from."""
+    checks.check_latent(latent["samples"])
     if "noise_mask" in latent:
         raise Refusal(
             "the latent carries a noise mask, which this sampler does not apply",
             "Remove SetLatentNoiseMask, or sample with the host's KSampler",
         )
-    if job.denoise < 1 and not samples.any():
+    if denoise < 1 and not latent["samples"].any():
         raise Refusal(
-            f"denoise is {job.denoise:g} and the latent is empty; there is no video to start from",
+            f"denoise is {denoise:g} and the latent is empty; there is no video to start from",
             "Set denoise to 1, or connect an encoded video (VAEEncode)",
         )
-    warnings = [
-        f"{name} set on the MODEL by another node is not used here" for name in host.ignored_patches(model)
-    ]
-    checked = []
-    used = {"positive": positive, "negative": negative if "uncond" in job.pass_names else None}
-    for name, cond in used.items():
-        if cond is None:
-            checked.append(None)
-            continue
-        cond, note = host.trim_clip_vision(cond, config)
-        checks.check_conditioning(config, samples.shape, host.describe_conditioning(name, cond))
-        checked.append(cond)
-        warnings += [f"{name}: {note}"] if note else []
+
+
+def warnings_on_images(config: WanConfig, positive: list, latent: dict) -> list[str]:
+    """What is unusual about images and this model, and can be run all the same."""
+    warnings = []
     if latent.get(END_LATENT_ALONE) and config.image_tokens:
         warnings.append(
             "add_frames_for_end_image is on and the model is first-last-frame, which was trained with it off"
@@ -329,13 +403,9 @@ def prepare(model, positive, negative, latent, job):
             "experts (high noise, low noise), it is made for its part of the steps; the host's "
             "KSamplerAdvanced runs both"
         )
-    if config.image_tokens and _clip_tokens(positive) == CLIP_TOKENS:
+    clip = host.describe_conditioning("", positive).clip
+    if config.image_tokens and clip is not None and clip[-2] == CLIP_TOKENS:
         warnings.append(
             "a first-last-frame model reads CLIP features of both images; clip_vision_end is missing"
         )
-    return *checked, warnings
-
-
-def _clip_tokens(conditioning):
-    clip = host.describe_conditioning("", conditioning).clip
-    return None if clip is None else clip[-2]
+    return warnings

@@ -2,13 +2,16 @@
 
 import logging
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from comfy_api.latest import io
+from torch import Tensor
 
 from .. import host
 from ..frames import minterpolate
-from ..frames.spans import SCENE_CUT, frame_changes, plan_spans
+from ..frames.spans import SCENE_CUT, Span, frame_changes, plan_spans
 from ..wan.refusal import Refusal
 from . import checks
 from .load import CATEGORY
@@ -24,7 +27,7 @@ log = logging.getLogger(__name__)
 
 class Wan21SpatialUpsample(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id=SPACE,
             display_name="Wan2.1 Spatial Upsample",
@@ -50,11 +53,11 @@ class Wan21SpatialUpsample(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, method=None, upscale_model="absent"):
-        """Before the graph is queued: a missing model is not found out after hours of sampling.
+    def validate_inputs(cls, method: str | None = None, upscale_model: Any = "absent") -> bool | str:
+        """Refuses a missing model when the graph is queued, not after hours of sampling.
 
-        What comes over a link is None here; an input without one is left out. The host leaves the check of
-        `method` to whoever reads it here.
+        A linked input arrives as None, an unconnected one not at all. Having `method` as an argument turns
+        the host's own check of it off.
         """
         if method is not None and method not in METHODS:
             return f"method is {method!r}; choose one of {', '.join(METHODS)}"
@@ -64,7 +67,7 @@ class Wan21SpatialUpsample(io.ComfyNode):
 
     @classmethod
     @named(SPACE)
-    def execute(cls, images, method, upscale_model=None) -> io.NodeOutput:
+    def execute(cls, images: Tensor, method: str, upscale_model: Any = None) -> io.NodeOutput:
         checks.check_frames(images)
         if method == "none":
             return io.NodeOutput(images)
@@ -83,7 +86,7 @@ class Wan21SpatialUpsample(io.ComfyNode):
 
 class Wan21TemporalUpsample(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id=TIME,
             display_name="Wan2.1 Temporal Upsample",
@@ -130,7 +133,12 @@ class Wan21TemporalUpsample(io.ComfyNode):
     @classmethod
     @named(TIME)
     def execute(
-        cls, images, fps, method, interpolation_model=None, scene_cut_threshold=SCENE_CUT
+        cls,
+        images: Tensor,
+        fps: float,
+        method: str,
+        interpolation_model: host.ModelPatcher | None = None,
+        scene_cut_threshold: float = SCENE_CUT,
     ) -> io.NodeOutput:
         checks.check_frames(images, least=2)
         checks.check_fps(fps)
@@ -159,7 +167,7 @@ class Wan21TemporalUpsample(io.ComfyNode):
         return io.NodeOutput(result, fps * multiplier)
 
 
-def _with_cuts(images, spans, multiplier):
+def _with_cuts(images: Tensor, spans: Sequence[Span], multiplier: int) -> Tensor:
     """The whole result with the given frames and, at cuts, the nearer of the two; the rest is not set."""
     count = (len(images) - 1) * multiplier + 1
     if images.device.type == "cpu":
@@ -177,5 +185,5 @@ def _with_cuts(images, spans, multiplier):
     return result
 
 
-def _size(images):
+def _size(images: Tensor) -> str:
     return f"{images.shape[2]}x{images.shape[1]}"

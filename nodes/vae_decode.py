@@ -14,7 +14,7 @@ NODE = "Wan21VAEDecode"
 
 class Wan21VAEDecode(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id=NODE,
             display_name="Wan2.1 VAE Decode",
@@ -37,7 +37,7 @@ class Wan21VAEDecode(io.ComfyNode):
 
     @classmethod
     @named(NODE)
-    def execute(cls, vae, latent, tile_size) -> io.NodeOutput:
+    def execute(cls, vae: host.VAE, latent: dict, tile_size: str) -> io.NodeOutput:
         samples = latent["samples"]
         checks.check_latent(samples, multiple=8)
         if latent.get(END_LATENT_ALONE):

@@ -27,6 +27,7 @@ pack.load_pack()
 pack.load_host()
 
 import torch  # noqa: E402
+from lib.random_weights import randomise  # noqa: E402
 
 PEERS = ("native", "diffusers")
 CONTESTANTS = {
@@ -40,19 +41,6 @@ VAE_CLIPS = {"cuda": (81, 480, 832), "cpu": (17, 256, 256)}  # frames, height, w
 TILED_CLIPS = {"cuda": (81, 480, 832), "cpu": (9, 480, 832)}
 
 
-def randomise(model):
-    """Random weights that keep activations near 1."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim > 1 and name.endswith("weight"):
-            noise /= parameter[0].numel() ** 0.5
-        else:
-            noise = 0.1 * noise + name.endswith(("gamma", "norm.weight", "norm_q.weight", "norm_k.weight"))
-        parameter.data.copy_(noise)
-    return model
-
-
 # Each case returns {peer: call}; only the named peers are kept in memory.
 
 
@@ -64,17 +52,18 @@ def vae_case(direction, peers, device, dtype, quick):
 
     clips = TILED_CLIPS if direction == "tiles" else VAE_CLIPS
     frames, height, width = (5, 64, 64) if quick else clips[device]
-    weights = randomise(WanVAE()).state_dict()
+    dim = 8 if quick else 96
+    weights = randomise(WanVAE(dim)).state_dict()
 
     def build(peer):
         if peer == "ours" or peer.startswith("tiles"):
-            model, state = WanVAE(), weights
+            model, state = WanVAE(dim), weights
         elif peer == "native":
             levels = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
-            model = NativeVAE(dim=96, z_dim=16, temperal_downsample=[False, True, True], **levels)
+            model = NativeVAE(dim=dim, z_dim=16, temperal_downsample=[False, True, True], **levels)
             state = weights
         else:
-            model, state = AutoencoderKLWan(), convert_wan_vae_to_diffusers(dict(weights))
+            model, state = AutoencoderKLWan(base_dim=dim), convert_wan_vae_to_diffusers(dict(weights))
         model.load_state_dict(state)
         return model.eval().requires_grad_(False).to(device, dtype)
 
@@ -95,14 +84,14 @@ def vae_case(direction, peers, device, dtype, quick):
                 calls[peer] = lambda model=model, tile=tile: model.decode_tiled(z, tile, tile)
         if "diffusers" in models:
             calls["diffusers"] = lambda: models["diffusers"].decode(z).sample
-    return calls, f"dim 96, {frames} frames of {width}x{height}"
+    return calls, f"dim {dim}, {frames} frames of {width}x{height}"
 
 
 def dit_case(peers, device, dtype, quick):
     import comfy.ops
     from comfy.ldm.wan.model import WanModel as NativeModel
     from diffusers import WanTransformer3DModel
-    from wan21.host.weights import CpuOperations
+    from wan21.host.operations import CpuOperations
     from wan21.wan.config import WanConfig
     from wan21.wan.dit import WanModel
     from wan21.wan.files.keys import to_wan_dit_keys
@@ -200,10 +189,10 @@ def memory_on_cuda(calls):
     return used
 
 
-def cold_calls(case, quick):
+def cold_calls(case, peers, quick):
     """{peer: bytes}, {peer: seconds}, size; one call each in a process of its own, on the CPU under Linux."""
     used, seconds = {}, {}
-    for peer in CONTESTANTS[case]:
+    for peer in peers:
         command = [sys.executable, __file__, "--only", case, "--cold-call", peer, *["--quick"] * quick]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         used[peer], seconds[peer], size = json.loads(output.splitlines()[-1])
@@ -221,7 +210,7 @@ def measure(case, device, repeat, quick, memory=True):
         del calls
         gc.collect()
     if used is None and memory and sys.platform.startswith("linux"):
-        used, cold, row["size"] = cold_calls(case, quick)
+        used, cold, row["size"] = cold_calls(case, CONTESTANTS[case], quick)
         seconds = seconds or cold
     row["seconds"] = seconds
     row["time_ratio"] = seconds["ours"] / min(seconds[peer] for peer in PEERS if peer in seconds)

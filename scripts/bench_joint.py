@@ -16,7 +16,8 @@ pack.load_pack()
 pack.load_host()
 
 import torch  # noqa: E402
-from bench import randomise, timed  # noqa: E402
+from bench import timed  # noqa: E402
+from lib.random_weights import randomise  # noqa: E402
 from wan21.wan.attention import best_kernels  # noqa: E402
 from wan21.wan.config import WanConfig  # noqa: E402
 from wan21.wan.dit import WanModel  # noqa: E402
@@ -45,7 +46,7 @@ def make_model(device, dtype, streamed, quick):
     large = dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30 if device == "cuda" else 2)
     config = WanConfig(in_dim=16, **(small if quick else large))
     operations = comfy.ops.manual_cast if streamed else torch.nn
-    model = randomise(WanModel(config, operations)).eval().requires_grad_(False)
+    model = randomise(WanModel(config, operations))
     for name, parameter in model.named_parameters():  # the patch embedding stays in float32
         parameter.data = parameter.data.to(torch.float32 if name.startswith("patch_embedding") else dtype)
     return model if streamed else model.to(device)

@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from wan21 import host  # noqa: E402
-from wan21.host.model import COEFFICIENTS_KEY, COEFFICIENTS_SUFFIX  # noqa: E402
+from wan21.host.coefficients import COEFFICIENTS_KEY, COEFFICIENTS_SUFFIX  # noqa: E402
 from wan21.wan.sample import SampleJob, sample  # noqa: E402
 from wan21.wan.teacache import DEGREE, relative_changes  # noqa: E402
 
@@ -38,6 +38,7 @@ class Recorder:
     def __init__(self, denoiser):
         self.denoiser = denoiser
         self.config = denoiser.config
+        self.embed_time = denoiser.embed_time
         self.timesteps = []
         self.changes = {}  # pass -> one number a step, from the second on
         self._last = {}
@@ -61,24 +62,22 @@ class Recorder:
 
     def points(self):
         """(changes of the embedding, changes of the residual), of all passes."""
-        x = relative_changes(self.denoiser.embed_time(self.timesteps))
+        x = relative_changes(self.embed_time(self.timesteps))
         return [*x] * len(self.changes), [y for changes in self.changes.values() for y in changes]
 
 
 def record(job, local, prompt, seed):
     """Points of one run."""
     positive, negative, latent = local.conditioning(prompt)
-    recorders = []
 
     def run(denoiser, noise, start):
-        recorders.append(Recorder(denoiser))
-        samples, _ = sample(job, recorders[0], noise, start)
-        recorders.append(recorders[0].points())
-        return samples
+        recorder = Recorder(denoiser)
+        samples, _ = sample(job, recorder, noise, start)
+        return samples, recorder.points()
 
     negative = negative if "uncond" in job.pass_names else None
-    host.run_sampling(local.model, positive, negative, latent["samples"], None, seed, job.sigmas, run)
-    return recorders[1]
+    prepared = host.Prepared(positive=positive, negative=negative, sigmas=job.sigmas)
+    return host.run_sampling(local.model, prepared, latent, seed, run)[1]
 
 
 def fit(x, y):
@@ -116,7 +115,7 @@ def embed(path, coefficients):
     os.replace(unfinished, path)
 
 
-def parser():
+def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", type=Path, help="a Wan2.1 checkpoint of any published layout")
     parser.add_argument("--text-encoder", required=True)
@@ -126,11 +125,11 @@ def parser():
     target.add_argument("--print", action="store_true", help="print the list, write no file")
     target.add_argument("--embed", action="store_true", help="write it into MODEL, a single safetensors file")
     add_job_arguments(parser, steps=50)
-    return parser
+    return parser.parse_args(argv)
 
 
 def main():
-    args = parser().parse_args()
+    args = arguments()
     with torch.inference_mode():
         coefficients, explained, count = calibrate(Files(args.model, args.text_encoder, args.vae), args)
     print(f"{count} points, {100 * explained:.0f} % of the variance explained: {coefficients}")

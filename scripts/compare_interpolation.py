@@ -14,7 +14,9 @@ import math
 import time
 from pathlib import Path
 
+from lib.markdown import table
 from lib.pack import load_host, load_pack
+from lib.quality import psnr
 
 load_pack()
 load_host()
@@ -113,37 +115,38 @@ def compare(ways, args):
             result = run(frames[::multiplier], multiplier)
             seconds += time.perf_counter() - started
             cpu_seconds += time.process_time() - cpu_started
-            error = (result[new] - frames[new]).square().mean().item()
-            found[scene] = -10 * math.log10(error)
+            found[scene] = psnr(result[new], frames[new])
         made = len(true) * int(new.sum())
         rows.append((way, found, seconds / made, cpu_seconds / made))
     return rows
 
 
-def table(rows):
-    lines = [f"| way | {' | '.join(SCENES)} | s a new frame | CPU s |", "|---|" + "---|" * (len(SCENES) + 2)]
-    for way, found, seconds, cpu_seconds in rows:
-        values = " | ".join(f"{found[scene]:.1f} dB" for scene in SCENES)
-        lines.append(f"| {way} | {values} | {seconds:.2f} | {cpu_seconds:.2f} |")
-    return "\n".join(lines)
+def as_table(rows):
+    return table(
+        ("way", *SCENES, "s a new frame", "CPU s"),
+        (
+            (way, *(f"{found[scene]:.1f} dB" for scene in SCENES), f"{seconds:.2f}", f"{cpu_seconds:.2f}")
+            for way, found, seconds, cpu_seconds in rows
+        ),
+    )
 
 
-def parser():
+def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--width", type=int, default=416)
     parser.add_argument("--height", type=int, default=240)
     parser.add_argument("--frames", type=int, default=9, help="of the clip before interpolation")
     parser.add_argument("--method", choices=list(MULTIPLIERS), default="x2")
     parser.add_argument("--model", type=Path, action="append", default=[], help="a RIFE or FILM file")
-    return parser
+    return parser.parse_args(argv)
 
 
 def main():
-    args = parser().parse_args()
+    args = arguments()
     ways = {"repeat": repeat, "blend": blend, "minterpolate": interpolate}
     ways |= {path.stem: with_model(path) for path in args.model}
     with torch.inference_mode():
-        print(table(compare(ways, args)))
+        print(as_table(compare(ways, args)))
 
 
 if __name__ == "__main__":

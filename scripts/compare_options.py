@@ -10,18 +10,18 @@ the first sampling, which also loads the model, is done twice and timed the seco
 """
 
 import argparse
-import math
 import re
 import time
 from pathlib import Path
 
 from lib.local_job import PROMPT, Files, LocalJob, add_job_arguments
+from lib.markdown import table
 from lib.pack import ROOT, load_pack
+from lib.quality import psnr, ssim
 
 load_pack()
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 from wan21.nodes.sampler import Wan21Sampler  # noqa: E402
 from wan21.nodes.vae_decode import Wan21VAEDecode  # noqa: E402
@@ -40,26 +40,6 @@ CASES = {
 }
 COLUMNS = 5  # frames of a video in the picture
 LABEL_HEIGHT = 18
-
-
-def psnr(a, b):
-    """Peak signal-to-noise ratio in dB of videos [F, H, W, 3] in [0, 1]."""
-    error = (a - b).square().mean().item()
-    return math.inf if error == 0 else -10 * math.log10(error)
-
-
-def ssim(a, b):
-    """Structural similarity of videos [F, H, W, 3] in [0, 1]: Wang et al. 2004, 11x11 Gaussian of 1.5."""
-    at = torch.arange(11) - 5.0
-    window = torch.exp(-at.square() / (2 * 1.5**2))
-    window = torch.outer(window, window)
-    window = (window / window.sum()).expand(3, 1, 11, 11)
-    a, b = (v.permute(0, 3, 1, 2).float() for v in (a, b))  # (F, 3, H, W)
-    mean = lambda x: F.conv2d(x, window, groups=3)  # noqa: E731
-    ma, mb = mean(a), mean(b)
-    va, vb, cov = mean(a * a) - ma * ma, mean(b * b) - mb * mb, mean(a * b) - ma * mb
-    c1, c2 = 0.01**2, 0.03**2
-    return ((2 * ma * mb + c1) * (2 * cov + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))).mean().item()
 
 
 def run_case(local, conditioning, options, args):
@@ -107,11 +87,14 @@ def compare(files, args):
     return rows, videos
 
 
-def table(rows):
-    lines = ["| options | computed steps | s | speed-up | PSNR | SSIM |", "|---|---|---|---|---|---|"]
-    for name, seconds, speed_up, p, s, computed in rows:
-        lines.append(f"| {name} | {computed} | {seconds:.1f} | {speed_up:.2f} | {p:.1f} dB | {s:.3f} |")
-    return "\n".join(lines)
+def as_table(rows):
+    return table(
+        ("options", "computed steps", "s", "speed-up", "PSNR", "SSIM"),
+        (
+            (name, computed, f"{seconds:.1f}", f"{speed_up:.2f}", f"{p:.1f} dB", f"{s:.3f}")
+            for name, seconds, speed_up, p, s, computed in rows
+        ),
+    )
 
 
 def side_by_side(videos):
@@ -145,7 +128,7 @@ def files_in(models, model_name=None):
     return Files(model, first("text_encoders"), first("vae"))
 
 
-def parser():
+def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("models", type=Path)
     parser.add_argument("--model", help="file name in diffusion_models")
@@ -154,15 +137,15 @@ def parser():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--teacache-profile", default="auto")
     add_job_arguments(parser, steps=30)
-    return parser
+    return parser.parse_args(argv)
 
 
 def main():
-    args = parser().parse_args()
+    args = arguments()
     with torch.inference_mode():
         rows, videos = compare(files_in(args.models, args.model), args)
     args.out.mkdir(parents=True, exist_ok=True)
-    text = table(rows)
+    text = as_table(rows)
     (args.out / "options.md").write_text(text + "\n", encoding="utf-8")
     side_by_side(videos).save(args.out / "options.jpg", quality=90)
     print(f"{text}\n\n{args.out / 'options.jpg'}")

@@ -27,7 +27,7 @@ TIMEOUT_S = 3600
 
 def main():
     """Read the options, run the graph on a fresh server, write the video and its contact sheet."""
-    options = read_options()
+    options = arguments()
     _check_image(options.image)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped."))  # so that the server is stopped, too
     try:
@@ -41,7 +41,7 @@ def main():
     print(f"video          {VIDEO}\ncontact sheet  {SHEET}")
 
 
-def read_options():
+def arguments():
     def option(name, convert, default, help_text):
         value = os.environ.get(name.upper()) or default
         parser.add_argument(f"--{name}", type=convert, default=value, help=f"{help_text} [{default}]")

@@ -8,7 +8,6 @@ Exits with 1 when a check fails: the 99th percentile of `GET /tasks/{id}`, a los
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import statistics
@@ -17,10 +16,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import requests
 from lib.host_server import HostServer
+from lib.job_api import Receiver, upload
 from lib.pack import comfyui_path
 
 APP = "infsh/wan2-1-i2v"
@@ -31,31 +30,6 @@ COMPLETED, RUNNING = 10, 7
 SMALL = {"prompt": "pan left", "size": "64*64", "num_frames": 5, "num_inference_steps": 2}
 
 
-class Receiver:
-    """Keeps the webhooks it is sent."""
-
-    def __init__(self):
-        self.events = []
-        events = self.events
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                events.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{server.server_port}/"
-
-    def ids(self):
-        """Of the tasks that were told of."""
-        return {event["id"] for event in self.events}
-
-
 class Api:
     """The few calls that are measured, without the client's own retries."""
 
@@ -63,13 +37,8 @@ class Api:
         self.url = f"{server.url}/wan21"
         self.hook = hook
         self.web = requests.Session()
-        self.image = self._upload((comfyui_path() / "input" / "example.png").read_bytes())
-
-    def _upload(self, data):
-        wanted = {"files": [{"filename": "a.png", "content_type": "image/png", "size": len(data)}]}
-        [file] = self.web.post(f"{self.url}/files", json=wanted).json()["data"]
-        self.web.put(file["upload_url"], data=data).raise_for_status()
-        return file["uri"]
+        picture = comfyui_path() / "input" / "example.png"
+        self.image = upload(self.url, picture.read_bytes(), self.web)
 
     def submit(self, **fields):
         """Queue a small job and return its id."""
@@ -159,6 +128,11 @@ def main():
     sys.exit(not good)
 
 
+def told_of(receiver):
+    """Ids of the tasks whose webhooks came."""
+    return {event["id"] for event in receiver.events}
+
+
 def check_kills(folder, kills, receiver):
     """Whether every task accepted around the kills ends, and its webhook comes."""
     accepted = kill_and_restart(folder, kills, receiver)
@@ -166,9 +140,9 @@ def check_kills(folder, kills, receiver):
         api = Api(server, receiver.url)
         states = Counter(api.wait(task_id, TERMINAL)["status"] for task_id in accepted)
         deadline = time.monotonic() + 60
-        while set(accepted) - receiver.ids() and time.monotonic() < deadline:
+        while set(accepted) - told_of(receiver) and time.monotonic() < deadline:
             time.sleep(0.5)
-    missing = set(accepted) - receiver.ids()
+    missing = set(accepted) - told_of(receiver)
     print(f"{kills} kills: {len(accepted)} tasks accepted, {states[COMPLETED]} completed", end=", ")
     print(f"{sum(states.values()) - states[COMPLETED]} failed, {len(missing)} without a webhook")
     return not missing and sum(states.values()) == len(accepted)

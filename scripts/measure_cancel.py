@@ -18,9 +18,9 @@ pack.load_pack()
 pack.load_host()
 
 import torch  # noqa: E402
-from bench import randomise  # noqa: E402
 from lib.comfy_client import JobInterrupted  # noqa: E402
 from lib.host_server import HostServer  # noqa: E402
+from lib.random_weights import randomise  # noqa: E402
 from lib.small_graphs import panning_clip  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from wan21.wan.vae import WanVAE  # noqa: E402

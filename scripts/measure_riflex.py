@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from compare_options import files_in, run_case, side_by_side
 from lib.local_job import PROMPT, LocalJob, add_job_arguments
+from lib.markdown import table
 from lib.pack import ROOT
 
 CASES = {"without": {"riflex": "off"}, "with": {"riflex": "on"}}
@@ -37,15 +38,13 @@ def second_maximum(curve):
     return at, float(rise[at])
 
 
-def table(curves):
+def as_table(curves):
     frames = len(next(iter(curves.values())))
-    lines = ["| frames apart | " + " | ".join(curves) + " |", "|---|" + "---|" * len(curves)]
-    for row in range(1, ROWS + 1):
-        at = row * (frames - 1) // (ROWS + 1)
-        lines.append(f"| {at} | " + " | ".join(f"{curve[at]:.2f}" for curve in curves.values()) + " |")
+    places = [row * (frames - 1) // (ROWS + 1) for row in range(1, ROWS + 1)]
+    rows = [(at, *(f"{curve[at]:.2f}" for curve in curves.values())) for at in places]
     found = [second_maximum(curve) for curve in curves.values()]
-    lines.append("| highest return | " + " | ".join(f"+{rise:.2f} at {at}" for at, rise in found) + " |")
-    return "\n".join(lines)
+    rows.append(("highest return", *(f"+{rise:.2f} at {at}" for at, rise in found)))
+    return table(("frames apart", *curves), rows)
 
 
 def main():
@@ -68,7 +67,7 @@ def main():
             sums[name] = sums[name] + correlations(videos[name])
             print(f"{prompt}, {name}: {seconds:.0f} s", flush=True)
         side_by_side(videos).save(args.out / f"{i}.png")
-    print(table({name: total / len(prompts) for name, total in sums.items()}))
+    print(as_table({name: total / len(prompts) for name, total in sums.items()}))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,11 @@ from lib import pack
 
 pack.load_pack()
 
+import torch  # noqa: E402
+from lib.markdown import table  # noqa: E402
 from wan21.wan.config import CLIP_TOKENS, SIZES  # noqa: E402
-from wan21.wan.memory import GIB, Load, choose_plans, plans_from, step_bytes, weight_counts  # noqa: E402
+from wan21.wan.dit import WanModel  # noqa: E402
+from wan21.wan.memory import GIB, StepSize, choose_plans, plans_from, step_bytes  # noqa: E402
 
 DEVICES = (8, 12, 16, 24, 48, 80)
 RESERVE = 1.0 * GIB  # CUDA's context, the screen, and what ComfyUI leaves to others
@@ -24,10 +27,18 @@ CHECKPOINTS = (  # name, size, bytes a number in the matrices of the blocks; oth
 LATENTS = {"480x832": (1, 16, 21, 60, 104), "720x1280": (1, 16, 21, 90, 160)}
 
 
-def cell(load, weights, budget):
+def weight_bytes(config, width):
+    """Bytes of a checkpoint whose blocks have matrices of `width` bytes a number; others have two."""
+    with torch.device("meta"):
+        weights = WanModel(config, torch.nn).state_dict()
+    packed = sum(w.numel() for key, w in weights.items() if key.startswith("blocks.") and w.ndim == 2)
+    return packed * width + 2 * (sum(w.numel() for w in weights.values()) - packed)
+
+
+def cell(size, weights, budget):
     """What happens to a job with so many bytes for weights and activations."""
     plans = plans_from(True)
-    needs = {plan: step_bytes(load, plan) for plan in plans}
+    needs = {plan: step_bytes(size, plan) for plan in plans}
     plan = choose_plans(plans, list(needs.values()), weights, budget)[0]
     low = " *" if plan != plans[0] else ""
     if needs[plan] + weights <= budget:
@@ -37,22 +48,23 @@ def cell(load, weights, budget):
     return f"{max(0, budget - needs[plan]) / weights:.0%}{low}"
 
 
-def table():
-    """Lines of Markdown."""
-    yield "| checkpoint | size | weights | step | least | " + " | ".join(f"{d} GB" for d in DEVICES) + " |"
-    yield "|---" * (5 + len(DEVICES)) + "|"
-    for name, size, width in CHECKPOINTS:
-        config = SIZES[size]
-        matrices, others = weight_counts(config)
-        weights = matrices * width + 2 * others
+def rows():
+    """One a checkpoint and size: weights, a step, the least step, and what each device makes of it."""
+    for name, release, width in CHECKPOINTS:
+        config = SIZES[release]
+        weights = weight_bytes(config, width)
         for latent_name, latent in LATENTS.items():
-            load = Load(config, latent, image_tokens=CLIP_TOKENS if config.image_dim else 0)
+            size = StepSize(config, latent, image_tokens=CLIP_TOKENS if config.image_dim else 0)
             plans = plans_from(True)
-            sizes = (weights, step_bytes(load, plans[0]), step_bytes(load, plans[-1]))
-            row = [name, latent_name, *(f"{n / GIB:.1f} GiB" for n in sizes)]
-            row += [cell(load, weights, d * GIB - RESERVE) for d in DEVICES]
-            yield "| " + " | ".join(row) + " |"
+            sizes = (weights, step_bytes(size, plans[0]), step_bytes(size, plans[-1]))
+            cells = (cell(size, weights, d * GIB - RESERVE) for d in DEVICES)
+            yield name, latent_name, *(f"{n / GIB:.1f} GiB" for n in sizes), *cells
+
+
+def as_table():
+    headings = ("checkpoint", "size", "weights", "step", "least", *(f"{d} GB" for d in DEVICES))
+    return table(headings, rows())
 
 
 if __name__ == "__main__":
-    print("\n".join(table()))
+    print(as_table())

@@ -1,21 +1,60 @@
-"""Small random checkpoints loaded by our nodes, for tests with the host's modules in this process."""
+"""The order of the tests, and what tests of several folders share: a real server, small random checkpoints.
+
+Nothing here needs the host before a fixture is made.
+"""
 
 import pytest
 import torch
+from lib.host_server import HostServer, group_lives
+from lib.pack import ROOT
 from lib.random_checkpoints import FLF2V, I2V, T2V, TEXT_ENCODER, VAE, make_checkpoints
+
+# Cheap ones first; then what starts servers; last the many that are short, with which every worker can fill
+# the time until the longest has ended.
+ORDER = (".", "wan", "frames", "net", "host", "browser", "gpu", "scripts", "server", "training", "nodes")
+ON_THE_SERVER = ("host", "browser")  # one server for all of these
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Sorts by folder, and keeps in one worker what uses the one real server."""
+
+    def folder(item):
+        parts = item.path.relative_to(ROOT / "tests").parent.parts
+        return parts[0] if parts else "."
+
+    for item in items:
+        if folder(item) in ON_THE_SERVER and "server" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("server"))
+    items.sort(key=lambda item: ORDER.index(folder(item)))
 
 
 @pytest.fixture(scope="session")
-def files(tmp_path_factory):
+def server(tmp_path_factory):
+    """The running ComfyUI; its models are those that the pack brings. `server.client` talks to it."""
+    previews = ["--preview-method", "auto"]
+    with HostServer(tmp_path_factory.mktemp("host"), extra_args=previews) as running:
+        group = running.process.pid
+        yield running
+    assert not group_lives(group), "the server left a process behind"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A `models` folder with the small random checkpoints."""
+    return make_checkpoints(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def files(checkpoints):
     """Paths of the small checkpoints: i2v, flf2v, t2v, vae, umt5."""
-    root = make_checkpoints(tmp_path_factory.mktemp("models"))
-    dit = root / "diffusion_models"
+    dit = checkpoints / "diffusion_models"
     return {
         "i2v": dit / I2V,
         "flf2v": dit / FLF2V,
         "t2v": dit / T2V,
-        "vae": root / "vae" / VAE,
-        "umt5": root / "text_encoders" / TEXT_ENCODER,
+        "vae": checkpoints / "vae" / VAE,
+        "umt5": checkpoints / "text_encoders" / TEXT_ENCODER,
     }
 
 
@@ -45,14 +84,14 @@ def prompts(files):
         return tuple(clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def picture():
     """A colourful start image [1, 64, 96, 3]."""
     y, x = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 96), indexing="ij")
     return torch.stack([x, y, 0.5 + 0.5 * torch.sin(9 * x * y)], dim=-1)[None]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def image_to_video(prompts, vae, picture):
     """Runs Wan21ImageToVideo on the picture; keywords replace inputs. -> (positive, negative, latent)"""
     from wan21.nodes.image_to_video import Wan21ImageToVideo

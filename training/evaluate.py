@@ -28,6 +28,7 @@ pack.load_host()
 import torch  # noqa: E402
 from lib.comfy_client import GraphRejected, JobFailed, fill, find_node  # noqa: E402
 from lib.host_server import HostServer  # noqa: E402
+from lib.markdown import table  # noqa: E402
 from wan21.training import captions, data, metrics  # noqa: E402
 from wan21.training.host import Host, to_picture  # noqa: E402
 
@@ -307,18 +308,16 @@ def main():
             started = time.perf_counter()
             rows += MEASUREMENTS[name](host, options.cases)
             print(f"  {name}: {time.perf_counter() - started:.0f} s", flush=True)
-    print(table(rows))
+    print(as_table(rows))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     sys.exit(any(row.passed is False for row in rows))
 
 
-def table(rows):
-    """Markdown, so that it can go into a README as it is."""
-    lines = ["| measured | reached | to reach | |", "|---|---|---|---|"]
+def as_table(rows):
     mark = {True: "yes", False: "**NO**", None: ""}
-    lines += [f"| {r.what} | {r.value} | {r.target} | {mark[r.passed]} |" for r in rows]
-    return "\n".join(lines)
+    cells = ((r.what, r.value, r.target, mark[r.passed]) for r in rows)
+    return table(("measured", "reached", "to reach", ""), cells)
 
 
 def arguments():

@@ -28,7 +28,7 @@ from wan21.training import data  # noqa: E402
 from wan21.training.optim import MuonAdamW, warm_up_then_decay  # noqa: E402
 from wan21.training.progress import WORK, Parts, Stage, train  # noqa: E402
 from wan21.wan.vae import WanVAE  # noqa: E402
-from wan21.wan.vae.layers import Resample, ResidualBlock  # noqa: E402
+from wan21.wan.vae.layers import Downsample, ResidualBlock, Upsample  # noqa: E402
 
 SEEDS = {"vae_image": 10**8, "vae_video": 2 * 10**8, "vae_refined": 3 * 10**8, "fold": 4 * 10**8}
 LATENT_NOISE = 0.15  # largest, of latents of unit variance: what the DiT gets wrong must not show
@@ -104,7 +104,7 @@ def per_channel(vector):
 
 def encode(vae, video):
     """Means [B, 16, T, H/8, W/8]; the whole clip is one chunk, so that a gradient can pass."""
-    return torch.cat([z for _, z in vae._encode_chunks(video, video.device, video.shape[2], None)], 2)
+    return torch.cat([z for _, z in vae.encode_chunks(video, chunk_frames=video.shape[2])], 2)
 
 
 def decode(vae, z):
@@ -130,10 +130,10 @@ def initialize(vae, seed=0):
     for module in vae.modules():
         if isinstance(module, ResidualBlock):
             module.residual[6].weight.mul_(0.15)
-        elif isinstance(module, Resample) and hasattr(module, "time_conv"):
+        elif isinstance(module, (Downsample, Upsample)) and module.time_conv is not None:
             weight = module.time_conv.weight.zero_()[..., 0, 0]  # [out, in, 3]
             same = torch.eye(weight.shape[1]).repeat(len(weight) // weight.shape[1], 1)
-            window = (0.25, 0.5, 0.25) if module.time_conv.stride[0] == 2 else (0.0, 0.0, 1.0)
+            window = (0.25, 0.5, 0.25) if isinstance(module, Downsample) else (0.0, 0.0, 1.0)
             weight.copy_(same[:, :, None] * torch.tensor(window))
     for attention in (vae.encoder.middle[1], vae.decoder.middle[1]):
         attention.proj.weight.mul_(0.15)

@@ -1,16 +1,17 @@
 """The attention contract, its reference, and the other backends that may be installed.
 
 An `AttentionFn` maps q [B, Lq, N, D], k and v [B, Lk, N, D] (N heads of width D) to [B, Lq, N, D]:
-softmax(q k^T / sqrt(D)) v, no mask. The model calls nothing else; hosts and options inject their own.
+softmax(q k^T / sqrt(D)) v, no mask. The model calls nothing else; whoever runs it may inject another.
 """
 
 import importlib
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +21,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .refusal import Refusal
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-# PyTorch before 2.6 keeps its own order of the kernels named.
+# PyTorch before 2.6 has no order of preference: it tries the kernels in an order of its own.
 _IN_THIS_ORDER = {"set_priority": True} if "set_priority" in signature(sdpa_kernel).parameters else {}
 
 
-def sdpa(q, k, v):
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The reference: PyTorch's scaled dot-product attention. `best_kernels` says on which of its kernels."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, N, L, D)
-    if q.device.type == "cpu":  # each block of queries reads them all again: one head's rows side by side
+    if q.device.type == "cpu":  # its kernel rereads K and V per query block; contiguous heads are faster
         k, v = k.contiguous(), v.contiguous()
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (B, Lq, N, D)
 
 
-def best_kernels(device):
+def best_kernels(device: torch.device) -> AbstractContextManager:
     """Context in which `sdpa` tries the fastest kernels of a CUDA device first; elsewhere it does nothing.
 
     cuDNN's outruns FlashAttention-2 on data-centre GPUs from Hopper on, and before 9.15.1 it errs on lengths
@@ -53,7 +54,13 @@ def best_kernels(device):
 
 @dataclass(frozen=True)
 class Attention:
-    """A backend ready to be called. `quantised` ones may overflow where sdpa does not."""
+    """A backend ready to be called.
+
+    Attributes:
+        name: one of `CHOICES` less auto.
+        function: what the model calls.
+        quantised: whether it may overflow where sdpa does not.
+    """
 
     name: str
     function: AttentionFn
@@ -67,10 +74,12 @@ class Backend:
     Attributes:
         module: to import; its `function` takes [B, L, N, D], after `keywords`.
         install: how to get it.
-        dtypes: of q, k and v.
+        dtypes: of q, k and v that it takes.
         max_head_dim: largest D; D is a multiple of 8.
         capability: least CUDA compute capability.
-        tolerance: relative error that its arithmetic explains, against sdpa in the same dtype.
+        tolerance: largest relative error against sdpa in the same dtype that its rounding explains.
+        keywords: arguments of every call.
+        quantised: as of `Attention`.
     """
 
     module: str
@@ -96,12 +105,12 @@ BACKENDS = {
         (*_HALF, torch.float32), 256, (7, 5), 0.02,
     ),
 }  # fmt: skip
-PROBE_TOKENS = 4099  # enough for a kernel's speed to show; real lengths are no multiples of 128 either
+PROBE_TOKENS = 4099  # enough to time a kernel; no multiple of 128, as real lengths are not
 CHOICES = ("auto", "sdpa", *BACKENDS)
 SDPA = Attention("sdpa", sdpa)
 
 
-def choose_attention(name, device, dtype, head_dim):
+def choose_attention(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Attention:
     """The backend for a model on a device.
 
     Args:
@@ -129,8 +138,8 @@ def choose_attention(name, device, dtype, head_dim):
 
 
 @cache
-def fastest(device, dtype, head_dim):
-    """Probe once per device, dtype and head size: of those that agree with sdpa, the one of least time."""
+def fastest(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:
+    """The fastest backend of those that agree with sdpa, probed once a device, dtype and head size."""
     if device.type != "cuda":
         return SDPA
     g = torch.Generator().manual_seed(0)
@@ -144,19 +153,21 @@ def fastest(device, dtype, head_dim):
             function = _bound(name).function
             if _agrees(function, (q, k, v), expected, backend.tolerance):
                 seconds[name] = _seconds(function, q, k, v)
-    best = min(seconds, key=seconds.get)
+    best = min(seconds, key=lambda name: seconds[name])
     return SDPA if best == "sdpa" else _bound(best)
 
 
-def _agrees(function, qkv, expected, tolerance):
+def _agrees(
+    function: AttentionFn, qkv: tuple[Tensor, Tensor, Tensor], expected: Tensor, tolerance: float
+) -> bool:
     try:
         out = function(*qkv).float()
-    except Exception:  # whatever a kernel of another package raises, auto has another choice
+    except Exception:  # another package's kernel may raise anything; auto then leaves it out
         return False
     return bool((out - expected).norm() <= tolerance * expected.norm())  # False for NaN
 
 
-def _seconds(function, q, k, v, calls=5):
+def _seconds(function: AttentionFn, q: Tensor, k: Tensor, v: Tensor, calls: int = 5) -> float:
     function(q, k, v)
     torch.cuda.synchronize(q.device)
     start = time.perf_counter()
@@ -166,14 +177,14 @@ def _seconds(function, q, k, v, calls=5):
     return (time.perf_counter() - start) / calls
 
 
-def _obstacle(backend, device, dtype, head_dim):
+def _obstacle(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why a backend cannot do this, or None."""
     module = _import(backend.module)
     package = backend.module.split(".")[0]
     if isinstance(module, Exception):
         what = "is not installed" if isinstance(module, ModuleNotFoundError) else f"does not load ({module})"
         return f"{package} {what}; get it with {backend.install}"
-    if not hasattr(module, backend.function):  # left over from another version, or without what it needs
+    if not hasattr(module, backend.function):  # an incompatible version, or a failed partial install
         return f"{package} has no {backend.function}; get it with {backend.install}"
     if device.type != "cuda":
         return f"it needs a CUDA device and the model runs on {device.type}"
@@ -192,15 +203,15 @@ def _obstacle(backend, device, dtype, head_dim):
 
 
 @cache
-def _import(module):
+def _import(module: str) -> ModuleType | Exception:
     """The module, or the error where it is missing or does not load (built for another torch or CUDA)."""
     try:
         return importlib.import_module(module)
-    except Exception as error:  # whatever another package raises, there is sdpa
+    except Exception as error:  # another package's import may raise anything
         return error
 
 
-def _bound(name):
+def _bound(name: str) -> Attention:
     backend = BACKENDS[name]
     function = getattr(_import(backend.module), backend.function)
     return Attention(name, partial(function, **dict(backend.keywords)), backend.quantised)

@@ -9,42 +9,58 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .config import MASK_CHANNELS, VAE_STRIDE
+from .refusal import Refusal
 
 RESIZE_MODES = ("crop", "stretch", "pad", "keep_aspect")
 
 
-def latent_frames(num_frames):
+def latent_frames(num_frames: int) -> int:
     """Pixel frames F = 4n+1 -> latent frames n+1."""
     return (num_frames - 1) // VAE_STRIDE[0] + 1
 
 
-def pixel_frames(num_latents):
+def pixel_frames(num_latents: int) -> int:
     """Latent frames n+1 -> pixel frames 4n+1."""
     return (num_latents - 1) * VAE_STRIDE[0] + 1
 
 
-def keep_aspect_size(image_width, image_height, width, height):
-    """Sides of the image's aspect ratio in the area width*height, each rounded to a multiple of 16."""
+def keep_aspect_size(image_width: int, image_height: int, width: int, height: int) -> tuple[int, int]:
+    """Sides of an image's aspect ratio in an area, each rounded to a multiple of 16.
+
+    Args:
+        image_width, image_height: of the image.
+        width, height: of the area.
+
+    Returns:
+        (width, height), in pixels.
+    """
     scale = math.sqrt(width * height / (image_width * image_height))
-    return tuple(max(16, round(side * scale / 16) * 16) for side in (image_width, image_height))
+    width, height = (max(16, round(side * scale / 16) * 16) for side in (image_width, image_height))
+    return width, height
 
 
-def fit_image(image, width, height, mode):
-    """Bring images to width x height.
+def fit_image(image: Tensor, width: int, height: int, mode: str) -> Tensor:
+    """Images brought to one size.
 
     Args:
         image: [B, H, W, 3] in [0, 1].
+        width, height: of the size, in pixels.
         mode: crop (fill, cut the middle out), pad (fit, mid-grey around) or stretch; `keep_aspect` has
             chosen the size before and stretches by the rounding.
 
     Returns:
         [B, height, width, 3]. An image that already has the size is returned as it is; others go
         through antialiased bicubic interpolation.
+
+    Raises:
+        Refusal: there is no such mode.
     """
     if mode not in RESIZE_MODES:
-        raise ValueError(f"resize_mode is {mode!r}; it is one of {', '.join(RESIZE_MODES)}")
+        modes = ", ".join(RESIZE_MODES)
+        raise Refusal(f"resize_mode is {mode!r}; it is one of {modes}", "Choose one of these")
     old_height, old_width = image.shape[1:3]
     if (old_height, old_width) == (height, width):
         return image
@@ -62,22 +78,23 @@ def fit_image(image, width, height, mode):
     return _resize(image, width, height)
 
 
-def _middle(image, width, height):
+def _middle(image: Tensor, width: int, height: int) -> Tensor:
     top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
     return image[:, top : top + height, left : left + width]
 
 
-def _resize(image, width, height):
+def _resize(image: Tensor, width: int, height: int) -> Tensor:
     pixels = image.movedim(-1, 1).float()
     pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
     return pixels.clamp(0, 1).movedim(1, -1)
 
 
-def pixel_video(start, num_frames, end=None):
+def pixel_video(start: Tensor, num_frames: int, end: Tensor | None = None) -> Tensor:
     """Start image, mid-grey, and the end image as last frame when given.
 
     Args:
         start, end: [H, W, 3] in [0, 1].
+        num_frames: F, of the video.
 
     Returns:
         [F, H, W, 3] in [0, 1].
@@ -89,12 +106,20 @@ def pixel_video(start, num_frames, end=None):
     return video
 
 
-def known_mask(num_frames, height, width, end=False, end_alone=False):
+def known_mask(
+    num_frames: int, height: int, width: int, end: bool = False, end_alone: bool = False
+) -> Tensor:
     """Which frames the model is told to keep: 1 = known.
 
     Each pixel frame has one bit; the first counts four times, and four bits make a latent frame. With
     `end` the last pixel frame is known too: in its place as frame F (last latent 0, 0, 0, 1), or with
     `end_alone` as a latent of its own behind the others (1, 1, 1, 1).
+
+    Args:
+        num_frames: F, without an end image that is a latent of its own.
+        height, width: in pixels.
+        end: whether there is an end image.
+        end_alone: whether it is a latent of its own.
 
     Returns:
         [1, 4, T, H/8, W/8], T = n+1, or n+2 with `end_alone`.

@@ -2,7 +2,10 @@
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from .refusal import Refusal
 
@@ -47,7 +50,7 @@ class WanConfig:
     eps: float = 1e-6
     empty_start: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise Refusal(
                 f"width {self.dim} does not divide into {self.num_heads} heads of an even size",
@@ -55,42 +58,42 @@ class WanConfig:
             )
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
         return self.dim // self.num_heads
 
     @property
-    def takes_image(self):
+    def takes_image(self) -> bool:
         """Whether the model's input carries the mask and the image latent besides the noise."""
         return self.in_dim > LATENT_CHANNELS
 
     @property
-    def kind(self):
+    def kind(self) -> str:
         """The release's name for this sort of model: t2v, i2v or flf2v."""
         if not self.takes_image:
             return "t2v"
         return "flf2v" if self.image_tokens else "i2v"
 
 
-_SMALL = dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
-_LARGE = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+_T2V_SMALL = WanConfig(in_dim=16, dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+_T2V_LARGE = WanConfig(in_dim=16, dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
 # The released sizes (Wan2.1 `wan/configs`; the 1.3B image model is Wan2.1-Fun-InP).
 SIZES = {
-    "t2v-1.3B": WanConfig(in_dim=16, **_SMALL),
-    "t2v-14B": WanConfig(in_dim=16, **_LARGE),
-    "i2v-1.3B": WanConfig(in_dim=36, image_dim=1280, **_SMALL),
-    "i2v-14B": WanConfig(in_dim=36, image_dim=1280, **_LARGE),
-    "flf2v-14B": WanConfig(in_dim=36, image_dim=1280, image_tokens=2 * CLIP_TOKENS, **_LARGE),
+    "t2v-1.3B": _T2V_SMALL,
+    "t2v-14B": _T2V_LARGE,
+    "i2v-1.3B": replace(_T2V_SMALL, in_dim=36, image_dim=1280),
+    "i2v-14B": replace(_T2V_LARGE, in_dim=36, image_dim=1280),
+    "flf2v-14B": replace(_T2V_LARGE, in_dim=36, image_dim=1280, image_tokens=2 * CLIP_TOKENS),
 }
 
 
-def detect_config(state_dict, metadata=None):
-    """Read the sizes of a Wan2.1 DiT from its weights.
+def detect_config(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> WanConfig:
+    """The sizes of a Wan2.1 DiT, read from its weights.
 
     Args:
         state_dict: tensors under Wan2.1's own names (`wan.files.to_wan_dit_keys`).
         metadata: safetensors metadata; its `config` JSON may set `num_heads` and `freq_dim` under
-            `"transformer"`, as ComfyUI reads it; `empty_start` = "true" sets the field of that name.
+            `"transformer"`; `empty_start` = "true" sets the field of that name.
 
     Raises:
         Refusal: the weights are not a Wan2.1 DiT of 16 or 36 input channels.
@@ -105,9 +108,9 @@ def detect_config(state_dict, metadata=None):
     out_dim = shape["head.head.weight"][0] // math.prod(PATCH_SIZE)
     if in_dim not in (16, 36) or out_dim != LATENT_CHANNELS:
         raise Refusal(
-            f"this Wan model takes {in_dim} channels and gives {out_dim}; a Wan2.1 model takes 16 (t2v) or "
-            "36 (i2v) and gives 16. 48 in and out is Wan2.2-5B, 48 in and 16 out is Fun-Control",
-            "Pick a Wan2.1 t2v, i2v or flf2v file",
+            f"this Wan model takes {in_dim} channels and gives {out_dim}; Wan2.1 takes 16 (t2v) or 36 (i2v) "
+            "and gives 16. 48 in and out is Wan2.2-5B, 48 in and 16 out is Fun-Control",
+            "Pick a Wan2.1 t2v, i2v or flf2v file, or load this one with a loader of its own family",
         )
     stored = json.loads((metadata or {}).get("config", "{}")).get("transformer", {})
     return WanConfig(

@@ -8,8 +8,9 @@ The residual stream and the modulation are float32 and the matrix products are i
 as the release runs under autocast.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionFn, sdpa
 from .config import PATCH_SIZE, WanConfig
+from .inplace import may_overwrite
 from .rope import apply_rope, axis_frequencies, rope_table
 
 
@@ -42,23 +44,44 @@ class Pass:
     image: Tensor | None
 
 
-BlockCall = Callable[[int, Pass], Tensor]
-BlockRunner = Callable[[int, list[Pass], BlockCall], None]
+Device = torch.device | str | None
+DType = torch.dtype | None
+ApplyBlock = Callable[[int, Pass], Tensor]
+BlockRunner = Callable[[int, list[Pass], ApplyBlock], None]
+# How tokens attend to a text: see `attend_text`, the plain way.
+AttendText = Callable[["WanCrossAttention", Tensor, Tensor, AttentionFn], Tensor]
+# How a pass attends, chosen once a call of the model: its pass, and the embedded texts [B, T, D] by name, of
+# all passes of the call and of the further `contexts` that it was given.
+ContextAttention = Callable[[Pass, Mapping[str, Tensor]], AttendText]
 
 
-def run_blocks(num_blocks, passes, call):
-    """Walk the blocks once, and each pass through every block (the joint pass).
+def run_blocks(num_blocks: int, passes: list[Pass], apply_block: ApplyBlock) -> None:
+    """The walk of each pass through every block, all passes through one before the next (the joint pass).
 
-    Whoever brings weights block by block so brings them once for all passes. This is the model's one
-    seam: an option is another runner of the same signature. `call(i, p)` returns the tokens of pass `p`
-    after block `i`.
+    Whoever brings weights block by block so brings them once for all passes. This is the seam for options
+    that change the walk: another runner of the same signature.
+
+    Args:
+        num_blocks: how many there are.
+        passes: their tokens are replaced.
+        apply_block: `apply_block(i, p)` -> tokens of pass `p` after block `i`.
     """
     for i in range(num_blocks):
         for p in passes:
-            p.x = call(i, p)
+            p.x = apply_block(i, p)
 
 
-def sinusoidal_embedding(timestep, dim):
+def attend_text(cross: "WanCrossAttention", q: Tensor, text: Tensor, attention: AttentionFn) -> Tensor:
+    """What queries [B, rows, N, D/N] find in a text [B, T, D]; of their shape, before the projection `o`."""
+    return attention(q, *cross.keys_and_values(text))
+
+
+def own_text(p: Pass, texts: Mapping[str, Tensor]) -> AttendText:
+    """Each pass attends to its own text. Options that change how are another `ContextAttention`."""
+    return attend_text
+
+
+def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     """Timesteps [B] in [0, 1000] -> [B, dim] float32, cosines first; angles in float64 where there is one."""
     half, device = dim // 2, timestep.device
     wide = torch.float32 if device.type in ("mps", "xpu") else torch.float64
@@ -67,7 +90,7 @@ def sinusoidal_embedding(timestep, dim):
     return torch.cat([angle.cos(), angle.sin()], dim=1).float()  # (B, dim)
 
 
-def modulate(x, shift, scale, eps, dtype):
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """adaLN: LayerNorm(x)*(1 + scale) + shift in float32, then `dtype`. x [B, L, D], the others [B, 1, D]."""
     if x.shape[0] == 1:  # one kernel: the modulation is the norm's affine part
         y = F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps)
@@ -76,32 +99,29 @@ def modulate(x, shift, scale, eps, dtype):
     return y.to(dtype)  # (B, L, D)
 
 
-def add_gated(x, y, gate=None):
-    """Residual step x + y*gate; in place on the stream when no gradient needs its old value."""
-    if torch.is_grad_enabled():
-        return x + y if gate is None else torch.addcmul(x, y.float(), gate)
-    return x.add_(y) if gate is None else x.addcmul_(y.float(), gate)
+def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+    """Residual step x + y*gate; on the stream itself where it `may_overwrite`."""
+    if may_overwrite():
+        return x.add_(y) if gate is None else x.addcmul_(y.float(), gate)
+    return x + y if gate is None else torch.addcmul(x, y.float(), gate)
 
 
-def in_parts(function, parts, x, *more):
-    """`function(x, *more)` of tensors [., L, ...], on one part of the tokens after the other.
+class GELU(nn.Module):
+    """GELU by tanh. Its input, the hidden layer, is the largest tensor of a step: no second one where it
+    `may_overwrite`."""
 
-    What the function makes on the way is then as large as a part. It changes x in place, as `add_gated` does
-    without gradients.
-    """
-    if parts == 1:
-        return function(x, *more)
-    for pieces in zip(*(t.chunk(parts, dim=1) for t in (x, *more))):
-        function(*pieces)
-    return x
+    def forward(self, x: Tensor) -> Tensor:
+        if may_overwrite():
+            return torch.ops.aten.gelu_(x, approximate="tanh")
+        return F.gelu(x, approximate="tanh")
 
 
 class WanSelfAttention(nn.Module):
     """Queries, keys and values of the tokens. The block attends and applies `o`: x is freed by then."""
 
-    def __init__(self, config, operations, device=None, dtype=None):
+    def __init__(self, config: WanConfig, operations: Any, device: Device = None, dtype: DType = None):
         super().__init__()
-        kw = dict(device=device, dtype=dtype)
+        kw: dict[str, Any] = dict(device=device, dtype=dtype)
         dim = config.dim
         self.num_heads = config.num_heads
         self.q = operations.Linear(dim, dim, **kw)
@@ -111,10 +131,10 @@ class WanSelfAttention(nn.Module):
         self.norm_q = operations.RMSNorm(dim, eps=config.eps, elementwise_affine=True, **kw)
         self.norm_k = operations.RMSNorm(dim, eps=config.eps, elementwise_affine=True, **kw)
 
-    def heads(self, x):
+    def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))  # (B, L, D) -> (B, L, N, D/N)
 
-    def forward(self, x, rope):
+    def forward(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = apply_rope(self.heads(self.norm_q(self.q(x))), rope)  # (B, L, N, D/N)
         k = apply_rope(self.heads(self.norm_k(self.k(x))), rope)  # (B, L, N, D/N)
         v = self.heads(self.v(x))  # (B, L, N, D/N)
@@ -124,94 +144,128 @@ class WanSelfAttention(nn.Module):
 class WanCrossAttention(WanSelfAttention):
     """Tokens look at the text and, with an image branch and CLIP features, at the image as well."""
 
-    def __init__(self, config, operations, device=None, dtype=None):
+    def __init__(self, config: WanConfig, operations: Any, device: Device = None, dtype: DType = None):
         super().__init__(config, operations, device, dtype)
         self.k_img = None
         if config.image_dim is not None:
-            kw = dict(device=device, dtype=dtype)
+            kw: dict[str, Any] = dict(device=device, dtype=dtype)
             self.k_img = operations.Linear(config.dim, config.dim, **kw)
             self.v_img = operations.Linear(config.dim, config.dim, **kw)
             self.norm_k_img = operations.RMSNorm(config.dim, eps=config.eps, elementwise_affine=True, **kw)
 
-    def forward(self, x, text, image, attention):
+    def keys_and_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a text [B, T, D]: 2 x [B, T, N, D/N]."""
+        return self.heads(self.norm_k(self.k(text))), self.heads(self.v(text))
+
+    def image_keys_and_values(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Of image tokens [B, I, D]: 2 x [B, I, N, D/N]."""
+        assert self.k_img is not None
+        return self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image))
+
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor,
+        image: Tensor | None,
+        attention: AttentionFn,
+        attend: AttendText = attend_text,
+    ) -> Tensor:
         q = self.heads(self.norm_q(self.q(x)))  # (B, L, N, D/N)
-        k = self.heads(self.norm_k(self.k(text)))  # (B, T, N, D/N)
-        v = self.heads(self.v(text))  # (B, T, N, D/N)
-        y = attention(q, k, v)  # (B, L, N, D/N)
+        y = attend(self, q, text, attention)  # (B, L, N, D/N)
         if image is not None:
-            k = self.heads(self.norm_k_img(self.k_img(image)))  # (B, I, N, D/N)
-            v = self.heads(self.v_img(image))  # (B, I, N, D/N)
-            y = add_gated(y, attention(q, k, v))  # (B, L, N, D/N)
+            y = add_gated(y, attention(q, *self.image_keys_and_values(image)))  # (B, L, N, D/N)
         return self.o(y.flatten(2))  # (B, L, D)
 
 
 class WanAttentionBlock(nn.Module):
-    def __init__(self, config, operations, device=None, dtype=None):
+    """Self-attention, cross-attention and feed-forward, each added to the stream.
+
+    Every step below acts on any tokens [B, rows, D] of the stream; self-attention alone needs all of them.
+    """
+
+    def __init__(self, config: WanConfig, operations: Any, device: Device = None, dtype: DType = None):
         super().__init__()
-        kw = dict(device=device, dtype=dtype)
+        kw: dict[str, Any] = dict(device=device, dtype=dtype)
         self.eps = config.eps
         self.self_attn = WanSelfAttention(config, operations, **kw)
         self.norm3 = operations.LayerNorm(config.dim, config.eps, elementwise_affine=True, **kw)
         self.cross_attn = WanCrossAttention(config, operations, **kw)
         self.ffn = nn.Sequential(
             operations.Linear(config.dim, config.ffn_dim, **kw),
-            nn.GELU(approximate="tanh"),
+            GELU(),
             operations.Linear(config.ffn_dim, config.dim, **kw),
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim, **kw))
 
-    def forward(self, x, modulation, text, image, rope, attention, parts=1):
-        """x [B, L, D] -> [B, L, D]. All but the self-attention is done in `parts` of the tokens."""
-        dtype = text.dtype
-        e = (self.modulation.to(modulation) + modulation).chunk(6, dim=1)  # 6 x (B, 1, D)
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor,
+        image: Tensor | None,
+        rope: Tensor,
+        attention: AttentionFn,
+        attend: AttendText = attend_text,
+    ) -> Tensor:
+        """The stream after this block.
 
-        def cross(x):
-            return add_gated(x, self.cross_attn(self.norm3(x).to(dtype), text, image, attention))
+        Args:
+            x: tokens [B, L, D], float32.
+            modulation: of the pass [B, 6, D], float32.
+            text: [B, T, D], in the dtype to compute in.
+            image: [B, I, D], or None.
+            rope: from `rope_table`.
+            attention: see `wan.attention`.
+            attend: how the tokens attend to the text.
+        """
+        e = self.modulations(modulation)  # 6 x (B, 1, D)
+        y = attention(*self.qkv(x, e, rope, text.dtype)).flatten(2)  # (B, L, D)
+        x = self.attended(x, y, e)  # (B, L, D)
+        del y
+        x = self.cross(x, text, image, attention, attend)  # (B, L, D)
+        return self.feed_forward(x, e, text.dtype)  # (B, L, D)
 
-        def feed_forward(x):
-            return add_gated(x, self.feed_forward(modulate(x, e[3], e[4], self.eps, dtype)), e[5])
+    def modulations(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the self-attention, then of the feed-forward: 6 x [B, 1, D]."""
+        return (self.modulation.to(modulation) + modulation).chunk(6, dim=1)
 
-        x = self.attend(x, e, rope, attention, dtype, parts)  # (B, L, D)
-        x = in_parts(cross, parts, x)  # (B, L, D)
-        return in_parts(feed_forward, parts, x)  # (B, L, D)
+    def qkv(self, x: Tensor, e: tuple[Tensor, ...], rope: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Queries, keys and values of tokens, 3 x [B, rows, N, D/N]; `rope` has the rows of these tokens."""
+        return self.self_attn(modulate(x, e[0], e[1], self.eps, dtype), rope)
 
-    def attend(self, x, e, rope, attention, dtype, parts):
-        """The self-attention of all tokens and its residual step."""
+    def attended(self, x: Tensor, y: Tensor, e: tuple[Tensor, ...]) -> Tensor:
+        """Tokens with what self-attention found for them, y [B, rows, D]."""
+        return add_gated(x, self.self_attn.o(y), e[2])
 
-        def project(x, rope):
-            return self.self_attn(modulate(x, e[0], e[1], self.eps, dtype), rope)  # 3 x (B, L, N, D/N)
+    def cross(
+        self, x: Tensor, text: Tensor, image: Tensor | None, attention: AttentionFn, attend: AttendText
+    ) -> Tensor:
+        """Tokens after they have looked at text and image."""
+        return add_gated(x, self.cross_attn(self.norm3(x).to(text.dtype), text, image, attention, attend))
 
-        def store(x, rope, *places):
-            for place, part in zip(places, project(x, rope)):
-                place.copy_(part)
+    def feed_forward(self, x: Tensor, e: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Tokens after the feed-forward."""
+        return add_gated(x, self.ffn(modulate(x, e[3], e[4], self.eps, dtype)), e[5])
 
-        if parts == 1:
-            q, k, v = project(x, rope)
-        else:
-            shape = (*x.shape[:2], self.self_attn.num_heads, x.shape[2] // self.self_attn.num_heads)
-            q, k, v = (x.new_empty(shape, dtype=dtype) for _ in range(3))
-            in_parts(store, parts, x, rope.unsqueeze(0), q, k, v)
-        y = attention(q, k, v).flatten(2)  # (B, L, D)
-        del q, k, v
-        return in_parts(lambda x, y: add_gated(x, self.self_attn.o(y), e[2]), parts, x, y)  # (B, L, D)
 
-    def feed_forward(self, x):
-        if torch.is_grad_enabled():
-            return self.ffn(x)  # (B, L, D)
-        hidden = self.ffn[0](x)  # (B, L, ffn_dim), the largest tensor of a step: GELU takes no second one
-        return self.ffn[2](torch.ops.aten.gelu_(hidden, approximate="tanh"))  # (B, L, D)
+BlockExecutor = Callable[..., Tensor]
+
+
+def at_once(block: nn.Module, *inputs: Any) -> Tensor:
+    """The block's own forward. Another executor of this signature does a block's steps in another way."""
+    return block(*inputs)
 
 
 class Head(nn.Module):
-    def __init__(self, config, operations, device=None, dtype=None):
+    def __init__(self, config: WanConfig, operations: Any, device: Device = None, dtype: DType = None):
         super().__init__()
-        kw = dict(device=device, dtype=dtype)
+        kw: dict[str, Any] = dict(device=device, dtype=dtype)
         self.eps = config.eps
         patch = PATCH_SIZE[0] * PATCH_SIZE[1] * PATCH_SIZE[2]
         self.head = operations.Linear(config.dim, patch * config.out_dim, **kw)
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim, **kw))
 
-    def forward(self, x, time):
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.modulation.to(time) + time.unsqueeze(1)).chunk(2, dim=1)  # 2 x (B, 1, D)
         return self.head(modulate(x, shift, scale, self.eps, x.dtype))  # (B, L, 4*C)
 
@@ -219,10 +273,11 @@ class Head(nn.Module):
 class MLPProj(nn.Module):
     """CLIP vision features [B, I, 1280] -> image tokens [B, I, D]."""
 
-    def __init__(self, config, operations, device=None, dtype=None):
+    def __init__(self, config: WanConfig, operations: Any, device: Device = None, dtype: DType = None):
         super().__init__()
-        kw = dict(device=device, dtype=dtype)
+        kw: dict[str, Any] = dict(device=device, dtype=dtype)
         width = config.image_dim
+        assert width is not None
         self.proj = nn.Sequential(
             operations.LayerNorm(width, **kw),
             operations.Linear(width, width, **kw),
@@ -234,7 +289,7 @@ class MLPProj(nn.Module):
         if config.image_tokens:
             self.emb_pos = nn.Parameter(torch.empty(1, config.image_tokens, width, **kw))
 
-    def forward(self, features):
+    def forward(self, features: Tensor) -> Tensor:
         if self.emb_pos is not None:
             features = features + self.emb_pos[:, : features.shape[1]].to(features)
         return self.proj(features)  # (B, I, D)
@@ -250,10 +305,10 @@ class WanModel(nn.Module):
         device, dtype: of the parameters.
     """
 
-    def __init__(self, config: WanConfig, operations, device=None, dtype=None):
+    def __init__(self, config: WanConfig, operations: Any, device: Device = None, dtype: DType = None):
         super().__init__()
-        kw = dict(operations=operations, device=device, dtype=dtype)
-        at = dict(device=device, dtype=dtype)
+        kw: dict[str, Any] = dict(operations=operations, device=device, dtype=dtype)
+        at: dict[str, Any] = dict(device=device, dtype=dtype)
         dim = config.dim
         self.config = config
         # The release keeps the patch embedding in float32; so do we.
@@ -273,24 +328,26 @@ class WanModel(nn.Module):
         self.head = Head(config, **kw)
         self.img_emb = None if config.image_dim is None else MLPProj(config, **kw)
 
-    def embed_time(self, timestep):
+    def embed_time(self, timestep: Tensor) -> Tensor:
         """Timesteps [B] in [0, 1000] -> time embedding [B, D], float32."""
         return self.time_embedding(sinusoidal_embedding(timestep, self.config.freq_dim))
 
     def forward(
         self,
-        x,
-        timestep,
-        context,
-        clip_fea=None,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None = None,
         *,
-        pass_names=("cond",),
-        frequencies=None,
+        pass_names: Sequence[str] = ("cond",),
+        frequencies: tuple[Tensor, ...] | None = None,
         attention: AttentionFn = sdpa,
         runner: BlockRunner = run_blocks,
-        parts=1,
-    ):
-        """Predict the velocity (noise minus clean sample) of every pass.
+        execute: BlockExecutor = at_once,
+        context_attention: ContextAttention = own_text,
+        contexts: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The velocity (noise minus clean sample) of every pass.
 
         The batch holds the passes one after the other: B = len(pass_names) * samples.
 
@@ -304,8 +361,9 @@ class WanModel(nn.Module):
             frequencies: RoPE frequencies of the three axes; `axis_frequencies` unless an option edits them.
             attention: see `wan.attention`.
             runner: see `run_blocks`.
-            parts: of the tokens, one after the other in all that is not self-attention: less memory and the
-                same numbers, and each layer's weights are fetched once a part. Without gradients only.
+            execute: how one block is done: see `at_once` and `wan.chunked`.
+            context_attention: how a pass attends to its text: see `ContextAttention`.
+            contexts: further text features [samples, T, text_dim] by name, for `context_attention`.
 
         Returns:
             [B, 16, F, H, W], float32.
@@ -318,15 +376,19 @@ class WanModel(nn.Module):
         clips = (None,) * count if clip_fea is None else clip_fea.chunk(count)
         inputs = zip(pass_names, x.chunk(count), timestep.chunk(count), context.chunk(count), clips)
         passes = [self.embed(*one) for one in inputs]
+        texts = {name: self.text_embedding(features) for name, features in (contexts or {}).items()}
+        texts |= {p.name: p.text for p in passes}
+        attends = {p.name: context_attention(p, texts) for p in passes}
 
-        def call(i, p):
-            return self.blocks[i](p.x, p.modulation, p.text, p.image, rope, attention, parts)
+        def apply_block(i: int, p: Pass) -> Tensor:
+            context = p.text, p.image, rope, attention, attends[p.name]
+            return execute(self.blocks[i], p.x, p.modulation, *context)
 
-        runner(len(self.blocks), passes, call)
+        runner(len(self.blocks), passes, apply_block)
         return torch.cat([unpatchify(self.head(p.x, p.time), grid) for p in passes])  # (B, 16, F, H, W)
 
-    def embed(self, name, x, timestep, context, clip_fea):
-        """Inputs of one pass -> its tokens and context, before the first block."""
+    def embed(self, name: str, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None) -> Pass:
+        """The tokens and context of one pass before the first block, from its inputs as of `forward`."""
         tokens = self.patch_embedding(x.float())  # (B, D, F, H/2, W/2)
         tokens = tokens.flatten(2).transpose(1, 2).contiguous()  # (B, L, D)
         time = self.embed_time(timestep)  # (B, D)
@@ -338,7 +400,7 @@ class WanModel(nn.Module):
         return Pass(name, tokens, time, modulation, text, image)
 
 
-def unpatchify(tokens, grid):
+def unpatchify(tokens: Tensor, grid: Sequence[int]) -> Tensor:
     """[B, F*H*W, 4*C] of a patch grid (F, H, W) -> [B, C, F, 2H, 2W]."""
     f, h, w = grid
     pf, ph, pw = PATCH_SIZE

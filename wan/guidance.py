@@ -4,8 +4,16 @@ All act in velocity space (v = noise - clean), where the authors state them; a r
 images is another formula.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-def cfg(cond, uncond, scale):
+from torch import Tensor
+
+from .option import NO_UNCONDITIONAL, GuidanceRule, Option, Run, SampleRecord
+from .refusal import Refusal
+
+
+def cfg(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance, v_u + w (v_c - v_u) (Ho and Salimans, arXiv 2207.12598).
 
     Args:
@@ -15,12 +23,11 @@ def cfg(cond, uncond, scale):
     return uncond + scale * (cond - uncond)
 
 
-def cfg_zero_star(cond, uncond, scale):
+def cfg_zero_star(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """CFG-Zero*: `cfg` with the unconditional velocity scaled to fit the conditional one best.
 
     The scale is s* = <v_c, v_u> / (|v_u|^2 + 1e-8), one for each sample, in float32 (Fan et al., arXiv
-    2503.18886; `optimized_scale` in WeichenFan/CFG-Zero-star `models/wan/wan_pipeline.py`). The same
-    paper's zero-init, no velocity in the first steps, is a rule about steps and stands in `sample`.
+    2503.18886; `optimized_scale` in WeichenFan/CFG-Zero-star `models/wan/wan_pipeline.py`).
 
     Args:
         cond, uncond: velocities [B, ...] of the same shape.
@@ -30,3 +37,48 @@ def cfg_zero_star(cond, uncond, scale):
     c, u = cond.flatten(1), uncond.flatten(1)
     best = (c * u).sum(dim=1) / (u.square().sum(dim=1) + 1e-8)  # (B,)
     return cfg(cond, uncond * best.view(-1, *[1] * (cond.ndim - 1)), scale)
+
+
+@dataclass(frozen=True)
+class CfgZeroStar(Option):
+    """`cfg_zero_star` in place of `cfg`.
+
+    Attributes:
+        start_step: plain guidance before this step, counted from 0.
+    """
+
+    start_step: int = 0
+
+    def idle(self, run: Run) -> str | None:
+        if not run.is_guided:
+            return f"cfg_star {NO_UNCONDITIONAL}"
+        if self.start_step >= run.steps:
+            return f"cfg_star has no effect: it starts at step {self.start_step} of {run.steps}, from 0"
+        return None
+
+    def guidance(self, step: int) -> GuidanceRule | None:
+        return cfg_zero_star if step >= self.start_step else None
+
+    def report(self, run: Run, record: SampleRecord) -> Iterable[str]:
+        yield f"guidance: CFG-Zero* from step {self.start_step}"
+
+
+@dataclass(frozen=True)
+class ZeroInit(Option):
+    """Zero-init, the other half of the paper of CFG-Zero*: no velocity in the first steps.
+
+    Attributes:
+        zero_steps: how many; the authors use 1 for image-to-video.
+    """
+
+    zero_steps: int = 1
+
+    def check(self, run: Run) -> None:
+        if self.zero_steps >= run.steps:
+            raise Refusal(
+                f"zero_init_steps is {self.zero_steps} of {run.steps} steps; the model would never run",
+                "Set 0 (off) or 1",
+            )
+
+    def report(self, run: Run, record: SampleRecord) -> Iterable[str]:
+        yield f"zero-init: the first {self.zero_steps} steps have no velocity"

@@ -10,9 +10,9 @@ https://arxiv.org/abs/2402.09353, LoHa and LoKr https://arxiv.org/abs/2309.14859
 import json
 import math
 import re
-from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ KINDS = {
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
 }
-NAMES_SHOWN = 10
+DIFFERENCES = ("diff", "diff_b", "diff_m", "up_bias")  # the tensor of these roles is itself the change
+Shapes = Mapping[str, tuple[int, ...]]  # by parameter of a model
 _IMAGE_BRANCH = re.compile(r"(^|\.)(img_emb|k_img|v_img|norm_k_img|image_embedder)(\.|$)")
 
 
@@ -53,15 +54,27 @@ class Patch(NamedTuple):
         return found[0] if found else None
 
 
-def delta(patch: Patch, shape, device=None, dtype=torch.float32) -> Tensor:
+def delta(
+    patch: Patch,
+    shape: Sequence[int],
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """What a patch adds to a parameter of `shape` at strength 1, before DoRA's norm."""
     parts = [None if t is None else t.to(device=device, dtype=dtype) for t in patch.factors]
     product = {"low_rank": _low_rank, "loha": _loha, "lokr": _lokr, "difference": lambda d: d}[patch.kind]
     return (product(*parts) * patch.scale).reshape(shape)
 
 
-def apply_patch(patch: Patch, weight: Tensor, strength: float | Tensor, dtype=torch.float32) -> Tensor:
-    """Change `weight` in place and return it; products are taken in `dtype`. A tensor `strength` is 0-D."""
+def apply_patch(
+    patch: Patch, weight: Tensor, strength: float | Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The weight with a patch added to it, in place.
+
+    Args:
+        strength: a tensor is 0-D.
+        dtype: of the products.
+    """
     change = delta(patch, weight.shape, weight.device, dtype)
     if patch.magnitude is not None:
         whole = change.add_(weight)
@@ -92,7 +105,7 @@ def _lokr(w1, w1_a, w1_b, w2, w2_a, w2_b, t2):
 
 def _tucker(core, a, b):
     """core [r, r, k...] with a [O, r] and b [I, r] -> [O, I, k...]."""
-    return torch.einsum("pq...,op,iq->oi...", core, a, b).contiguous()  # as torch.kron wants it
+    return torch.einsum("pq...,op,iq->oi...", core, a, b).contiguous()  # torch.kron needs that
 
 
 # --- what fits a model --------------------------------------------------------------------------------
@@ -114,9 +127,9 @@ class Lora:
 
 
 def match_lora(
-    state_dict: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None
+    state_dict: Mapping[str, Tensor], shapes: Shapes, metadata: Mapping[str, str] | None = None
 ) -> Lora:
-    """Find what a LoRA file changes in a model.
+    """What a LoRA file changes in a model.
 
     Args:
         state_dict: the file's tensors, in any dialect of `lora_keys`.
@@ -151,47 +164,56 @@ def match_lora(
     return lora
 
 
-def _layer_patches(module, tensors, shapes, scaling):
+def _layer_patches(
+    module: str, tensors: Mapping[str, Tensor], shapes: Shapes, scaling: "_Scaling"
+) -> tuple[list[tuple[str, Patch]], dict[str, str]]:
     """Patches of one layer, and a reason for each role that gives none."""
     patches, reasons = [], {}
-    left = set(tensors)
-    for kind, roles in KINDS.items():
-        used = left & {*roles, "alpha", "magnitude", "up_bias"}
-        if not left & set(roles):
+    for target, patch, roles in _candidates(module, tensors):
+        if roles & reasons.keys():  # a bias of factors that do not fit
             continue
-        left -= used
-        patch = Patch(kind, tuple(tensors.get(role) for role in roles))
-        target = parameter_of(module, roles[0])
-        reason = _missing(target, shapes) or _misfit(patch, shapes[target])
-        if reason is None:
-            scale = scaling.of(module, tensors.get("alpha"), patch.rank)
-            patch = patch._replace(scale=scale)
-            if "magnitude" in tensors:
-                patch, reason = _with_magnitude(patch, tensors["magnitude"], shapes[target])
-        if reason:
-            reasons |= dict.fromkeys(used, reason)
+        if reason := _reason(target, patch, shapes):
+            reasons |= dict.fromkeys(roles, reason)
             continue
-        patches.append((target, patch))
-        if "up_bias" in tensors:
-            left.add("up_bias")
-    for role in sorted(left):
-        if role not in ("diff", "diff_b", "diff_m", "up_bias"):
-            reasons[role] = (
-                _missing(f"{module}.weight", shapes) or "the factors that belong to it are missing"
-            )
-            continue
-        target = parameter_of(module, role)
-        scale = patches[0][1].scale if role == "up_bias" and patches else 1.0
-        patch = Patch("difference", (tensors[role],), scale)
-        reason = _missing(target, shapes) or _misfit(patch, shapes[target])
-        if reason:
-            reasons[role] = reason
+        if roles == {"up_bias"}:  # scaled as the factors that it belongs to
+            scale = patches[0][1].scale if patches else 1.0
         else:
-            patches.append((target, patch))
+            scale = scaling.of(module, tensors.get("alpha"), patch.rank)
+        if patch.magnitude is not None:
+            patch = patch._replace(magnitude=_broadcast(patch.magnitude, shapes[target]))
+        patches.append((target, patch._replace(scale=scale)))
     return patches, reasons
 
 
-def _missing(parameter, shapes):
+def _candidates(module: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Patch, frozenset[str]]]:
+    """What the tensors of a layer may be: (parameter, unscaled patch, roles that it uses up).
+
+    A patch of no factors stands for additions to factors that the file lacks.
+    """
+    additions = frozenset(tensors.keys() & {"alpha", "magnitude", "up_bias"})
+    for kind, names in KINDS.items():
+        roles = frozenset(tensors.keys() & set(names))
+        if roles:
+            patch = Patch(kind, tuple(map(tensors.get, names)), magnitude=tensors.get("magnitude"))
+            yield parameter_of(module, names[0]), patch, roles | additions
+            additions = frozenset()
+    for role in sorted(additions - {"up_bias"}):
+        yield f"{module}.weight", Patch("low_rank", ()), frozenset({role})
+    for role in DIFFERENCES:
+        if role in tensors:
+            yield parameter_of(module, role), Patch("difference", (tensors[role],)), frozenset({role})
+
+
+def _reason(target: str, patch: Patch, shapes: Shapes) -> str | None:
+    """Why a patch does not fit the model, or None if it does."""
+    if missing := _missing(target, shapes):
+        return missing
+    if not patch.factors:
+        return "the factors that belong to it are missing"
+    return _misfit(patch, shapes[target])
+
+
+def _missing(parameter: str, shapes: Shapes) -> str | None:
     """Why a model has no such parameter, or None if it has."""
     if parameter in shapes:
         return None
@@ -206,23 +228,27 @@ def _missing(parameter, shapes):
     return "no such layer in this model"
 
 
-def _misfit(patch, shape):
-    """Why the factors do not make a tensor of `shape`, or None if they do."""
+def _misfit(patch: Patch, shape: tuple[int, ...]) -> str | None:
+    """Why a patch does not change a tensor of `shape`, or None if it does."""
     try:
         factors = tuple(None if t is None else t.to("meta") for t in patch.factors)
         made = delta(patch._replace(factors=factors), (-1,)).numel()
         if patch.kind == "difference":
-            fits = tuple(patch.factors[0].shape) == tuple(shape)
+            fits = [tuple(t.shape) for t in patch.factors if t is not None] == [tuple(shape)]
         else:
             fits = made == math.prod(shape) and _rows(patch) == shape[0]
     except (RuntimeError, AttributeError, TypeError, IndexError, ValueError):
         return "its factors are incomplete or do not fit each other"
-    return None if fits else "made for layers of another size"
+    if not fits:
+        return "made for layers of another size"
+    if patch.magnitude is not None and _broadcast(patch.magnitude, shape) is None:
+        return f"its DoRA magnitude {tuple(patch.magnitude.shape)} does not fit a layer of {tuple(shape)}"
+    return None
 
 
-def _rows(patch):
+def _rows(patch: Patch) -> int:
     """Output width that the factors make."""
-    f = patch.factors
+    f: tuple[Any, ...] = patch.factors
     if patch.kind == "low_rank":
         return f[0].shape[0]
     if patch.kind == "loha":
@@ -232,24 +258,27 @@ def _rows(patch):
     return first.shape[0] * second.shape[0]
 
 
-def _with_magnitude(patch, magnitude, shape):
-    """A DoRA's patch: its norm is per output ([O], PEFT; [O, 1], LyCORIS) or per input ([1, I])."""
+def _broadcast(magnitude: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """A DoRA's magnitude with sides that broadcast over a parameter; None if it does not fit.
+
+    Its norm is per output ([O], PEFT; [O, 1], LyCORIS) or per input ([1, I]).
+    """
     sides = tuple(magnitude.shape)
     if sides[:1] == (shape[0],) and magnitude.numel() == shape[0]:
         axis = 0
     elif len(shape) > 1 and sides[:2] == (1, shape[1]) and magnitude.numel() == shape[1]:
         axis = 1
     else:
-        return patch, f"its DoRA magnitude {sides} does not fit a layer of {tuple(shape)}"
+        return None
     view = [1] * len(shape)
     view[axis] = shape[axis]
-    return patch._replace(magnitude=magnitude.reshape(view)), None
+    return magnitude.reshape(view)
 
 
 class _Scaling:
     """alpha / r of a layer, by the file's own alphas or else PEFT's configuration in its metadata."""
 
-    def __init__(self, metadata):
+    def __init__(self, metadata: Mapping[str, str]):
         try:  # written by diffusers' save_lora_weights
             config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
             config = {key.rpartition(".")[2]: value for key, value in config.items()}
@@ -259,88 +288,26 @@ class _Scaling:
         self.default = config.get("lora_alpha")
         self.patterns = config.get("alpha_pattern") or {}
 
-    def of(self, module, alpha, rank):
+    def of(self, module: str, alpha: Tensor | None, rank: int | None) -> float:
+        """What the product of a layer's factors is multiplied by.
+
+        Args:
+            alpha: the file's, one number.
+        """
         if rank is None:
             return 1.0
-        if alpha is not None:  # LyCORIS writes one that holds its rank stabilisation already
+        if alpha is not None:  # LyCORIS's holds its rank stabilisation already
             return alpha.flatten()[0].item() / rank
-        alpha = next((a for name, a in self.patterns.items() if _names(name, module)), self.default)
-        if alpha is None:
+        configured = next((a for name, a in self.patterns.items() if _names(name, module)), self.default)
+        if configured is None:
             return 1.0
-        return alpha / (math.sqrt(rank) if self.stabilised else rank)
+        return configured / (math.sqrt(rank) if self.stabilised else rank)
 
 
-def _names(pattern, module):
+def _names(pattern: str, module: str) -> bool:
     """Whether a name of PEFT's `alpha_pattern`, in diffusers' or Wan's names, means this layer."""
-    name, _ = split_lora_key(f"{pattern}.alpha")
-    return module == name or module.endswith("." + name)
-
-
-# --- the report ---------------------------------------------------------------------------------------
-
-
-def check_lora(lora: Lora, strict: bool = False) -> None:
-    """Refuse a LoRA that changes nothing, and in `strict` one that does not fit in whole.
-
-    Raises:
-        Refusal: with the keys that do not fit, and why.
-    """
-    if not lora.patches:
-        raise Refusal(
-            f"none of its {len(lora.unmatched)} keys fits the model: {'; '.join(_left_out(lora))}",
-            "Pick a LoRA that was trained for Wan2.1 of this size",
-        )
-    if strict and lora.unmatched:
-        raise Refusal(
-            f"{len(lora.unmatched)} keys do not fit the model: {'; '.join(_left_out(lora))}",
-            "Turn strict off to apply the rest",
-        )
-
-
-def lora_report(lora: Lora) -> list[str]:
-    """Lines on what is applied (layers, ranks, blocks) and what is left out, and why."""
-    layers = {name.removesuffix(".weight").removesuffix(".bias") for name, _ in lora.patches}
-    ranks = Counter(patch.rank for _, patch in lora.patches if patch.rank)
-    kinds = Counter(
-        "dora" if patch.magnitude is not None else patch.kind.replace("_", "-") for _, patch in lora.patches
-    )
-    blocks = {int(name.split(".")[1]) for name, _ in lora.patches if name.startswith("blocks.")}
-    keys = len(lora.matched) + len(lora.unmatched)
-    lines = [f"applied: {len(lora.matched)} of {keys} keys, {len(layers)} layers, {_counts(kinds)}"]
-    if ranks:
-        lines.append(f"rank: {ranks.most_common(1)[0][0] if len(ranks) == 1 else _counts(ranks)}")
-    lines.append(f"blocks: {_ranges(sorted(blocks)) or 'none'}")
-    outside = sorted(layer for layer in layers if not layer.startswith("blocks."))
-    if outside:
-        lines.append(f"outside the blocks: {_some(outside)}")
-    return lines + [f"left out: {text}" for text in _left_out(lora)]
-
-
-def _left_out(lora):
-    by_reason = {}
-    for key, reason in lora.unmatched.items():
-        by_reason.setdefault(reason, []).append(key)
-    return [f"{len(keys)} keys, {reason}: {_some(keys)}" for reason, keys in by_reason.items()]
-
-
-def _some(names):
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
-
-
-def _counts(counter):
-    return ", ".join(f"{count} x {name}" for name, count in counter.most_common())
-
-
-def _ranges(numbers):
-    """Sorted numbers -> "0-29, 31"."""
-    runs = []
-    for n in numbers:
-        if runs and runs[-1][1] == n - 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    split = split_lora_key(f"{pattern}.alpha")
+    return split is not None and (module == split[0] or module.endswith("." + split[0]))
 
 
 # --- strength over the steps --------------------------------------------------------------------------
@@ -372,7 +339,7 @@ def scheduled(values: list[float], step: int, steps: int) -> float:
 
 
 def step_at(sigma: float, sigmas: list[float]) -> int:
-    """The step in which a model is told `sigma`.
+    """The step that a call of the model with `sigma` belongs to.
 
     Args:
         sigma: in [0, 1]; of the schedule, or truncated to a whole timestep (UniPC, DPM++).

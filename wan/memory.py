@@ -2,19 +2,20 @@
 
     L  tokens of one pass with its batch: B*F*(H/2)*(W/2)    D  width    e  bytes of the compute dtype
 
-Weights are counted apart: a host may keep them on the device or stream them, activations it cannot. The
+Weights are counted apart: they may stay on the device or be streamed; activations cannot be. The
 formulas follow `dit.py` line by line and hold for kernels that fuse (attention of any backend, RMSNorm): on
 an accelerator. tests/wan/test_memory.py counts the tensors of a forward pass against them.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import PATCH_SIZE, WanConfig
 from .rope import TOKENS_AT_ONCE
 
 GIB = 2**30
-PARTS = 4  # enough for self-attention to take most; more would fetch streamed weights more often for little
+PARTS = 4  # from here on self-attention is the peak: more parts refetch streamed weights and save nothing
 LATENT_COPIES = 6  # noise, start and the history of the solver (UniPC keeps most)
 
 # What a backend takes besides q, k, v and its output, in copies of q at 2 bytes a number. SageAttention keeps
@@ -28,13 +29,13 @@ class MemoryPlan:
 
     Attributes:
         joint: passes go through each block together; each keeps its tokens.
-        parts: of the tokens, one after the other in all that is not self-attention (`WanModel.forward`).
+        parts: of the tokens, one after the other in all that is not self-attention (`wan.chunked`).
     """
 
     joint: bool = True
     parts: int = 1
 
-    def __str__(self):
+    def __str__(self) -> str:
         walk = "passes together" if self.joint else "one pass after the other"
         return walk + (f", tokens in {self.parts} parts" if self.parts > 1 else "")
 
@@ -42,14 +43,16 @@ class MemoryPlan:
 JOINT = MemoryPlan()
 
 
-def plans_from(joint, passes=2):
+def plans_from(joint: bool, passes: int = 2) -> tuple[MemoryPlan, ...]:
     """Plans from the one asked for to the one that takes least; parts come first, they cost less time."""
     plans = [MemoryPlan(joint), MemoryPlan(joint, PARTS)]
     return (*plans, MemoryPlan(False, PARTS)) if joint and passes > 1 else tuple(plans)
 
 
-def choose_plans(plans, needs, weights, budget):
-    """Leave out the plans that are known not to fit.
+def choose_plans(
+    plans: Sequence[MemoryPlan], needs: Sequence[float], weights: float, budget: float
+) -> Sequence[MemoryPlan]:
+    """The plans less those that are known not to fit.
 
     Args:
         plans: as from `plans_from`.
@@ -69,7 +72,7 @@ def choose_plans(plans, needs, weights, budget):
 
 
 @dataclass(frozen=True)
-class Load:
+class StepSize:
     """One sampling step, as far as memory goes.
 
     Attributes:
@@ -94,68 +97,55 @@ class Load:
     matrix_bytes: float | None = None
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """L, of one pass with its whole batch; odd sides are padded."""
         batch, _, *sides = self.latent
         return batch * math.prod(-(-n // p) for n, p in zip(sides, PATCH_SIZE))
 
 
-def step_bytes(load, plan=JOINT):
+def step_bytes(size: StepSize, plan: MemoryPlan = JOINT) -> int:
     """Peak of one denoising step above the weights, in bytes."""
-    together = load.passes if plan.joint else 1
-    return _held_bytes(load, together) + max(_embedding_bytes(load), _block_bytes(load, plan.parts))
+    together = size.passes if plan.joint else 1
+    return _held_bytes(size, together) + max(_embedding_bytes(size), _block_bytes(size, plan.parts))
 
 
-def _held_bytes(load, together):
+def _held_bytes(size: StepSize, together: int) -> int:
     """What is there from the first block to the last, `together` passes walking at once."""
-    config, tokens = load.config, load.tokens
-    batch, passes = load.latent[0], load.passes
+    config, tokens = size.config, size.tokens
+    batch, passes = size.latent[0], size.passes
     area = 4 * 4 * tokens  # bytes of one channel of a latent: 4 pixels a token, float32
     latents = area * config.out_dim * (LATENT_COPIES + passes)  # the solver's, and a velocity of each pass
     inputs = area * together * (2 * config.in_dim)  # the model's input, and the parts it is joined from
     rope = 4 * config.head_dim * tokens // batch
-    context = batch * load.itemsize * config.dim * (load.text_tokens + load.image_tokens)
+    context = batch * size.itemsize * config.dim * (size.text_tokens + size.image_tokens)
     stream = 4 * config.dim * tokens
     teacache = 0
-    if load.teacache:  # the tokens before the blocks, and the residuals of passes that are not walking
-        residual = min(load.itemsize, 4) * config.dim * tokens
+    if size.teacache:  # the tokens before the blocks, and the residuals of passes that are not walking
+        residual = min(size.itemsize, 4) * config.dim * tokens
         teacache = together * stream + (passes - together) * residual
     return latents + inputs + rope + together * (context + stream) + teacache
 
 
-def _embedding_bytes(load):
+def _embedding_bytes(size: StepSize) -> int:
     """The patches as the convolution makes them; their transposed copy is the stream, which is counted."""
-    return 4 * load.config.dim * load.tokens
+    return 4 * size.config.dim * size.tokens
 
 
-def _block_bytes(load, parts):
+def _block_bytes(size: StepSize, parts: int) -> int:
     """The most that one block makes on the way, one pass in it, with the largest matrix cast to e bytes."""
-    config, e = load.config, load.itemsize
+    config, e = size.config, size.itemsize
     row = e * config.dim  # a token in the compute dtype
     norm = 4 * config.dim + (row if e < 4 else 0)  # LayerNorm in float32, then cast
     gated = row + (4 * config.dim if e < 4 else 0)  # a result, and its float32 copy for the residual step
-    part = load.tokens / parts
+    part = size.tokens / parts
     turned = 2 * 4 * config.dim * min(TOKENS_AT_ONCE, part)  # RoPE in float32, bytes
     project = max(norm * part, 4 * row * part, 3 * row * part + turned)
     if parts > 1:
-        project += 3 * row * load.tokens
-    copies = ATTENTION_COPIES.get(load.attention, 0)
-    attend = (4 * row + 2 * copies * config.dim + 4 * config.num_heads) * load.tokens
-    output = row * load.tokens + gated * part
+        project += 3 * row * size.tokens
+    copies = ATTENTION_COPIES.get(size.attention, 0)
+    attend = (4 * row + 2 * copies * config.dim + 4 * config.num_heads) * size.tokens
+    output = row * size.tokens + gated * part
     cross = max(norm, 4 * row) * part
     feed_forward = max(norm, 2 * row + e * config.ffn_dim, gated) * part
-    matrix = (load.matrix_bytes or e) * config.dim * config.ffn_dim
+    matrix = (size.matrix_bytes or e) * config.dim * config.ffn_dim
     return round(max(project, attend, output, cross, feed_forward) + matrix)
-
-
-def weight_counts(config):
-    """(numbers in the matrices of the blocks, which fp8 and GGUF pack; all other parameters)"""
-    dim, ffn, image = config.dim, config.ffn_dim, config.image_dim
-    matrices = config.num_layers * (8 * dim**2 + 2 * dim * ffn + (2 * dim**2 if image else 0))
-    block = 21 * dim + ffn + (3 * dim if image else 0)  # biases, norms, modulation
-    inputs = (math.prod(PATCH_SIZE) * config.in_dim + config.text_dim + dim + config.freq_dim + dim + 5) * dim
-    outputs = (6 * dim + 6) * dim + (dim + 1) * math.prod(PATCH_SIZE) * config.out_dim + 2 * dim
-    others = config.num_layers * block + inputs + outputs
-    if image:
-        others += image**2 + 3 * image + (image + 3) * dim + (config.image_tokens or 0) * image
-    return matrices, others

@@ -4,15 +4,15 @@ B batch, L tokens = F*H*W of the patch grid, N heads, D head width. Pairs are in
 2i and 2i+1 turn together.
 """
 
-import math
-
 import torch
+from torch import Tensor
 
-TOKENS_AT_ONCE = 8192  # that are turned in float32: a 16-bit input takes no float32 copy of its own size
-RIFLEX_K = 6  # of the time axis: the authors' answer for Wan2.1, thu-ml/DiT-Extrapolation issue 8
+from .inplace import may_overwrite
+
+TOKENS_AT_ONCE = 8192  # turned in float32 at a time: no float32 copy of a whole 16-bit input
 
 
-def axis_frequencies(head_dim, theta=10000.0):
+def axis_frequencies(head_dim: int, theta: float = 10000.0) -> tuple[Tensor, ...]:
     """Angle per position step of each pair, for the axes (time, height, width).
 
     Wan2.1 splits D into (D - 4*(D//6), 2*(D//6), 2*(D//6)): 44, 42, 42 of 128.
@@ -27,31 +27,9 @@ def axis_frequencies(head_dim, theta=10000.0):
     return tuple(theta ** -(torch.arange(0, d, 2, dtype=torch.float64) / d) for d in axes)
 
 
-def riflex(frequencies, latent_frames, k=RIFLEX_K):
-    """RIFLEx: lower the k-th frequency of the time axis, so that a long clip stays within its period.
-
-    The frequency becomes 0.9*2*pi / L, so that L latent frames are nine tenths of one turn (Zhao et al.,
-    arXiv 2502.15894). It is never raised: below `riflex_least_frames` latent frames nothing changes.
-
-    Args:
-        frequencies: of the three axes, from `axis_frequencies`; not modified.
-        latent_frames: L, the latent frames that are denoised.
-        k: counted from 1, the frequency whose turn is the first to be seen as repetition.
-    """
-    time, height, width = frequencies
-    if len(time) < k:
-        raise ValueError(f"RIFLEx edits frequency {k} of the time axis, and this model has {len(time)}")
-    time = time.clone()
-    time[k - 1] = time[k - 1].clamp(max=0.9 * 2 * math.pi / latent_frames)
-    return time, height, width
-
-
-def riflex_least_frames(frequencies, k=RIFLEX_K):
-    """Latent frames from which `riflex` lowers the frequency: 46 for the released sizes."""
-    return math.floor(0.9 * 2 * math.pi / frequencies[0][k - 1].item()) + 1
-
-
-def rope_table(frequencies, grid, device=None):
+def rope_table(
+    frequencies: tuple[Tensor, ...], grid: tuple[int, ...], device: torch.device | None = None
+) -> Tensor:
     """Rotations of every token of a patch grid.
 
     Args:
@@ -70,22 +48,24 @@ def rope_table(frequencies, grid, device=None):
     return torch.cat(axes, dim=-2).flatten(0, 2).unsqueeze(1)
 
 
-def apply_rope(x, table):
-    """Turn queries or keys: [B, L, N, D] -> [B, L, N, D], computed in float32.
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
+    """Turned queries or keys [B, L, N, D], computed in float32; x itself where it `may_overwrite`.
 
-    Without gradients x is turned in place, some tokens at a time.
+    Args:
+        x: [B, L, N, D].
+        table: from `rope_table`, the rows of these tokens.
     """
     if torch.compiler.is_compiling():  # inductor generates no code for complex numbers
         pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, N, D/2, 2)
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-    if torch.is_grad_enabled():
+    if not may_overwrite():
         return _turn(x.float(), table).to(x.dtype)
     for part, rotation in zip(x.split(TOKENS_AT_ONCE, dim=1), table.split(TOKENS_AT_ONCE, dim=-4)):
         part.copy_(_turn(part.float(), rotation))
     return x
 
 
-def _turn(x, table):
+def _turn(x: Tensor, table: Tensor) -> Tensor:
     turned, rotation = (torch.view_as_complex(t) for t in (x.unflatten(-1, (-1, 2)), table))
     return torch.view_as_real(turned * rotation).flatten(-2)  # (B, L, N, D)

@@ -9,13 +9,16 @@ Source: Wan2.1, wan/utils/fm_solvers_unipc.py and wan/utils/fm_solvers.py (`set_
 
 import math
 
+from .refusal import Refusal
+
 # Solver -> first value of its grid before the shift. UniPC's 0.999 is the release's 1 - 1/1000 after a trip
 # through float32; with 0.999 itself some timesteps would truncate one lower than the release's.
 FIRST_SIGMA = {"unipc": 0.9990000128746033, "dpm++": 1.0, "euler": 1.0}
+WHOLE_TIMESTEPS = ("unipc", "dpm++")  # as the release rounds them
 
 
 def flow_sigmas(steps: int, shift: float, solver: str = "unipc") -> list[float]:
-    """Build the schedule of a full run: an even grid from the solver's first sigma to 0, then shifted.
+    """The schedule of a full run: an even grid from the solver's first sigma to 0, then shifted.
 
     Args:
         steps: number of model evaluations, at least 1.
@@ -27,7 +30,7 @@ def flow_sigmas(steps: int, shift: float, solver: str = "unipc") -> list[float]:
         steps + 1 strictly decreasing sigmas in [0, 1]; the last is exactly 0.
 
     Raises:
-        ValueError: if an argument is outside its range.
+        Refusal: an argument is outside its range.
     """
     _check_schedule(steps, shift, solver)
     first = FIRST_SIGMA[solver]
@@ -37,31 +40,32 @@ def flow_sigmas(steps: int, shift: float, solver: str = "unipc") -> list[float]:
     return [min(1.0, shift * s / (1 + (shift - 1) * s)) for s in grid] + [0.0]
 
 
-def timesteps(sigmas: list[float], solver: str) -> list[float]:
-    """Name the timestep, in [0, 1000], that the model is given at each step.
+def timestep(sigma: float, solver: str) -> float:
+    """The timestep, in [0, 1000], that the model is told at a noise level.
 
     For UniPC and DPM-Solver++ the release truncates to whole timesteps, so the model is told a slightly lower
     noise level than the solver works with. Euler, which the release does not have, tells the exact one.
 
     Args:
-        sigmas: a schedule of n + 1 sigmas, as `flow_sigmas` or `partial_sigmas` returns it.
+        sigma: in [0, 1], of a schedule or between two of it.
         solver: "unipc", "dpm++" or "euler".
 
-    Returns:
-        n timesteps, one for each sigma but the last.
-
     Raises:
-        ValueError: if the solver is unknown.
+        Refusal: the solver is unknown.
     """
     _check_solver(solver)
-    exact = [1000 * sigma for sigma in sigmas[:-1]]
-    return exact if solver == "euler" else [float(math.trunc(t)) for t in exact]
+    return float(math.trunc(1000 * sigma)) if solver in WHOLE_TIMESTEPS else 1000 * sigma
+
+
+def timesteps(sigmas: list[float], solver: str) -> list[float]:
+    """The `timestep` of each step of a schedule: n of n + 1 sigmas, since none begins at the last."""
+    return [timestep(sigma, solver) for sigma in sigmas[:-1]]
 
 
 def partial_sigmas(steps: int, shift: float, solver: str, denoise: float) -> list[float]:
-    """Build the schedule of a run that starts part way, from a latent that is only partly noise.
+    """The schedule of a run that starts part way, from a latent that is only partly noise.
 
-    This is the convention of ComfyUI's KSampler: the last `steps` steps of a run of int(steps / denoise).
+    The last `steps` steps of a run of int(steps / denoise).
 
     Args:
         steps: number of model evaluations, at least 1.
@@ -73,13 +77,13 @@ def partial_sigmas(steps: int, shift: float, solver: str, denoise: float) -> lis
         steps + 1 strictly decreasing sigmas in [0, 1]; the last is exactly 0.
 
     Raises:
-        ValueError: if an argument is outside its range.
+        Refusal: an argument is outside its range.
     """
     _check_schedule(steps, shift, solver)
     if not 0.0001 <= denoise <= 1:
-        raise ValueError(
-            f"denoise is {denoise!r}; it must be above 0 and at most 1 (the smallest is 0.0001). "
-            "Use 1 to start from pure noise."
+        raise Refusal(
+            f"denoise is {denoise!r}; it must be above 0 and at most 1 (the smallest is 0.0001)",
+            "Use 1 to start from pure noise",
         )
     full_steps = steps if denoise > 0.9999 else int(steps / denoise)
     return flow_sigmas(full_steps, shift, solver)[-(steps + 1) :]
@@ -88,11 +92,11 @@ def partial_sigmas(steps: int, shift: float, solver: str, denoise: float) -> lis
 def _check_schedule(steps: int, shift: float, solver: str) -> None:
     _check_solver(solver)
     if not (isinstance(steps, int) and steps >= 1):
-        raise ValueError(f"steps is {steps!r}; it must be a whole number from 1 up. Wan2.1 uses 30 to 50.")
+        raise Refusal(f"steps is {steps!r}; it must be a whole number from 1 up", "Wan2.1 uses 30 to 50")
     if not 0.001 <= shift <= 1000:
-        raise ValueError(f"shift is {shift!r}; it must be above 0 (0.001 to 1000). Wan2.1 uses 3 to 16.")
+        raise Refusal(f"shift is {shift!r}; it must be above 0 (0.001 to 1000)", "Wan2.1 uses 3 to 16")
 
 
 def _check_solver(solver: str) -> None:
     if solver not in FIRST_SIGMA:
-        raise ValueError(f"solver is {solver!r}; it is not one we have. Use one of {', '.join(FIRST_SIGMA)}.")
+        raise Refusal(f"solver is {solver!r}; it is not one we have", f"Use one of {', '.join(FIRST_SIGMA)}")

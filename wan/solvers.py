@@ -27,7 +27,7 @@ Callback = Callable[[int, Tensor, Tensor], None]
 def sample_euler(
     velocity: Velocity, x: Tensor, sigmas: list[float], callback: Callback | None = None
 ) -> Tensor:
-    """Follow the velocity in straight lines (Euler's method, first order).
+    """Euler's method: straight lines along the velocity, first order.
 
     Args:
         velocity: called as velocity(x, sigma) at sigmas[0], sigmas[1], ... and not at the last one; returns
@@ -94,7 +94,7 @@ def sample_unipc(
         x0 = x - sigma * velocity(x, sigma).to(x.dtype)
         if callback is not None:
             callback(i, x0, x)
-        if i > 0:
+        if x_last is not None and x0_last is not None:
             x = _move(x_last, _corrected_x0(x0, x0_last, x0_before, lambdas, i), sigmas[i - 1], sigma)
         x_last = x
         x = _move(x, _predicted_x0(x0, x0_last, lambdas, i), sigma, sigma_next)
@@ -106,14 +106,14 @@ SOLVERS = {"unipc": sample_unipc, "dpm++": sample_dpmpp_2m, "euler": sample_eule
 
 
 def _log_snr(sigma: float) -> float:
-    """lambda = log(alpha / sigma), in [-inf, inf]; what is less than 1e-12 short of sigma 1 is rounding."""
+    """lambda = log(alpha / sigma), in [-inf, inf]; within 1e-12 of 1, by rounding, sigma counts as 1."""
     if sigma <= 0:
         return math.inf
     return math.log((1 - sigma) / sigma) if sigma < 1 - 1e-12 else -math.inf
 
 
 def _move(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """Carry x from `sigma` to `sigma_next` as if it pointed to this x0 all the way.
+    """x carried from `sigma` to `sigma_next` as if it pointed to this x0 all the way.
 
     The papers write sigma_next / sigma * x - alpha_next * (exp(-h) - 1) * x0. With alpha = 1 - sigma that
     factor of x0 is exactly 1 - sigma_next / sigma, which needs no logarithm and holds at sigma 1 and 0.
@@ -123,11 +123,14 @@ def _move(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
 
 
 def _predicted_x0(x0: Tensor, x0_last: Tensor | None, lambdas: list[float], i: int) -> Tensor:
-    """The x0 for step i: the line through the last two estimates, half a step on (first and last: one)."""
-    if i in (0, len(lambdas) - 2):
+    """The x0 for step i: the last two estimates, extrapolated linearly by h/2.
+
+    The first step has one estimate and the last no finite h: both are first order.
+    """
+    if x0_last is None or i in (0, len(lambdas) - 2):
         return x0
     h, h_last = lambdas[i + 1] - lambdas[i], lambdas[i] - lambdas[i - 1]
-    return x0 + 0.5 * h / h_last * (x0 - x0_last)  # h_last is infinite after sigma 1: first order again
+    return x0 + 0.5 * h / h_last * (x0 - x0_last)  # after sigma 1 h_last is infinite: the term is zero
 
 
 def _corrected_x0(
@@ -139,7 +142,7 @@ def _corrected_x0(
     `x0_before` seen from `x0_last` in units of h, and b = (phi_2, 2 phi_3) / phi_1 at -h. Without an
     `x0_before`, after the first step, the release takes 1/2.
     """
-    if i == 1:
+    if x0_before is None:
         return x0_last + 0.5 * (x0 - x0_last)
     h = lambdas[i] - lambdas[i - 1]
     r = (lambdas[i - 2] - lambdas[i - 1]) / h

@@ -7,10 +7,16 @@ plan for all passes, as Wan2GP does it since May 2025.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from .config import WanConfig
+from .dit import BlockRunner
+from .memory import StepSize
+from .option import Around, Call, EditCall, EmbedTime, Option, Run, SampleRecord
 from .refusal import Refusal
 
 PROFILES = ("auto", "i2v_480p", "i2v_720p", "t2v_14b", "t2v_1.3b", "measured")
@@ -56,16 +62,18 @@ class Plan:
     wanted: int
 
     @property
-    def computed(self):
+    def computed(self) -> int:
         return sum(self.compute)
 
 
-def choose_profile(name, config, file_name, pixels, measured=None):
+def choose_profile(
+    name: str, config: WanConfig, file_name: str, pixels: int, measured: Sequence[float] | None = None
+) -> Profile:
     """The coefficients for a model.
 
     Args:
         name: one of `PROFILES`.
-        config: WanConfig.
+        config: of the model.
         file_name: of the checkpoint; says 480p or 720p where it was published.
         pixels: width*height of the video; decides where the name does not.
         measured: coefficients that belong to this very checkpoint, or None.
@@ -84,7 +92,7 @@ def choose_profile(name, config, file_name, pixels, measured=None):
     return Profile(name, COEFFICIENTS[name])
 
 
-def _published_profile(config, file_name, pixels):
+def _published_profile(config: WanConfig, file_name: str, pixels: int) -> str:
     if config.dim == WIDTH_SMALL:
         return "t2v_1.3b"
     if config.dim != WIDTH_LARGE:
@@ -100,36 +108,36 @@ def _published_profile(config, file_name, pixels):
     return "i2v_720p" if pixels > AREA_480P else "i2v_480p"
 
 
-def check_coefficients(values):
+def check_coefficients(values: object) -> tuple[float, ...]:
     """Coefficients as read from a file -> tuple of floats.
 
     Raises:
         Refusal: they are not a list of finite numbers.
     """
-    numbers = isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
-    if not values or not numbers:
+    items = values if isinstance(values, list) else []
+    if not items or not all(type(v) in (int, float) and math.isfinite(v) for v in items):
         raise Refusal(f"TeaCache coefficients are {values!r}; they must be a list of numbers", NO_PROFILE)
-    return tuple(float(v) for v in values)
+    return tuple(float(v) for v in items)
 
 
-def relative_changes(x):
+def relative_changes(x: Tensor) -> list[float]:
     """Mean absolute change from each row to the next over the mean of the earlier: [N, ...] -> N-1 floats."""
     x = x.cpu().double().flatten(1)
     return ((x[1:] - x[:-1]).abs().mean(dim=1) / x[:-1].abs().mean(dim=1)).tolist()
 
 
-def plan_steps(embeddings, profile, multiplier, start_percent=0):
-    """Solve for the plan that comes nearest to a speed-up.
+def plan_steps(embeddings: Tensor, profile: Profile, multiplier: float, start_percent: int = 0) -> Plan:
+    """The plan that comes nearest to a speed-up.
 
     Args:
         embeddings: time embedding of every step that runs the model [N, D].
-        profile: Profile.
+        profile: of the model.
         multiplier: steps over computed steps, at least 1.
         start_percent: share of the steps that is computed in any case, in whole percent; the first and
             the last step always are.
 
     Returns:
-        Plan with int(N / multiplier) computed steps, or the nearest number that any threshold gives.
+        A plan with int(N / multiplier) computed steps, or the nearest number that any threshold gives.
     """
     steps = len(embeddings)
     distances = relative_changes(embeddings)
@@ -137,10 +145,10 @@ def plan_steps(embeddings, profile, multiplier, start_percent=0):
     start_step = start_percent * steps // 100
     wanted = max(1, int(steps / multiplier))
 
-    def plan(threshold):
+    def plan(threshold: float) -> Plan:
         return Plan(tuple(_walk(changes, threshold, start_step)), threshold, wanted)
 
-    def edge(count):
+    def edge(count: int) -> tuple[Plan, Plan]:
         """(a plan of more than `count` computed steps, the one of no more whose threshold is least)."""
         low, high = plan(0.0), plan(sum(changes) + 1)
         while low.threshold < (middle := (low.threshold + high.threshold) / 2) < high.threshold:
@@ -156,15 +164,15 @@ def plan_steps(embeddings, profile, multiplier, start_percent=0):
     return fewer if more.computed > wanted else more
 
 
-def _polynomial(coefficients, x):
+def _polynomial(coefficients: Sequence[float], x: float) -> float:
     value = 0.0
     for c in coefficients:
         value = value * x + c
     return value
 
 
-def _walk(changes, threshold, start_step):
-    """Yield for each step whether it is computed."""
+def _walk(changes: list[float], threshold: float, start_step: int) -> Iterator[bool]:
+    """Whether each step is computed."""
     accumulated = 0.0
     for i, change in enumerate(changes):
         accumulated += change
@@ -174,29 +182,29 @@ def _walk(changes, threshold, start_step):
         yield compute
 
 
-class TeaCache:
-    """The residuals of one run, by pass name; it is dropped with the run."""
+class Residuals:
+    """What the blocks added in the last computed step of a run, by pass name; dropped with the run."""
 
-    def __init__(self, plan):
+    def __init__(self, plan: Plan):
         self.plan = plan
-        self.residuals = {}
+        self.residuals: dict[str, Tensor | None] = {}
 
-    def around(self, step):
+    def around(self, step: int) -> Around:
         """A runner around the runner for this step: computes and remembers, or reuses."""
         reused_next = step + 1 < len(self.plan.compute) and not self.plan.compute[step + 1]
         if not self.plan.compute[step]:
             return lambda runner: self._reuse
         return self._remember if reused_next else lambda runner: runner
 
-    def _reuse(self, num_blocks, passes, call):
+    def _reuse(self, num_blocks, passes, apply_block) -> None:
         for p in passes:
             p.x = p.x + self.residuals[p.name]  # a 16-bit residual is added in the stream's float32
 
-    def _remember(self, runner):
-        def run(num_blocks, passes, call):
+    def _remember(self, runner: BlockRunner) -> BlockRunner:
+        def run(num_blocks, passes, apply_block):
             self.residuals.update((p.name, None) for p in passes)  # freed before the new ones are taken
             before = {p.name: p.x.clone() for p in passes}
-            runner(num_blocks, passes, call)
+            runner(num_blocks, passes, apply_block)
             for p in passes:
                 # In 16 bit where the model computes in 16 bit: bfloat16, because the stream outgrows float16.
                 dtype = torch.float32 if p.text.dtype == torch.float32 else torch.bfloat16
@@ -204,3 +212,65 @@ class TeaCache:
                 self.residuals[p.name] = residual.to(dtype)
 
         return run
+
+
+@dataclass(frozen=True)
+class TeaCache(Option):
+    """Steps that reuse residuals, by a plan made before the first one.
+
+    Attributes:
+        multiplier: steps over computed steps.
+        start_percent: share of the steps that is computed in any case, whole percent.
+        profile: coefficients of the model; needed when the multiplier is above 1.
+    """
+
+    multiplier: float
+    start_percent: int = 0
+    profile: Profile | None = None
+
+    def check(self, run: Run) -> None:
+        if self.multiplier < 1:
+            raise Refusal(
+                f"teacache_multiplier is {self.multiplier:g}; a speed-up is at least 1, and 0 is off",
+                "Set 0, or 1.5 to 2.5",
+            )
+
+    def sized(self, size: StepSize) -> StepSize:
+        return replace(size, teacache=True)
+
+    def begin(self, run: Run, embed_time: EmbedTime, record: SampleRecord) -> EditCall | None:
+        assert self.profile is not None
+        told = run.timesteps[run.first_step :]
+        record.plan = plan_steps(embed_time(told), self.profile, self.multiplier, self.start_percent)
+        residuals = Residuals(record.plan)
+
+        def edit(call: Call) -> Call:
+            return replace(call, around=(*call.around, residuals.around(call.step - run.first_step)))
+
+        return edit
+
+    def report(self, run: Run, record: SampleRecord) -> Iterable[str]:
+        """The plan as a line of marks (# computed, . reused, 0 no velocity), what it promised and gave."""
+        plan, zeros = record.plan, run.first_step
+        assert plan is not None and self.profile is not None
+        total = len(plan.compute)
+        speed_up = total / plan.computed
+        yield (
+            f"teacache: {plan.computed} of {total} steps computed, profile {self.profile.name}, "
+            f"threshold {plan.threshold:.3g}"
+        )
+        yield "plan: " + "0" * zeros + "".join("#" if compute else "." for compute in plan.compute)
+        if plan.computed != plan.wanted:
+            yield (
+                f"teacache_multiplier {self.multiplier:g} asks for {plan.wanted} computed steps; the "
+                f"nearest that can be is {plan.computed}, {speed_up:.2f}x"
+            )
+        timed = list(zip(plan.compute, record.seconds[zeros:]))[1:]  # the first step also loads the model
+        computed, reused = ([s for c, s in timed if c is kind] for kind in (True, False))
+        if computed and reused:
+            each = sum(computed) / len(computed)
+            measured = total * each / (plan.computed * each + sum(reused))
+            yield (
+                f"speed-up: {speed_up:.2f}x expected, {measured:.2f}x measured "
+                f"({each:.3g} s a computed step, {sum(reused) / len(reused):.3g} s a reused one)"
+            )

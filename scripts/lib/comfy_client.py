@@ -119,11 +119,10 @@ def without(graph, *classes):
 
 
 class ComfyClient:
-    """A client for the server at `url`. Its jobs' progress arrives at this client only."""
+    """A client for the server at `url`. A job's progress arrives where it is run only."""
 
     def __init__(self, url):
         self.url = url
-        self.client_id = uuid.uuid4().hex
 
     def get(self, path):
         """GET `path` and return the JSON in the answer."""
@@ -145,14 +144,18 @@ class ComfyClient:
         body, content_type = _multipart(name, data, {"overwrite": "true"})
         return json.loads(self._request("/upload/image", body, {"Content-Type": content_type}))["name"]
 
-    def queue(self, graph):
+    def queue(self, graph, client_id=None):
         """Queue an API graph and return its prompt id; `GraphRejected` says what the host refuses.
 
         The host would run a graph in part when only some of its outputs are in order; here any
         problem refuses the whole graph.
+
+        Args:
+            graph: the graph in API form.
+            client_id: whose websocket hears of the job; None for nobody's.
         """
         try:
-            answer = self.post("/prompt", {"prompt": graph, "client_id": self.client_id})
+            answer = self.post("/prompt", {"prompt": graph, "client_id": client_id or uuid.uuid4().hex})
         except urllib.error.HTTPError as error:
             if error.code != 400:
                 raise
@@ -171,8 +174,11 @@ class ComfyClient:
                 bytes) and ("text", (node id, text)); it may call other methods, `cancel` for example.
             timeout_s: a job that takes longer is cancelled and raises `TimeoutError`.
         """
-        with _Events(self.url, self.client_id) as events:
-            job = Job(self.queue(graph))
+        # An id of its own: when the host notices late that the websocket of an earlier run has closed, it
+        # forgets whoever has that id by then.
+        client_id = uuid.uuid4().hex
+        with _Events(self.url, client_id) as events:
+            job = Job(self.queue(graph, client_id))
             try:
                 for kind, data in events.of(job.prompt_id, timeout_s):
                     job.add(kind, data)

@@ -12,6 +12,7 @@ and custom nodes are neither read nor touched. The pack is linked into that fold
 import contextlib
 import ctypes
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -61,7 +62,7 @@ class HostServer:
 
     def __enter__(self):
         self._make_folders()
-        port = _free_port()
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.client = ComfyClient(self.url)
         try:
@@ -163,10 +164,17 @@ def group_lives(group):
     return False
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port():
+    """Return a loopback port that nobody listens on.
+
+    It lies below those that systems give to outgoing connections: such a one could be taken before the
+    server listens.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _signal_group(group, sig):

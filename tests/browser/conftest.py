@@ -1,21 +1,8 @@
-"""A real server with previews on, and one page of its editor in a real Chromium."""
-
-import shutil
+"""One page of the running server's editor in a real Chromium."""
 
 import pytest
 from lib.editor import BROWSERS, find_browser, open_editor
-from lib.host_server import HostServer
 from lib.pack import comfyui_path
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    if find_browser() is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
-    base = tmp_path_factory.mktemp("host")
-    with HostServer(base, extra_args=["--preview-method", "auto"]) as running:
-        shutil.copy(comfyui_path() / "input" / "example.png", running.input_directory)
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +14,10 @@ def complaints():
 # Not for the session: while Playwright runs, other tests could not call asyncio.run.
 @pytest.fixture(scope="module")
 def page(server, complaints):
+    if find_browser() is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    server.client.upload_image(comfyui_path() / "input" / "example.png")
+
     def watch(page):
         page.on("pageerror", lambda error: complaints.append(f"{error}\n{error.stack}"))
         page.on("console", lambda message: complaints.extend(_complaint(message)))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from wan21.wan.attention import BACKENDS, best_kernels, choose_attention, sdpa
+from wan21.wan.chunked import block_executor
 from wan21.wan.config import WanConfig
 from wan21.wan.dit import WanModel
-from wan21.wan.memory import LATENT_COPIES, Load, MemoryPlan, step_bytes
+from wan21.wan.memory import LATENT_COPIES, MemoryPlan, StepSize, step_bytes
 from wan21.wan.vae import WanVAE
 from wan21.wan.vae.fallback import decode_within_memory
 from wan21.wan.vae.memory import decode_bytes, encode_bytes
@@ -195,13 +196,13 @@ def test_memory_of_a_step_is_as_estimated(joint, parts):
 
     def run():
         with best_kernels(x.device):
-            model(x, t, text, clip, pass_names=("cond", "uncond")[:passes], parts=parts)
+            model(x, t, text, clip, pass_names=("cond", "uncond")[:passes], execute=block_executor(parts))
 
     run()  # workspaces of the libraries
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
     real = torch.cuda.max_memory_allocated() - before
-    load = Load(config, latent, image_tokens=257)  # less what the sampler holds outside the model
-    outside = 16 * load.tokens * (16 * (LATENT_COPIES + 2) + passes * 2 * config.in_dim)
-    assert 0.85 < (step_bytes(load, MemoryPlan(joint, parts)) - outside) / real < 1.15
+    size = StepSize(config, latent, image_tokens=257)  # less what the sampler holds outside the model
+    outside = 16 * size.tokens * (16 * (LATENT_COPIES + 2) + passes * 2 * config.in_dim)
+    assert 0.85 < (step_bytes(size, MemoryPlan(joint, parts)) - outside) / real < 1.15

@@ -1,17 +1,9 @@
-"""One real ComfyUI server for all tests of a session; its models are those that the pack brings."""
+"""Tests of a real ComfyUI server: the one of tests/conftest.py, where they start none of their own."""
 
 import pytest
-from lib.host_server import HostServer, group_lives
+from lib import pack
 
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """The running server; `server.client` talks to it."""
-    previews = ["--preview-method", "auto"]
-    with HostServer(tmp_path_factory.mktemp("host"), extra_args=previews) as running:
-        group = running.process.pid
-        yield running
-    assert not group_lives(group), "the server left a process behind"
+pack.load_host()
 
 
 @pytest.fixture

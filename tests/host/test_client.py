@@ -1,7 +1,9 @@
 """The client that demo and tests use says clearly how a job ended."""
 
+import time
+
 import pytest
-from lib import bundled
+from lib import bundled, comfy_client
 from lib.comfy_client import GraphRejected, JobFailed, JobInterrupted, fill
 
 GRAPH = {
@@ -50,6 +52,23 @@ def test_cancelled_job(client):
 
     with pytest.raises(JobInterrupted):
         client.run(LONG_GRAPH, on_event=cancel_when_encoding)
+
+
+def test_a_websocket_that_closes_late_takes_no_events_from_the_next_run(client, monkeypatch):
+    left_open, queue = [], client.queue
+
+    def queue_after_it_closed(*args):
+        for events in left_open:
+            events.loop.call_soon_threadsafe(events.task.cancel)
+            while not events.loop.is_closed():
+                time.sleep(0.01)
+        return queue(*args)
+
+    monkeypatch.setattr(comfy_client._Events, "__exit__", lambda events, *_: left_open.append(events))
+    client.run(GRAPH)
+    monkeypatch.undo()
+    monkeypatch.setattr(client, "queue", queue_after_it_closed)
+    assert client.run(GRAPH, timeout_s=60).events
 
 
 def test_upload_image(client, server):

@@ -9,7 +9,7 @@ from lib.contact_sheet import contact_sheet, read_frames
 def test_the_demo_makes_a_video_and_its_contact_sheet(client, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["demo.py"])
     monkeypatch.setenv("STEPS", "2")
-    options = demo.read_options()
+    options = demo.arguments()
     assert options.steps == 2 and options.image.is_file()
     video = tmp_path / "demo.mp4"
     video.write_bytes(demo.make_video(client, options))

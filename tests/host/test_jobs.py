@@ -4,7 +4,6 @@ import copy
 import io
 import json
 import re
-import time
 
 import pytest
 from lib.comfy_client import GraphRejected, JobFailed, JobInterrupted, fill, find_node
@@ -58,17 +57,17 @@ def test_cancel_stops_at_once_and_the_next_job_is_the_same(client, graph):
     first = report_of(job, client.run(job))
     long = fill(graph, "Wan21Sampler", seed=104, steps=1000)
     sampler = find_node(graph, "Wan21Sampler")
-    asked = []
+    done = [0]
 
     def cancel_when_sampling(kind, data):
-        value = data["nodes"].get(sampler, {}).get("value", 0) if kind == "progress_state" else 0
-        if value >= 2 and not asked:
-            asked.append(time.monotonic())
-            client.interrupt()
+        if kind == "progress_state" and sampler in data["nodes"]:
+            done.append(data["nodes"][sampler]["value"])
+            if done[-2] < 2 <= done[-1]:
+                client.interrupt()
 
     with pytest.raises(JobInterrupted):
         client.run(long, on_event=cancel_when_sampling)
-    assert time.monotonic() - asked[0] < 5
+    assert max(done) < 100  # of 1000 steps: what the host computes until it hears of it
     again = fill(job, "Wan21Sampler", seed=105)
     assert timeless(report_of(again, client.run(again))) == timeless(first).replace("seed: 103", "seed: 105")
 

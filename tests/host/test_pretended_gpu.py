@@ -8,10 +8,9 @@ import contextlib
 import functools
 import json
 import os
-import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -24,21 +23,19 @@ from wan21.training.host import Host
 FOLDER = ROOT / "tests" / "pretended_gpu"
 # Otherwise the host computes in 16 bits on a GPU.
 FLOAT32 = ["--force-fp32", "--fp32-vae", "--fp32-text-enc"]
+KINDS = ("failure", "error", "skipped")  # of what did not pass, in the XML that pytest writes
 GRAPHS = ["fast", "first_last_frame", "low_memory", "upscaled", "video_to_video"]
-# (file, whether weights come to the device at their use, what is left out: it has a kernel of its own, goes
-# on on the CPU where there is a GPU, gives models tensors of the CPU, or looks at weights before their use)
-NODES = [
-    ("test_host_model", True, "test_weight_dtype or test_fp8_stores"),
-    ("test_weights", True, "convrot_w4a4 or cannot_hold"),
-    ("test_gguf", True, ""),
-    ("test_lora", True, "test_each_step_has"),
-    ("test_host_vae", False, ""),
-    ("test_vae_decode", False, "test_an_error_names_the_file_that_resumes"),
-    ("test_memory", False, ""),
-    ("test_sampler", True, ""),
-    ("test_image_to_video", False, ""),
-    ("test_upsample", False, ""),
-]
+# Test files by whether weights come to the device at their use, and what is left out of them: it has a kernel
+# of its own, goes on on the CPU where there is a GPU, gives models tensors of the CPU, or looks at weights
+# before their use.
+NODES = {
+    True: ["test_host_model", "test_weights", "test_gguf", "test_lora", "test_sampler"],
+    False: ["test_host_vae", "test_vae_decode", "test_memory", "test_image_to_video", "test_upsample"],
+}
+LEFT_OUT = {
+    True: "test_weight_dtype or test_fp8_stores or convrot_w4a4 or cannot_hold or test_each_step_has",
+    False: "test_an_error_names_the_file_that_resumes",
+}
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU: tests/gpu")
 
@@ -85,27 +82,41 @@ def test_in_16_bits_the_video_is_nearly_that_of_the_cpu(server, start):
     assert metrics.psnr(frames(start(), "low_memory"), frames(server, "low_memory")) > 30
 
 
-def run_tests(name, at_use, left_out):
-    command = [sys.executable, "-m", "pytest", "-p", "pretended_plugin", f"tests/nodes/{name}.py"]
-    return subprocess.run(
-        command + ["-k", f"not ({left_out})"] * bool(left_out),
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(FOLDER), "PRETENDED_AIMDO": str(int(at_use))},
-        capture_output=True,
-        text=True,
-    )
-
-
 @pytest.fixture(scope="module")
-def runs():
-    """All of NODES, as many at once as there are cores: each takes one."""
-    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
-        yield {case: pool.submit(run_tests, *case) for case in NODES}
+def run_nodes(tmp_path_factory):
+    """Runs the files of NODES in one process, once. -> (its whole output, {file: its test cases})"""
+
+    @functools.cache
+    def run(at_use):
+        results = tmp_path_factory.mktemp("nodes") / "results.xml"
+        command = [sys.executable, "-m", "pytest", "-p", "pretended_plugin", f"--junitxml={results}"]
+        command += ["-k", f"not ({LEFT_OUT[at_use]})", *(f"tests/nodes/{name}.py" for name in NODES[at_use])]
+        environment = os.environ | {"PYTHONPATH": str(FOLDER), "PRETENDED_AIMDO": str(int(at_use))}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        said = done.stdout[-8000:] + done.stderr[-2000:]
+        assert results.exists(), said
+        cases = {}
+        for case in ElementTree.parse(results).iter("testcase"):
+            cases.setdefault(case.get("classname").split(".")[-1], []).append(case)
+        return said, cases
+
+    return run
 
 
-@pytest.mark.parametrize("case", NODES, ids=[name for name, *_ in NODES])
-def test_the_nodes_pass_their_tests(runs, case):
-    done = runs[case].result()
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (\w+)", done.stdout.splitlines()[-1])}
-    assert counts["passed"] > 5 * counts.get("skipped", 0), done.stdout[-500:]
+@pytest.mark.parametrize(
+    "at_use, name",
+    [
+        pytest.param(at_use, name, id=name, marks=pytest.mark.xdist_group(f"pretended-{at_use}"))
+        for at_use in NODES
+        for name in NODES[at_use]
+    ],
+)
+def test_the_nodes_pass_their_tests(run_nodes, at_use, name):
+    said, cases = run_nodes(at_use)
+    found = {kind: [case for case in cases[name] if case.find(kind) is not None] for kind in KINDS}
+    bad = [
+        f"{case.get('name')}: {case.find(kind).text}" for kind in ("failure", "error") for case in found[kind]
+    ]
+    assert not bad, "\n\n".join(bad)[-8000:]
+    passed = len(cases[name]) - len(found["skipped"])
+    assert passed > 5 * len(found["skipped"]), said

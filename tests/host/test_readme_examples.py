@@ -3,13 +3,13 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import requests
+from lib.host_server import free_port
 from lib.pack import ROOT, comfyui_path
 
 PAGES = [ROOT / "README.md", ROOT / "docs" / "job-api.md"]
@@ -54,9 +54,7 @@ def test_client(server, folder, title):
 def test_webhook_receiver(folder):
     from wan21.server.webhooks import signature
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     code = example("BaseHTTPRequestHandler", {"9000": str(port)})
     environment = os.environ | {"WAN21_WEBHOOK_SECRET": "a secret"}
     receiver = subprocess.Popen(

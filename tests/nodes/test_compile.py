@@ -65,6 +65,21 @@ def test_walking_alone_and_another_size(models, compiled, prompts, sample):
         assert torch.equal(plain["samples"], compiled_out["samples"])
 
 
+def test_tokens_in_parts(models, compiled, prompts, sample, steps, monkeypatch):
+    """The block in parts, as when memory is short, is compiled as the whole one is."""
+    free = lambda device=None, torch_free_too=False: (2**20, 0) if torch_free_too else 2**20  # noqa: E731
+    monkeypatch.setattr(host.memory.comfy.model_management, "get_free_memory", free)
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 6)}
+    plain, report = sample(models["t2v"], *prompts, latent, steps=6)
+    assert "tokens in 4 parts" in report
+    counters.clear()
+    steps.clear()
+    ours, _ = sample(compiled, *prompts, latent, steps=6)
+    assert torch.equal(ours["samples"], plain["samples"])
+    graphs, breaks = steps[-1]
+    assert len(set(steps[1:])) == 1 and breaks == 0 and 3 <= graphs <= 8
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tolerance is for float32 on the CPU")
 @pytest.mark.skipif(
     not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU: g++ is not there"

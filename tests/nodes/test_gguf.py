@@ -58,6 +58,35 @@ def test_equals_the_unpacked_weights_and_stays_packed(pair, job, sample, tmp_pat
     assert kinds == [torch.uint8] * 20
 
 
+def test_types_of_the_package_alone_are_unpacked_when_read(files, job, sample, tmp_path, caplog):
+    """IQ4_NL in a block, as city96's tool passes it on: 32 numbers a block, a half-precision scale first."""
+    kind, rng = gguf.GGMLQuantizationType.IQ4_NL, np.random.default_rng(3)
+    writer = gguf.GGUFWriter(str(tmp_path / "wan.gguf"), "wan")
+    unpacked = load_file(files["t2v"])
+    for key, weight in unpacked.items():
+        array, raw = weight.numpy(), gguf.GGMLQuantizationType.F32
+        if array.ndim > 4:
+            writer.add_array(f"comfy.gguf.orig_shape.{key}", array.shape)
+            array = np.ascontiguousarray(array).reshape(-1)
+        if key.startswith("blocks.1.") and array.ndim == 2:
+            blocks = rng.integers(0, 256, (weight.numel() // 32, 18), dtype=np.uint8)
+            blocks[:, :2] = np.full((len(blocks), 1), 0.0005, np.float16).view(np.uint8)
+            raw, array = kind, blocks.reshape(weight.shape[0], -1)
+            unpacked[key] = torch.from_numpy(gguf.quants.dequantize(array, kind).copy())
+        writer.add_tensor(key, array, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with caplog.at_level("INFO"):
+        model = host.load_model(tmp_path / "wan.gguf")
+    assert "IQ4_NL weights are unpacked while loading" in caplog.text
+    layer = model.model.diffusion_model.blocks[1].ffn[0]
+    assert layer.packed is None and layer.weight.dtype == torch.float32
+    ours = sample(model, *job)[0]["samples"]
+    assert relative(ours, sample(dense(unpacked, tmp_path / "d.safetensors"), *job)[0]["samples"]) < 1e-6
+
+
 @pytest.mark.parametrize("schedule", [(), (1.0, 0.3)])
 def test_lora_equals_merging_into_the_unpacked_weights(pair, job, sample, tmp_path, schedule):
     path, unpacked = pair

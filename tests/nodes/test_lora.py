@@ -223,6 +223,25 @@ def test_on_a_model_of_the_hosts_loader(files, prompts, loras, names, models):
     assert relative(theirs, ours) < 1e-5
 
 
+def test_a_chain_passes_through_clones_and_a_branch_has_its_own_loras(t2v_job, sample, names):
+    model, *rest = t2v_job
+
+    def run(patched):
+        return sample(patched, *rest)[0]["samples"]
+
+    first = load(model, names[0], 0.8, "1, 0.5")[0]
+    alone = run(first)
+    between = first.clone()  # as a node of another pack makes one
+    between.add_wrapper_with_key(
+        "diffusion_model", "other", lambda executor, *args, **kw: executor(*args, **kw)
+    )
+    both = run(load(between.clone(), names[1], 0.6, "0.5, 1")[0])
+    assert torch.equal(both, run(load(first, names[1], 0.6, "0.5, 1")[0]))
+    assert relative(both, alone) > 1e-4
+    assert relative(both, run(load(model, names[1], 0.6, "0.5, 1")[0])) > 1e-4
+    assert torch.equal(run(first), alone)
+
+
 def test_image_branch_keys_on_a_text_model_are_reported(models, loras):
     file = low_rank("diffusion_model.blocks.0.self_attn.k") | low_rank(
         "diffusion_model.blocks.0.cross_attn.k_img"
@@ -345,9 +364,7 @@ def test_a_lora_at_use_is_in_the_estimate(t2v_job, names):
     model, _, _, latent = t2v_job
     plans = (MemoryPlan(),)
     needs = [
-        host.plan_memory(
-            load(model, names[0], 1.0, schedule)[0], latent["samples"].shape, plans, 2, "sdpa", False
-        )[1]
+        host.plan_memory(load(model, names[0], 1.0, schedule)[0], latent["samples"].shape, plans, 2)[1]
         for schedule in ("1, 1", "1, 0.5")
     ]
     config = host.config_of(model)

@@ -7,9 +7,9 @@ import comfy.sampler_helpers
 import pytest
 import torch
 from wan21 import host
-from wan21.host.memory import make_room, usable_bytes, weight_bytes
-from wan21.host.model import kept_dtype
-from wan21.wan.memory import Load, MemoryPlan, step_bytes
+from wan21.host.memory import make_room, usable_bytes
+from wan21.host.stored import kept_dtype, weight_bytes
+from wan21.wan.memory import MemoryPlan, StepSize, step_bytes
 
 
 @pytest.fixture
@@ -34,16 +34,16 @@ def told(monkeypatch):
 @pytest.mark.parametrize("scale, joint, passes", [(1.0, True, 1), (4.0, True, 2), (4.0, False, 2)])
 def test_the_manager_is_told_the_bytes_of_our_plan(job, sample, told, scale, joint, passes):
     sample(*job, guidance_scale=scale, joint_pass=joint, steps=1)
-    load = Load(host.config_of(job[0]), (1, 16, 3, 8, 10), passes, itemsize=4)
-    need = step_bytes(load, MemoryPlan(joint))
+    size = StepSize(host.config_of(job[0]), (1, 16, 3, 8, 10), passes, itemsize=4)
+    need = step_bytes(size, MemoryPlan(joint))
     assert told == [(need, need)]
 
 
 def test_the_hosts_own_samplers_are_told_too(job):
     model = job[0].model
-    load = Load(model.diffusion_model.config, (1, 16, 3, 8, 10), 1, itemsize=4)
+    size = StepSize(model.diffusion_model.config, (1, 16, 3, 8, 10), 1, itemsize=4)
     one, two = (comfy.sampler_helpers.estimate_memory(job[0], (1, 16, 3, 8, 10), {})[i] for i in (1, 0))
-    assert one == step_bytes(load) and one < two < 2 * one
+    assert one == step_bytes(size) and one < two < 2 * one
 
 
 def test_little_memory_lowers_the_plan_and_no_number(job, sample, monkeypatch):

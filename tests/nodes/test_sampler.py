@@ -16,9 +16,18 @@ from wan21.nodes.vae_decode import Wan21VAEDecode
 from wan21.wan.sample import SampleJob
 
 
+@pytest.fixture(scope="module")
+def encoded(image_to_video):
+    """The start image, encoded once."""
+    with torch.inference_mode():
+        return image_to_video(clip_vision_start=clip_vision())
+
+
 @pytest.fixture
-def i2v_job(models, image_to_video):
-    return (models["i2v"], *image_to_video(clip_vision_start=clip_vision()))
+def i2v_job(models, encoded):
+    positive, negative, latent = encoded
+    own = ([[text, dict(extra)] for text, extra in conditioning] for conditioning in (positive, negative))
+    return (models["i2v"], *own, dict(latent))
 
 
 @pytest.fixture
@@ -353,11 +362,12 @@ def test_a_latent_that_overflowed_is_named(t2v_job, sample, monkeypatch):
         sample(*t2v_job)
 
 
-def _nan_run(model, positive, negative, latent, batch_index, seed, sigmas, run, need):
+def _nan_run(model, prepared, latent, seed, run):
     class Overflow:
         config = host.config_of(model)
+        embed_time = make_room = None
 
         def predict(self, x, timestep, call):
             return {name: x * float("nan") for name in call.pass_names}
 
-    return run(Overflow(), latent + 1, latent)
+    return run(Overflow(), latent["samples"] + 1, latent["samples"])

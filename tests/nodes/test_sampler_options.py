@@ -253,7 +253,7 @@ def test_an_override_of_another_pack_is_honoured_when_auto(models, run):
 def test_sdpa_replaces_the_hosts_own_choice_on_the_cpu_only(monkeypatch):
     """Elsewhere the host takes its sub-quadratic one where SDPA has no kernel without the whole matrix."""
     import comfy.ldm.modules.attention as host_attention
-    from wan21.host.model import has_own_attention
+    from wan21.host.attention import has_own_attention
 
     monkeypatch.setattr(host_attention, "optimized_attention", host_attention.attention_sub_quad)
     for device, own in (("cpu", False), ("mps", True)):
@@ -353,7 +353,7 @@ def test_two_samplers_in_one_graph(run):
 def test_a_solver_that_fails_drops_the_state(run, models, monkeypatch):
     import gc
 
-    from wan21.wan.teacache import TeaCache
+    from wan21.wan.teacache import Residuals
 
     expected, _ = run(**TEACACHE)
 
@@ -366,5 +366,5 @@ def test_a_solver_that_fails_drops_the_state(run, models, monkeypatch):
         run(**TEACACHE)
     monkeypatch.undo()
     gc.collect()
-    assert not [o for o in gc.get_objects() if type(o) is TeaCache]
+    assert not [o for o in gc.get_objects() if type(o) is Residuals]
     assert torch.equal(run(**TEACACHE)[0], expected)

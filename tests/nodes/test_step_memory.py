@@ -7,16 +7,17 @@ import pytest
 import torch
 from helpers_memory import PeakBytes
 from torch._subclasses.fake_tensor import FakeTensorMode
+from wan21.wan.chunked import block_executor
 from wan21.wan.config import SIZES, WanConfig
 from wan21.wan.dit import WanModel, run_blocks
 from wan21.wan.memory import (
     GIB,
     LATENT_COPIES,
-    Load,
     MemoryPlan,
+    StepSize,
     step_bytes,
 )
-from wan21.wan.teacache import Plan, TeaCache
+from wan21.wan.teacache import Plan, Residuals
 
 TOY = WanConfig(in_dim=36, dim=256, ffn_dim=1024, num_heads=2, num_layers=2, text_dim=64, image_dim=1280)
 
@@ -40,19 +41,19 @@ def counted(config, latent, dtype, plan, passes=2, image_tokens=0, device="cuda"
         clip = torch.zeros(batch, image_tokens, 1280, device=device, dtype=dtype) if image_tokens else None
         timestep = torch.zeros(batch, device=device)
         with PeakBytes(device) as meter:
-            runner = TeaCache(Plan((True, False), 0.0, 1)).around(0)(run_blocks) if teacache else run_blocks
+            runner = Residuals(Plan((True, False), 0.0, 1)).around(0)(run_blocks) if teacache else run_blocks
             names = ("cond", "uncond")[:passes]
             for group in [names] if plan.joint else [(name,) for name in names]:
-                how = {"attention": attention, "runner": runner, "parts": plan.parts}
+                how = {"attention": attention, "runner": runner, "execute": block_executor(plan.parts)}
                 model(x, timestep, text, clip, pass_names=group, **how)
     return meter.peak
 
 
 def estimated(config, latent, dtype, plan, passes=2, image_tokens=0, teacache=False):
     """The estimate, less what is held outside the model call: the latents, the input and its parts."""
-    load = Load(config, latent, passes, dtype.itemsize, image_tokens=image_tokens, teacache=teacache)
-    area, together = 16 * load.tokens, passes if plan.joint else 1
-    return step_bytes(load, plan) - area * (16 * (LATENT_COPIES + passes) + together * 2 * config.in_dim)
+    size = StepSize(config, latent, passes, dtype.itemsize, image_tokens=image_tokens, teacache=teacache)
+    area, together = 16 * size.tokens, passes if plan.joint else 1
+    return step_bytes(size, plan) - area * (16 * (LATENT_COPIES + passes) + together * 2 * config.in_dim)
 
 
 PLANS = [MemoryPlan(), MemoryPlan(True, 4), MemoryPlan(False), MemoryPlan(False, 4)]

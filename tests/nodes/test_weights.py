@@ -12,7 +12,7 @@ from comfy_extras.nodes_torch_compile import TorchCompileModel
 from helpers import relative
 from safetensors.torch import load_file, save_file
 from wan21 import host
-from wan21.host import weights
+from wan21.host import load, operations, patches
 from wan21.wan import linear_cpu
 
 METADATA = {"config": '{"transformer": {"text_dim": 128}}'}
@@ -84,10 +84,10 @@ def test_without_mapping_weights_are_copied(files, monkeypatch):
     monkeypatch.setattr("comfy.utils.DISABLE_MMAP", True)
     state = {"a": torch.zeros(3)}
     layer = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.empty(3, device="meta"))})
-    weights._convert(layer, kept := dict(state), weights._is_mapped(torch.device("cpu")))
+    load.convert(layer, kept := dict(state), load.is_mapped(torch.device("cpu")))
     assert kept["a"].data_ptr() != state["a"].data_ptr()
     monkeypatch.setattr("comfy.utils.DISABLE_MMAP", False)
-    weights._convert(layer, kept := dict(state), weights._is_mapped(torch.device("cpu")))
+    load.convert(layer, kept := dict(state), load.is_mapped(torch.device("cpu")))
     assert kept["a"].data_ptr() == state["a"].data_ptr()
 
 
@@ -185,10 +185,10 @@ def test_fp8_multiplication_by_capability(capability):
     for major, minor in ((7, 5), (8, 0), (8, 6)):
         capability(major, minor)
         with pytest.raises(ValueError, match=r"an NVIDIA GPU cannot multiply in fp8 .*8\.9"):
-            weights._fp8_matmul(gpu)
+            operations.fp8_operations(gpu)
     for major, minor in ((8, 9), (9, 0), (12, 0)):
         capability(major, minor)
-        assert weights._fp8_matmul(gpu) is comfy.ops.fp8_ops
+        assert operations.fp8_operations(gpu) is comfy.ops.fp8_ops
 
 
 @pytest.mark.parametrize(
@@ -206,9 +206,9 @@ def test_fp8_under_compile_by_capability(files, job, sample, capability, dtype, 
     model.load_device = torch.device("cuda", 0)
     capability(*numbers)
     if not refused:
-        return weights.check_compile(model)
+        return patches.refuse_compiled_fp8(model)
     with pytest.raises(ValueError, match=r"capability 8\.6 .*Remove TorchCompileModel, or set weight_dtype"):
-        weights.check_compile(model)
+        patches.refuse_compiled_fp8(model)
 
 
 @pytest.mark.skipif(
@@ -219,13 +219,13 @@ def test_large_products_on_the_cpu_are_ours(files, job, sample, monkeypatch, tmp
     path = save(store_in(load_file(files["t2v"]), dtype), tmp_path / "stored.safetensors")
     model = host.load_model(path)
     plain = sample(model, *job)[0]["samples"]
-    real, taken = weights.linear, []
+    real, taken = operations.linear, []
 
     def counted(x, weight, bias):
         taken.append(weight.dtype)
         return real(x, weight, bias)
 
     monkeypatch.setattr(linear_cpu, "MIN_PRODUCTS", 0)
-    monkeypatch.setattr(weights, "linear", counted)
+    monkeypatch.setattr(operations, "linear", counted)
     assert relative(sample(model, *job)[0]["samples"], plain) < 1e-5
     assert len(taken) > 10 and set(taken) == {torch.float32}

@@ -29,11 +29,11 @@ def pytest_collection_finish(session):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef):
-    """Test files are made of models whose weights are there from the start."""
+    """Checkpoints are made of models whose weights are there from the start."""
     from comfy import memory_management
 
     enabled = memory_management.aimdo_enabled
-    memory_management.aimdo_enabled = enabled and fixturedef.argname != "files"
+    memory_management.aimdo_enabled = enabled and fixturedef.argname != "checkpoints"
     try:
         return (yield)
     finally:

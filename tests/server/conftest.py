@@ -2,16 +2,9 @@
 
 import pytest
 from lib import pack
-from lib.random_checkpoints import make_checkpoints
 from PIL import Image
 
 pack.load_host()
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    """A `models` folder with the small random checkpoints."""
-    return make_checkpoints(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -7,11 +7,13 @@ import random
 import sys
 import threading
 from collections import Counter
+from pathlib import Path
 
 import requests
-from helpers_server import Receiver, wait_until
+from helpers_server import wait_until
+from lib.job_api import Receiver, upload
 
-KILLS = 20
+KILLS = 12
 LIFE_S = 0.5
 TERMINAL = {10, 11, 12}
 
@@ -44,20 +46,11 @@ def submit_until_killed(process, url, body, accepted, seconds):
     timer.join()
 
 
-def upload(url, path):
-    with open(path, "rb") as file:
-        data = file.read()
-    request = {"files": [{"filename": "a.png", "content_type": "image/png", "size": len(data)}]}
-    [file] = requests.post(f"{url}/files", json=request).json()["data"]
-    assert requests.put(file["upload_url"], data=data).ok
-    return file["uri"]
-
-
 def test_no_task_and_no_webhook_is_lost(tmp_path, checkpoints, job, image, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the preload, which knows no other
     receiver, accepted, moments = Receiver(), [], random.Random(0)
     with server(tmp_path, checkpoints) as (_, url):
-        body = job({"webhook": receiver.url}, image=upload(url, image))
+        body = job({"webhook": receiver.url}, image=upload(url, Path(image).read_bytes(), requests))
     for _ in range(KILLS):
         with server(tmp_path, checkpoints) as (process, url):
             submit_until_killed(process, url, body, accepted, moments.uniform(0.0, LIFE_S))
@@ -69,8 +62,6 @@ def test_no_task_and_no_webhook_is_lost(tmp_path, checkpoints, job, image, monke
             return Counter(found) if accepted and TERMINAL.issuperset(found) else None
 
         ended = wait_until(states, 300)
-        wait_until(
-            lambda: set(accepted) <= {headers["X-Wan21-Delivery"] for headers, _ in receiver.events}, 60
-        )
+        wait_until(lambda: set(accepted) <= {headers["X-Wan21-Delivery"] for headers, _ in receiver.requests})
     receiver.close()
     assert ended[10] > 0 and ended[11] <= KILLS and ended.total() == len(set(accepted))

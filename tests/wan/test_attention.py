@@ -65,7 +65,7 @@ def test_without_cuda_auto_is_sdpa(install):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_what_is_not_installed_says_how_to_get_it(name):
     with pytest.raises(
-        ValueError, match=rf"attention is {name}, and \w+ is not installed; get it with pip .*: sdpa$"
+        ValueError, match=rf"attention is {name}, and \w+ is not installed; get it with pip .*: sdpa\. Choose"
     ):
         choose_attention(name, CUDA, torch.bfloat16, 128)
 
@@ -112,7 +112,7 @@ def test_old_devices_are_named(install, hopper, monkeypatch):
     for name in ("flash", "xformers"):
         install(name)
     with pytest.raises(
-        ValueError, match=r"needs compute capability 8\.0 and the device has 7\.5.*: sdpa, xformers$"
+        ValueError, match=r"needs compute capability 8\.0 and the device has 7\.5.*: sdpa, xformers\. Choose"
     ):
         choose_attention("flash", CUDA, torch.float16, 128)
     assert choose_attention("xformers", CUDA, torch.float16, 128).name == "xformers"

@@ -85,18 +85,21 @@ def entry(begin=0, end=8, shape=(2,), dtype="F32"):
 
 DAMAGED = {
     "offsets beyond the file": ({"a": entry(0, 4_000_000_000, [1_000_000_000])}, "only 8 are there"),
-    "shape and place disagree": ({"a": entry(shape=[3])}, "'a' do not agree"),
-    "a huge shape": ({"a": entry(shape=[2**40, 2**40])}, "'a' do not agree"),
-    "very many dimensions": ({"a": entry(shape=[1] * 1000 + [2])}, "'a' do not agree"),
-    "a negative shape": ({"a": entry(shape=[-1, -2])}, "'a' do not agree"),
-    "end before begin": ({"a": entry(8, 0)}, "'a' do not agree"),
-    "one offset": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}, "'a' do not agree"),
-    "text for a number": ({"a": entry(shape=["2"])}, "'a' do not agree"),
-    "no table for a tensor": ({"a": 7}, "'a' do not agree"),
+    "shape and place disagree": ({"a": entry(shape=[3])}, "damaged safetensors file"),
+    "a huge shape": ({"a": entry(shape=[2**40, 2**40])}, "damaged safetensors file"),
+    "very many dimensions": ({"a": entry(shape=[1] * 1000 + [2])}, "damaged (a tensor of 1001 dimensions)"),
+    "a negative shape": ({"a": entry(shape=[-1, -2])}, "damaged safetensors file"),
+    "end before begin": ({"a": entry(8, 0)}, "damaged safetensors file"),
+    "one offset": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}, "header is damaged"),
+    "text for a number": ({"a": entry(shape=["2"])}, "damaged safetensors file"),
+    "no table for a tensor": ({"a": 7}, "header is damaged"),
     "overlapping tensors": ({"a": entry(), "b": entry()}, "damaged safetensors file"),
     "an unknown type": ({"a": entry(dtype="F31")}, "damaged safetensors file"),
     "bytes that no tensor uses": ({"a": entry(0, 4, [1])}, "damaged safetensors file"),
     "metadata that is no text": ({"__metadata__": {"n": 1}, "a": entry()}, "damaged safetensors file"),
+    "a place that is text": ({"a": entry(end="8")}, "header is damaged"),
+    "a place that is no number of bytes": ({"a": entry(end=7.5)}, "damaged safetensors file"),
+    "numbers too large for bytes": ({"a": entry(-(2**70), 8)}, "damaged safetensors file"),
     "half a header": (b'{"a": {"dtype"', "not JSON"),
     "endless nesting": (b'{"a":' + b"[" * 100_000, "not JSON"),
     "no text": (b'{"\xff\xfe": 1}', "not JSON"),
@@ -297,6 +300,9 @@ def test_shards_of_different_sets_are_refused(sharded):
 
 # --- memory -------------------------------------------------------------------------------------------
 
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc"
+)
 MEASURE = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -319,7 +325,45 @@ for path in sys.argv[2:]:
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+HOSTILE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from lib import pack
+pack.load_pack()
+from pathlib import Path
+from wan21.wan.files import BadFile, read_checkpoint
+
+def peak():
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+start = peak()
+for path in sys.argv[2:]:
+    try:
+        read_checkpoint(path)
+    except BadFile:
+        print(peak() - start)
+"""
+
+
+@needs_proc
+def test_hostile_headers_take_no_memory(tmp_path):
+    """4 GB, 2**80 numbers, 200,001 dimensions, 100 MB of header: refused before memory is taken for them."""
+    cases = dict(DAMAGED) | {"200,001 dimensions": ({"a": entry(shape=[1] * 200_000 + [2])}, "")}
+    paths = [tmp_path / f"{i}.safetensors" for i in range(len(cases) + 2)]
+    for path, (header, _) in zip(paths, cases.values()):
+        with_header(path, header, data=bytes(8))
+    for path, length in zip(paths[-2:], (100_000_001, 99_000_000)):
+        with_header(path, {"a": entry()}, length=length)
+    with paths[-2].open("r+b") as file:
+        file.truncate(200_000_000)
+    script = [sys.executable, "-c", HOSTILE, str(ROOT / "scripts"), *map(str, paths)]
+    result = subprocess.run(script, capture_output=True, text=True, check=True, cwd=tmp_path)
+    taken = [int(line) for line in result.stdout.splitlines()]
+    assert len(taken) == len(paths) and max(taken) < 32 * 2**20
+
+
+@needs_proc
 def test_memory_stays_at_the_size_of_the_file(tmp_path):
     # The smaller file first: a peak is never taken back.
     sizes = {"vae.pth": 64 * 2**20, "wan.safetensors": 208 * 2**20}

@@ -42,13 +42,29 @@ def test_weights_come_back_close(kind):
     assert relative(back, weight) < bound
 
 
+@pytest.mark.parametrize("kind", ["IQ2_XXS", "IQ4_NL", "IQ4_XS", "TQ2_0"])
+def test_other_types_are_unpacked_by_the_package(kind):
+    quant = gguf.GGMLQuantizationType[kind]
+    numbers, size = gguf.GGML_QUANT_SIZES[quant]
+    data = np.random.default_rng(1).integers(0, 256, (4, 3 * size), dtype=np.uint8)
+    expected, shape = gguf.quants.dequantize(data, quant), (4, 3 * numbers)
+    assert wg.packed_bytes(kind, shape) == data.size
+    ours = wg.dequantize(torch.from_numpy(data), kind, shape)
+    assert ours.dtype == torch.float32 and ours.shape == shape
+    assert np.array_equal(ours.numpy(), expected, equal_nan=True)
+    half = wg.dequantize(torch.from_numpy(data).reshape(-1), kind, (2, 2, 3 * numbers), torch.bfloat16)
+    assert torch.equal(half.flatten().nan_to_num(), ours.bfloat16().flatten().nan_to_num())
+
+
 def test_the_table_of_blocks_is_the_packages():
     for kind, block in wg.BLOCKS.items():
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] == block
 
 
 def test_what_cannot_be_read_is_named():
-    with pytest.raises(ValueError, match=r"the GGUF type IQ2_XXS is not read here\. Pick a file in one of"):
-        wg.packed_bytes("IQ2_XXS", (4, 256))
+    with pytest.raises(ValueError, match=r"the GGUF type Q8_K is not read here\. Pick a file in one of"):
+        wg.packed_bytes("Q8_K", (4, 256))
+    with pytest.raises(ValueError, match=r"the GGUF type Q99 is not read here\. Pick a file in one of"):
+        wg.packed_bytes("Q99", (4, 256))
     with pytest.raises(ValueError, match="rows of 100 numbers are no whole blocks of 256"):
         wg.packed_bytes("Q6_K", (4, 100))

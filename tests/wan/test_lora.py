@@ -133,8 +133,7 @@ def test_mixed_ranks_each_with_its_alpha():
         change = 2.0 / rank * f64(up) @ f64(down)
         expected[f"blocks.0.{layer}.weight"] = lambda w, change=change: w + change
     check(file, expected)
-    report = "\n".join(wl.lora_report(wl.match_lora(file, T2V)))
-    assert "rank: 1 x 1, 1 x 3, 1 x 4" in report
+    assert [patch.rank for _, patch in wl.match_lora(file, T2V).patches] == [1, 3, 4]
 
 
 def test_the_alpha_of_lycoris_holds_its_rank_stabilisation():
@@ -327,9 +326,6 @@ def test_i2v_lora_on_t2v_applies_what_fits_and_says_the_rest():
     for key in image:
         assert lora.unmatched[key] == "image-branch keys on a model without image branch"
     assert lora.unmatched["diffusion_model.patch_embedding.diff"] == "made for layers of another size"
-    report = "\n".join(wl.lora_report(lora))
-    assert "applied: 2 of 7 keys, 1 layers, 1 x low-rank" in report
-    assert "left out: 4 keys, image-branch keys on a model without image branch: diffusion_model." in report
 
 
 def test_t2v_lora_on_i2v_applies_in_whole_except_the_patch_embedding():
@@ -362,9 +358,6 @@ def test_keys_that_do_not_fit_are_listed_with_the_reason(file, reason):
     assert [key for key, _ in lora.patches] == ["blocks.0.self_attn.v.weight"]
     assert lora.unmatched.keys() == file.keys()
     assert all(reason in why for why in lora.unmatched.values())
-    wl.check_lora(lora)
-    with pytest.raises(ValueError, match=f"^{len(file)} keys do not fit the model: .*Turn strict off"):
-        wl.check_lora(lora, strict=True)
 
 
 def test_a_misfit_magnitude_takes_its_layer_out():
@@ -372,8 +365,7 @@ def test_a_misfit_magnitude_takes_its_layer_out():
     lora = wl.match_lora(file, T2V)
     assert lora.patches == []
     assert lora.unmatched.keys() == file.keys()
-    with pytest.raises(ValueError, match=r"none of its 3 keys fits the model: .*magnitude"):
-        wl.check_lora(lora)
+    assert all("DoRA magnitude (5, 1) does not fit" in why for why in lora.unmatched.values())
 
 
 def test_two_spellings_of_one_layer_are_used_once():
@@ -386,28 +378,11 @@ def test_two_spellings_of_one_layer_are_used_once():
     assert all("the same as diffusion_model." in why for why in lora.unmatched.values())
 
 
-def test_no_more_than_ten_names_are_shown():
-    file = {}
-    for i in range(2, 9):
-        file |= low_rank(f"diffusion_model.blocks.{i}.self_attn.q")
-    text = str(wl.lora_report(wl.match_lora(file, T2V)))
-    assert text.count("lora_") == 10 and "and 4 more" in text
-
-
 def test_a_file_that_is_no_lora_is_named():
     with pytest.raises(
         ValueError, match=r"not a LoRA\. It is a Wan2.1 diffusion model; load it as a diffusion model"
     ):
         wl.match_lora({k: torch.empty(s, device="meta") for k, s in T2V.items()}, T2V)
-
-
-def test_blocks_are_named_as_ranges():
-    shapes = shapes_of(in_dim=16, num_layers=6)
-    file = {}
-    for i in (0, 1, 2, 4):
-        file |= low_rank(f"blocks.{i}.self_attn.q")
-    lines = wl.lora_report(wl.match_lora(file | low_rank("text_embedding.2"), shapes))
-    assert "blocks: 0-2, 4" in lines and "outside the blocks: text_embedding.2" in lines
 
 
 def test_files_stored_in_half_precision_and_fp8():

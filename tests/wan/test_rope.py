@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from wan21.wan.rope import apply_rope, axis_frequencies, riflex, riflex_least_frames, rope_table
+from wan21.wan.riflex import riflex, riflex_least_frames
+from wan21.wan.rope import apply_rope, axis_frequencies, rope_table
 
 
 def released(x, grid):

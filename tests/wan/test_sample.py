@@ -1,6 +1,7 @@
 """The sampling loop with a toy velocity: what is asked of the model, and when."""
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -8,10 +9,17 @@ import torch
 from wan21.wan.attention import SDPA, Attention
 from wan21.wan.config import WanConfig
 from wan21.wan.dit import Pass
-from wan21.wan.guidance import cfg, cfg_zero_star
+from wan21.wan.execution import Execution
+from wan21.wan.guidance import CfgZeroStar, ZeroInit, cfg, cfg_zero_star
 from wan21.wan.memory import plans_from
-from wan21.wan.sample import NotFinite, SampleJob, sample
-from wan21.wan.teacache import Profile, TeaCache, plan_steps
+from wan21.wan.option import Option
+from wan21.wan.retry import FiniteOrSdpa, NotFinite, WithinMemory
+from wan21.wan.riflex import Riflex
+from wan21.wan.sample import SampleJob, sample
+from wan21.wan.sigmas import FIRST_SIGMA
+from wan21.wan.skip_layer import SkipLayers
+from wan21.wan.solvers import SOLVERS
+from wan21.wan.teacache import Profile, Residuals, TeaCache, plan_steps
 
 
 @pytest.fixture
@@ -101,9 +109,17 @@ def test_every_step_is_reported_with_the_estimate(noise):
     assert all(torch.allclose(x0, clean, atol=1e-5) for _, x0 in steps)
 
 
-def options(**fields):
-    defaults = dict(steps=6, guidance_scale=3.0, solver="euler")
+def options(*chosen, **fields):
+    defaults = dict(steps=6, guidance_scale=3.0, solver="euler", options=chosen)
     return SampleJob(**(defaults | fields))
+
+
+def sample_again(job, toy, noise):
+    """`sample` with both denoisers around the toy -> (latent, record, what these said)"""
+    said = []
+    plans = plans_from(True, len(job.pass_names))
+    inner = WithinMemory(toy, plans, getattr(toy, "make_room", lambda: False), said.append)
+    return *sample(job, FiniteOrSdpa(inner, said.append), noise, None), said
 
 
 @pytest.fixture
@@ -115,7 +131,7 @@ def two():
 
 def test_cfg_star_begins_at_its_step(noise, two):
     cond, uncond = two["cond"], two["uncond"]
-    job = options(cfg_star=True, cfg_star_start_step=4)
+    job = options(CfgZeroStar(start_step=4))
     out, record = sample(job, Toy(two), noise, None)
     steps = torch.tensor(record.sigmas).diff()
     plain, starred = cfg(cond, uncond, 3.0), cfg_zero_star(cond, uncond, 3.0)
@@ -125,7 +141,7 @@ def test_cfg_star_begins_at_its_step(noise, two):
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_zero_init_leaves_the_latent_and_asks_nothing_of_the_model(noise, two, scale):
     toy = Toy(two)
-    out, record = sample(options(guidance_scale=scale, zero_init_steps=2), toy, noise, None)
+    out, record = sample(options(ZeroInit(2), guidance_scale=scale), toy, noise, None)
     assert len(toy.calls) == 4 and torch.equal(toy.calls[0][0], noise)
     assert [len(names) for names in record.passes] == [0, 0, *[1 + (scale != 1)] * 4]
     v = two["cond"] if scale == 1 else cfg(two["cond"], two["uncond"], scale)
@@ -133,7 +149,7 @@ def test_zero_init_leaves_the_latent_and_asks_nothing_of_the_model(noise, two, s
 
 
 def test_options_of_the_unconditional_pass_are_named_when_there_is_none(noise, two):
-    job = options(guidance_scale=1.0, cfg_star=True, skip_layers=(1,))
+    job = options(CfgZeroStar(), SkipLayers((1,)), guidance_scale=1.0)
     out, record = sample(job, Toy(two), noise, None)
     assert [note.split(" has")[0] for note in record.notes] == ["cfg_star", "skip_layers"]
     assert torch.equal(out, sample(options(guidance_scale=1.0), Toy(two), noise, None)[0])
@@ -141,7 +157,7 @@ def test_options_of_the_unconditional_pass_are_named_when_there_is_none(noise, t
 
 def test_skip_layers_go_around_the_runner_in_their_steps(noise, two):
     toy = Toy(two)
-    sample(options(steps=10, skip_layers=(1,), skip_layer_start_percent=20), toy, noise, None)
+    sample(options(SkipLayers((1,), start_percent=20), steps=10), toy, noise, None)
     assert [len(call.around) for _, _, call in toy.calls] == [0, 0, 1, 1, 1, 1, 1, 1, 1, 0]
 
 
@@ -157,7 +173,8 @@ RIFLEX_CASES = [
 def test_riflex_edits_frequencies_or_says_why_not(mode, frames, edited, note):
     noise = torch.zeros(1, 16, frames, 2, 2)
     toy = Toy({"cond": noise})
-    _, record = sample(options(guidance_scale=1.0, steps=1, riflex=mode), toy, noise, None)
+    chosen = () if mode == "off" else (Riflex(mode),)
+    _, record = sample(options(*chosen, guidance_scale=1.0, steps=1), toy, noise, None)
     assert (toy.calls[0][2].frequencies is not None) == edited
     assert [n for n in record.notes if note and note in n] == record.notes
 
@@ -165,7 +182,7 @@ def test_riflex_edits_frequencies_or_says_why_not(mode, frames, edited, note):
 def test_teacache_plans_over_the_steps_that_run(noise, two):
     """A partial run plans its own steps, and zero-init steps are none of the model's."""
     profile = Profile("identity", (1.0, 0.0))
-    job = options(steps=8, denoise=0.5, zero_init_steps=1, teacache_multiplier=2.0, teacache_profile=profile)
+    job = options(ZeroInit(1), TeaCache(2.0, profile=profile), steps=8, denoise=0.5)
     toy = Toy(two)
     _, record = sample(job, toy, noise, torch.zeros_like(noise))
     told = torch.tensor(record.timesteps[1:])[:, None]
@@ -175,8 +192,51 @@ def test_teacache_plans_over_the_steps_that_run(noise, two):
 
 def test_an_explicit_attention_reaches_the_model(noise, two):
     toy = Toy(two)
-    sample(options(attention=SDPA, joint_pass=False), toy, noise, None)
+    sample(options(Execution(joint=False, attention=SDPA)), toy, noise, None)
     assert all(call.attention is SDPA and not call.plan.joint for _, _, call in toy.calls)
+
+
+def sample_midpoint(velocity, x, sigmas, callback=None):
+    """The midpoint method: a second velocity half way down each step."""
+    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+        middle = (sigma + sigma_next) / 2
+        half = x + (middle - sigma) * velocity(x, sigma)
+        v = velocity(half, middle)
+        if callback is not None:
+            callback(i, x - sigma * v, x)
+        x = x + (sigma_next - sigma) * v
+    return x
+
+
+def test_a_solver_may_ask_between_two_noise_levels(noise, two, monkeypatch):
+    """The step is then the one under way, and the model is told the noise level of the latent itself."""
+    monkeypatch.setitem(SOLVERS, "midpoint", sample_midpoint)
+    monkeypatch.setitem(FIRST_SIGMA, "midpoint", 1.0)
+    toy = Toy(two)
+    chosen = ZeroInit(1), CfgZeroStar(start_step=3), SkipLayers((0,), start_percent=50, end_percent=100)
+    profile = Profile("identity", (1.0, 0.0))
+    job = options(*chosen, TeaCache(1.5, profile=profile), solver="midpoint", steps=4)
+    out, record = sample(job, toy, noise, None)
+    sigmas = record.sigmas
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(sigmas)]
+    asked = [sigma for pair in zip(sigmas, middles) for sigma in pair][2:]
+    assert [t for _, t, _ in toy.calls] == pytest.approx([1000 * sigma for sigma in asked])
+    assert [call.step for _, _, call in toy.calls] == [1, 1, 2, 2, 3, 3]
+    assert [len(call.around) for _, _, call in toy.calls] == [1, 1, 2, 2, 2, 2]
+    assert record.passes == [()] * 2 + [("cond", "uncond")] * 6 and len(record.seconds) == 4
+    plain, starred = cfg(two["cond"], two["uncond"], 3.0), cfg_zero_star(two["cond"], two["uncond"], 3.0)
+    expected = noise + (sigmas[3] - sigmas[1]) * plain - sigmas[3] * starred
+    assert torch.allclose(out, expected, atol=1e-5)
+
+
+def test_the_neutral_option_changes_nothing(noise, two):
+    class Neutral(Option):
+        pass
+
+    toys = Toy(two), Toy(two)
+    outs = [sample(options(*chosen), toy, noise, None) for toy, chosen in zip(toys, ((), (Neutral(),)))]
+    assert torch.equal(outs[0][0], outs[1][0]) and outs[1][1].notes == []
+    assert [call for _, _, call in toys[0].calls] == [call for _, _, call in toys[1].calls]
 
 
 class Overflows(Toy):
@@ -200,9 +260,9 @@ SAGE = Attention("sage", SDPA.function, quantised=True)
 def test_nan_of_a_quantised_backend_redoes_the_step_with_sdpa(noise, two, first, said, step):
     toy = Overflows(two)
     toy.bad_steps = (step,)
-    out, record = sample(options(attention=first), toy, noise, None)
+    out, _, notes = sample_again(options(Execution(attention=first)), toy, noise)
     assert [call.attention for _, _, call in toy.calls] == [first] * (step + 1) + [SDPA] * (6 - step)
-    assert len(record.notes) == 1 and f"{said} gave NaN in step {step + 1}" in record.notes[0]
+    assert len(notes) == 1 and f"{said} gave NaN in step {step + 1}" in notes[0]
     assert torch.equal(out, sample(options(), Toy(two), noise, None)[0])
 
 
@@ -214,22 +274,22 @@ def test_nan_of_the_model_ends_the_run_at_once(noise, two):
     for attention, calls in ((SDPA, 1), (None, 2)):
         toy = Broken(two)
         with pytest.raises(NotFinite, match="step 1 of 6 gave NaN or infinite"):
-            sample(options(attention=attention), toy, noise, None)
+            sample_again(options(Execution(attention=attention)), toy, noise)
         assert len(toy.calls) == calls
 
 
 @pytest.mark.parametrize(
     "idle, note",
     [
-        ({"cfg_star": True, "cfg_star_start_step": 6}, "cfg_star has no effect: it starts at step 6 of 6"),
+        (CfgZeroStar(start_step=6), "cfg_star has no effect: it starts at step 6 of 6"),
         (
-            {"skip_layers": (0,), "skip_layer_start_percent": 100, "skip_layer_end_percent": 100},
+            SkipLayers((0,), start_percent=100, end_percent=100),
             "skip_layers has no effect: no step of 6 lies between 100 % and 100 %",
         ),
     ],
 )
 def test_what_has_no_effect_is_said(noise, two, idle, note):
-    out, record = sample(options(**idle), Toy(two), noise, None)
+    out, record = sample(options(idle), Toy(two), noise, None)
     assert [text.startswith(note) for text in record.notes] == [True]
     assert torch.equal(out, sample(options(), Toy(two), noise, None)[0])
 
@@ -237,8 +297,8 @@ def test_what_has_no_effect_is_said(noise, two, idle, note):
 def test_a_quantised_backend_that_works_is_kept(noise, two):
     toy = Overflows(two)
     toy.bad_steps = ()
-    _, record = sample(options(attention=SAGE, zero_init_steps=1), toy, noise, None)
-    assert {call.attention.name for _, _, call in toy.calls} == {"sage"} and record.notes == []
+    _, record, notes = sample_again(options(ZeroInit(1), Execution(attention=SAGE)), toy, noise)
+    assert {call.attention.name for _, _, call in toy.calls} == {"sage"} and record.notes + notes == []
 
 
 def test_everything_at_once_on_an_error_leaves_no_tensor_behind(noise, two):
@@ -261,12 +321,12 @@ def test_everything_at_once_on_an_error_leaves_no_tensor_behind(noise, two):
             kept.append(weakref.ref(e))
             return e
 
-    job = options(teacache_multiplier=2.0, teacache_profile=Profile("flat", (0.0, 1.0)), skip_layers=(0,))
+    job = options(SkipLayers((0,)), TeaCache(2.0, profile=Profile("flat", (0.0, 1.0))))
     with pytest.raises(RuntimeError, match="stop"):
         sample(job, Fails(two), noise, None)
     gc.collect()
     assert kept[0]() is None
-    assert not [o for o in gc.get_objects() if type(o) is TeaCache]
+    assert not [o for o in gc.get_objects() if type(o) is Residuals]
 
 
 class RunsOut(Toy):
@@ -290,20 +350,20 @@ class RunsOut(Toy):
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
 def test_out_of_memory_lowers_the_plan_and_repeats_the_step(noise, two, solver):
     toy = RunsOut(two, at=(3, 4))
-    out, record = sample(options(solver=solver), toy, noise, None)
+    out, record, notes = sample_again(options(solver=solver), toy, noise)
     assert torch.equal(out, sample(options(solver=solver), Toy(two), noise, None)[0])
     together, parts, least = plans_from(True)
     assert toy.tried == [together] * 3 + [parts] + [least] * 4
-    assert [note.split(",")[0] for note in record.notes] == ["out of memory in step 3"] * 2
+    assert [note.split(",")[0] for note in notes] == ["out of memory in step 3"] * 2
     assert len(record.seconds) == 6
 
 
 def test_out_of_memory_with_the_least_plan_takes_weights_off_or_fails(noise, two):
     toy = RunsOut(two, at=range(2, 6), rooms=4)
-    sample(options(), toy, noise, None)
+    sample_again(options(), toy, noise)
     assert len(toy.tried) == 10
     with pytest.raises(torch.OutOfMemoryError, match=r"no memory\. This was with the plan of least memory"):
-        sample(options(), RunsOut(two, at=range(2, 6), rooms=3), noise, None)
+        sample_again(options(), RunsOut(two, at=range(2, 6), rooms=3), noise)
     endless = RunsOut(two, at=range(1000), rooms=1000)
     with pytest.raises(torch.OutOfMemoryError):
-        sample(options(), endless, noise, None)
+        sample_again(options(), endless, noise)

@@ -12,7 +12,7 @@ from wan21.wan.teacache import (
     COEFFICIENTS,
     PROFILES,
     Profile,
-    TeaCache,
+    Residuals,
     check_coefficients,
     choose_profile,
     plan_steps,
@@ -130,7 +130,7 @@ def plan_of(marks):
 
 
 def test_a_computed_step_is_bitwise_the_plain_one(step):
-    cache = TeaCache(plan_of("#.##"))
+    cache = Residuals(plan_of("#.##"))
     plain = [step(lambda r: r, t) for t in (900.0, 500.0, 100.0)]
     for i, t, expected in ((0, 900.0, plain[0]), (2, 500.0, plain[1]), (3, 100.0, plain[2])):
         assert torch.equal(step(cache.around(i), t), expected)
@@ -138,7 +138,7 @@ def test_a_computed_step_is_bitwise_the_plain_one(step):
 
 def test_a_reused_step_adds_the_residual_of_its_own_pass_and_runs_the_head(model, step):
     """At the same timestep a reused step gives the computed one; at another the head still follows time."""
-    cache = TeaCache(plan_of("#..#"))
+    cache = Residuals(plan_of("#..#"))
     computed = step(cache.around(0), 900.0)
     same = step(cache.around(1), 900.0)
     assert torch.allclose(same, computed, atol=1e-5)
@@ -157,7 +157,7 @@ def test_a_reused_step_adds_the_residual_of_its_own_pass_and_runs_the_head(model
 
 
 def test_passes_may_walk_alone(step):
-    joint, apart = TeaCache(plan_of("#.#")), TeaCache(plan_of("#.#"))
+    joint, apart = Residuals(plan_of("#.#")), Residuals(plan_of("#.#"))
     step(joint.around(0), 900.0)
     for name in ("cond", "uncond"):
         step(apart.around(0), 900.0, (name,))
@@ -165,7 +165,7 @@ def test_passes_may_walk_alone(step):
 
 
 def test_residuals_are_kept_only_for_a_step_that_reuses_them(step):
-    cache = TeaCache(plan_of("##.#"))
+    cache = Residuals(plan_of("##.#"))
     step(cache.around(0), 900.0)
     assert cache.residuals == {}
     step(cache.around(1), 800.0)
@@ -174,7 +174,7 @@ def test_residuals_are_kept_only_for_a_step_that_reuses_them(step):
 
 def test_16_bit_models_keep_bfloat16_residuals():
     g = torch.Generator().manual_seed(4)
-    cache = TeaCache(plan_of("#.#"))
+    cache = Residuals(plan_of("#.#"))
 
     class Token:
         name, text = "cond", torch.zeros(1, dtype=torch.float16)

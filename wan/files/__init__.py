@@ -1,15 +1,14 @@
 """Reads checkpoint files, and says in a sentence what is wrong with one that cannot be read.
 
 A file is looked at before it is opened: its first bytes tell a safetensors file from a Git LFS pointer,
-a saved web page or a pickle, and every length in a safetensors header is checked against the size of the
-file before memory is taken for it. Tensors are mapped from the file, not copied.
+a saved web page or a pickle, and what its header states is compared with the size of the file before memory
+is taken for it. Tensors are mapped from the file, not copied.
 
 Renaming the layouts people have into Wan's own names is in `keys` (DiT, VAE) and `umt5`
 (text encoder); the functions a loader needs are also importable from here.
 """
 
 import json
-import math
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -46,7 +45,7 @@ __all__ = [
     "wan_dit_key",
 ]
 
-MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format itself
 MAX_INDEX_BYTES = 100_000_000
 MAX_RANK = 64
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -54,11 +53,6 @@ PICKLE_SUFFIXES = (".pth", ".pt")
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 # Kinds the Wan2.1 release itself publishes as pickles (Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth).
 PICKLED_KINDS = ("wan21_vae", "umt5")
-DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
-    "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
-    "U64": 64, "I64": 64, "F64": 64,
-}  # fmt: skip
 
 
 class Checkpoint(NamedTuple):
@@ -72,7 +66,7 @@ ReadOne = Callable[[Path], Checkpoint]  # reads one safetensors file
 
 
 def read_checkpoint(path: str | Path, name: str | None = None) -> Checkpoint:
-    """Read one checkpoint file, or the whole set that a shard or its index belongs to.
+    """One checkpoint file, or the whole set that a shard or its index belongs to.
 
     Tensors are on the CPU and mapped from the file: pages are read when first used, and writing to a
     tensor does not change the file.
@@ -124,7 +118,7 @@ def _read(path: Path, read_one: ReadOne) -> Checkpoint:
 
 
 def check_head(head: bytes) -> None:
-    """Refuse a download by its first bytes.
+    """Refuses a download by its first bytes.
 
     Raises:
         Refusal: it is something else than a safetensors file; without a name.
@@ -136,7 +130,7 @@ def check_head(head: bytes) -> None:
 def check_keys(
     expected: Mapping[str, tuple[int, ...]], state_dict: Mapping[str, Tensor], name: str = "this file"
 ) -> None:
-    """Compare a state dict with what a model needs.
+    """Compares a state dict with what a model needs.
 
     Bookkeeping keys of quantised checkpoints (`is_quantization_key`) are not compared.
 
@@ -178,7 +172,7 @@ def _shard_names(name: str, shard: re.Match) -> list[str]:
 
 
 def _read_index(path: Path, read_one: ReadOne) -> Checkpoint:
-    """Read the shards that a `*.safetensors.index.json` lists in its `weight_map` (key -> file name)."""
+    """Reads the shards that a `*.safetensors.index.json` lists in its `weight_map` (key -> file name)."""
     fault = "not the index of a sharded checkpoint"
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise Refusal(f"{fault}: it is larger than {MAX_INDEX_BYTES} bytes", AGAIN)
@@ -258,7 +252,10 @@ def _read_header(path: Path) -> Checkpoint:
 
 
 def _check_header(path: Path) -> None:
-    """Check every length the header states against the file's size."""
+    """Refuses a file that is shorter than it says, before memory is taken for what it says.
+
+    Types, shapes against places, gaps and overlaps are checked by safetensors when it opens the file.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(1024)
@@ -275,35 +272,22 @@ def _check_header(path: Path) -> None:
             raise Refusal(f"truncated: it has {size} bytes, and its header alone takes {length + 8}", AGAIN)
         file.seek(8)
         raw = file.read(length)
+    data_bytes = size - 8 - length
     try:
-        header = json.loads(raw)
+        entries = [entry for key, entry in json.loads(raw).items() if key != "__metadata__"]
+        needed = max((entry["data_offsets"][1] for entry in entries), default=0)
+        rank = max((len(entry["shape"]) for entry in entries), default=0)
+        is_cut = needed > data_bytes
     except (ValueError, RecursionError) as error:
         raise Refusal("its header is damaged (not JSON)", AGAIN) from error
-    if not isinstance(header, dict):
-        raise Refusal("its header is damaged (no table)", AGAIN)
-    _check_offsets(header, size - 8 - length)
-
-
-def _check_offsets(header: dict, data_bytes: int) -> None:
-    """Check each tensor's shape against its place, and the last place against the bytes present."""
-    end_of_data = 0
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        try:
-            begin, end = entry["data_offsets"]
-            shape, bits = entry["shape"], DTYPE_BITS.get(entry["dtype"])
-            is_sane = 0 <= begin <= end and len(shape) <= MAX_RANK and all(side >= 0 for side in shape)
-            is_sane = is_sane and (bits is None or math.prod(shape) * bits == 8 * (end - begin))
-        except (TypeError, KeyError, ValueError):
-            is_sane = False
-        if not is_sane:
-            raise Refusal(f"its header is damaged: shape and place of {key!r} do not agree", AGAIN)
-        end_of_data = max(end_of_data, end)
-    if end_of_data > data_bytes:
+    except (AttributeError, TypeError, KeyError, IndexError) as error:
+        raise Refusal("its header is damaged (no table of tensors)", AGAIN) from error
+    if rank > MAX_RANK:  # safetensors itself has no bound
+        raise Refusal(f"its header is damaged (a tensor of {rank} dimensions)", AGAIN)
+    if is_cut:
         raise Refusal(
-            f"truncated: its tensors take {end_of_data} bytes and only {data_bytes} are there "
-            f"({data_bytes / end_of_data:.0%})",
+            f"truncated: its tensors take {needed} bytes and only {data_bytes} are there "
+            f"({data_bytes / needed:.0%})",
             AGAIN,
         )
 
@@ -312,7 +296,7 @@ def _check_offsets(header: dict, data_bytes: int) -> None:
 
 
 def _read_pickle(path: Path, head: bytes) -> Checkpoint:
-    """Read a tensors-only pickle; `weights_only` refuses whatever would have to be run."""
+    """Reads a tensors-only pickle; `weights_only` refuses whatever would have to be run."""
     if head[:1] == b"\x80":
         raise Refusal(
             "a pickle of PyTorch's old format, which cannot be mapped from the file",

@@ -36,7 +36,7 @@ def listed(names: Iterable[str], limit: int = 10) -> str:
 
 
 def is_safetensors(head: bytes) -> bool:
-    """The format: 8 bytes of little-endian header length, then that many bytes of JSON, then the data."""
+    """Whether a file begins as safetensors: 8 bytes of header length, then a JSON table."""
     return head[8:9] == b"{"
 
 

@@ -2,7 +2,8 @@
 
 A row is cut into blocks of 32 or 256 numbers; a block holds a half-precision scale (and offset) and a few
 bits per number. The layouts are those of ggml (ggml-quants.c), as the `gguf` package reads them; in float32
-the numbers equal `gguf.quants.dequantize` bit for bit.
+the numbers equal `gguf.quants.dequantize` bit for bit. Types that have no code here (IQ4_XS and the like) the
+package itself unpacks, on the CPU.
 
 N blocks.
 """
@@ -10,6 +11,7 @@ N blocks.
 import math
 import sys
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +21,7 @@ from torch import Tensor
 from ..refusal import Refusal
 from .bad_file import AGAIN, naming
 
-# Type -> (numbers, bytes) of a block.
+# Type -> (numbers, bytes) of a block, of the types unpacked here.
 BLOCKS = {
     "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2),
     "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
@@ -33,11 +35,12 @@ def packed_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes that a tensor takes in a type.
 
     Raises:
-        Refusal: the type is not known here, or rows of this length have no whole number of blocks.
+        Refusal: neither we nor the package unpack the type, or rows of this length are no whole blocks.
     """
-    if kind not in BLOCKS:
+    block = BLOCKS.get(kind) or _block_of_package(kind)
+    if block is None:
         raise Refusal(f"the GGUF type {kind} is not read here", f"Pick a file in one of {', '.join(BLOCKS)}")
-    numbers, size = BLOCKS[kind]
+    numbers, size = block
     if shape and shape[-1] % numbers:
         raise Refusal(
             f"rows of {shape[-1]} numbers are no whole blocks of {numbers} ({kind}): the file is damaged",
@@ -46,17 +49,37 @@ def packed_bytes(kind: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // numbers * size
 
 
-def dequantize(data: Tensor, kind: str, shape: tuple[int, ...], dtype=torch.float32) -> Tensor:
-    """Unpack one tensor.
+@cache
+def _block_of_package(kind: str) -> tuple[int, int] | None:
+    """(numbers, bytes) of a block of a type that the package unpacks; None if it does not, or is missing."""
+    try:
+        import gguf
+
+        quant = gguf.GGMLQuantizationType[kind]
+        numbers, size = gguf.GGML_QUANT_SIZES[quant]
+        gguf.quants.dequantize(torch.zeros(1, size, dtype=torch.uint8).numpy(), quant)
+    except (ImportError, KeyError, NotImplementedError):
+        return None
+    return numbers, size
+
+
+def dequantize(data: Tensor, kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """One tensor, unpacked.
 
     Args:
-        data: uint8, `packed_bytes(kind, shape)` of them in any shape, on the device to compute on.
-        kind: a name of `BLOCKS`.
+        data: uint8, `packed_bytes(kind, shape)` of them in any shape, on the device to compute on: the CPU
+            for a kind that is not in `BLOCKS`.
+        kind: name of a type, as in `packed_bytes`.
         shape: of the result, rows last.
         dtype: of the result; the arithmetic is float32.
     """
     if kind in _PLAIN:
         return data.contiguous().view(_PLAIN[kind]).reshape(shape).to(dtype)
+    if kind not in BLOCKS:
+        import gguf
+
+        numbers = gguf.quants.dequantize(data.reshape(1, -1).numpy(), gguf.GGMLQuantizationType[kind])
+        return torch.from_numpy(numbers).reshape(shape).to(dtype)
     return _UNPACK[kind](data.reshape(-1, BLOCKS[kind][1])).reshape(shape).to(dtype)
 
 
@@ -76,7 +99,7 @@ def _signed(data):
 def _fields(data, shifts, width, mask):
     """Bit fields: of each run of `width` bytes first all of one shift, then all of the next -> (N, count)."""
     runs = data.reshape(data.shape[0], -1, 1, width)
-    # Numbers, not a tensor of them: bringing that to a GPU would wait for all that runs there.
+    # Shifts are Python ints: copying a tensor of them to the GPU would synchronise.
     return torch.cat([(runs >> shift) & mask for shift in shifts], dim=2).flatten(1)
 
 
@@ -167,7 +190,7 @@ class Packed(NamedTuple):
 
     Attributes:
         data: uint8, one row of blocks per row of the tensor.
-        kind: a name of `BLOCKS`.
+        kind: name of its type, as in `packed_bytes`.
         shape: of the unpacked tensor.
     """
 
@@ -213,7 +236,7 @@ def _read(path: Path) -> dict[str, Packed]:
 
 def _packed(reader, tensor, size: int) -> Packed:
     kind = tensor.tensor_type.name
-    stored = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")  # what has more than ggml's four axes
+    stored = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")  # given for more axes than ggml's four
     if stored is None:
         shape = tuple(int(side) for side in reversed(tensor.shape))
     else:

@@ -21,8 +21,8 @@ PIPELINE_PARTS = (
     "model.diffusion_model.", "first_stage_model.", "vae.", "text_encoders.", "text_encoder.",
     "cond_stage_model.", "conditioner.", "clip_vision.",
 )  # fmt: skip
-MARKER = "model_type."  # a key that names the variant, in files for WanVideoWrapper; no weight
-QUANTO = "._data"  # how the keys of optimum-quanto's packed weights end
+MARKER = "model_type."  # WanVideoWrapper's files name the variant in a key that is no weight
+QUANTO = "._data"  # keys of optimum-quanto's packed weights end so
 QUANTIZATION_SUFFIXES = (
     "scaled_fp8", "scale_weight", "scale_input", "comfy_quant", "weight_scale", "weight_scale_2",
     "input_scale", "pre_quant_scale",
@@ -93,7 +93,7 @@ def is_quantization_key(key: str) -> bool:
 
 
 def refuse_quanto(state_dict: dict[str, Tensor]) -> None:
-    """Refuse weights that optimum-quanto packed.
+    """Refuses weights that optimum-quanto packed.
 
     Raises:
         Refusal: there are some.
@@ -107,7 +107,7 @@ def refuse_quanto(state_dict: dict[str, Tensor]) -> None:
 
 
 def refuse_loose_scales(state_dict: dict[str, Tensor]) -> None:
-    """Refuse scales that nothing would apply: the weights without them are noise.
+    """Refuses scales that nothing would apply: the weights without them are noise.
 
     Raises:
         Refusal: layers without a format (`<layer>.comfy_quant`) have scales, as in LightX2V's own fp8 and
@@ -124,9 +124,9 @@ def refuse_loose_scales(state_dict: dict[str, Tensor]) -> None:
 
 
 def to_wan_dit_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a DiT's keys to the Wan2.1 release's own (`blocks.0.self_attn.q.weight`, `head.modulation`).
+    """A DiT under the Wan2.1 release's own names (`blocks.0.self_attn.q.weight`, `head.modulation`).
 
-    Takes the release's names and diffusers' (`WanTransformer3DModel`), with or without one of
+    Read are the release's names and diffusers' (`WanTransformer3DModel`), with or without one of
     `DIT_PREFIXES`; from a whole-pipeline checkpoint, the DiT alone. Scales of quantised layers follow
     their layer. The tensors are those given, uncopied.
 
@@ -153,9 +153,9 @@ def wan_dit_key(key: str) -> str:
 
 
 def to_wan_vae_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a VAE's keys to the Wan2.1 release's own (`decoder.middle.0.residual.0.gamma`).
+    """A VAE under the Wan2.1 release's own names (`decoder.middle.0.residual.0.gamma`).
 
-    Takes the release's names and diffusers' (`AutoencoderKLWan`), with or without one of `VAE_PREFIXES`;
+    Read are the release's names and diffusers' (`AutoencoderKLWan`), with or without one of `VAE_PREFIXES`;
     from a whole-pipeline checkpoint, the VAE alone. The tensors are those given, uncopied.
 
     Raises:
@@ -169,7 +169,7 @@ def to_wan_vae_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def select_part(state_dict: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """Strip the first of `prefixes` that any key carries, and leave out the pipeline's other parts.
+    """A part of a whole-pipeline checkpoint: keys without the first of `prefixes` that any of them carries.
 
     Keys with neither stay, so that a later check can name them. Without any such prefix, a copy of the
     dict comes back.
@@ -199,7 +199,7 @@ def renamed(state_dict: dict[str, Tensor], rename: Callable[[str], str]) -> dict
 
 
 def replace_module(key: str, modules: dict[str, str]) -> str:
-    """Replace the module name that `key` begins with, up to a dot or the end."""
+    """A key with the module name that it begins with, up to a dot or the end, replaced."""
     for theirs, ours in modules.items():
         if key == theirs or key.startswith(theirs + "."):
             return ours + key[len(theirs) :]

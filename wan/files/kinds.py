@@ -4,6 +4,7 @@ A table of key patterns, first match wins; the few cases that only shapes tell a
 """
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -113,8 +114,8 @@ RULES: tuple[tuple[Kind, str], ...] = (
 _COMPILED = tuple((kind, re.compile(pattern, re.MULTILINE)) for kind, pattern in RULES)
 
 
-def detect_kind(state_dict: dict[str, Tensor]) -> Kind | None:
-    """Recognise a checkpoint by its keys (any layout or prefix) and, where those agree, its shapes.
+def detect_kind(state_dict: Mapping[str, Tensor]) -> Kind | None:
+    """What a checkpoint is, by its keys (any layout or prefix) and, where those agree, its shapes.
 
     Returns:
         The kind, or `None` when nothing known matches. A file with several parts is named by its
@@ -131,7 +132,7 @@ def detect_kind(state_dict: dict[str, Tensor]) -> Kind | None:
     return kind
 
 
-def not_a(expected: Kind, state_dict: dict[str, Tensor]) -> WrongKind:
+def not_a(expected: Kind, state_dict: Mapping[str, Tensor]) -> WrongKind:
     """The refusal of a state dict that was to be `expected`, naming what it is instead."""
     kind = detect_kind(state_dict)
     if kind:
@@ -143,7 +144,7 @@ def not_a(expected: Kind, state_dict: dict[str, Tensor]) -> WrongKind:
     )
 
 
-def _refine_dit(state_dict: dict[str, Tensor]) -> Kind:
+def _refine_dit(state_dict: Mapping[str, Tensor]) -> Kind:
     in_dim = _axis(state_dict, r"patch_embedding\.weight", 1)
     out_rows = _axis(state_dict, r"(head\.head|proj_out)\.weight", 0)  # 4 per latent channel
     if out_rows == 4 * 48:
@@ -153,7 +154,7 @@ def _refine_dit(state_dict: dict[str, Tensor]) -> Kind:
     return WAN21_DIT
 
 
-def _axis(state_dict: dict[str, Tensor], pattern: str, axis: int) -> int | None:
+def _axis(state_dict: Mapping[str, Tensor], pattern: str, axis: int) -> int | None:
     """Size of one axis of the first tensor whose name ends in `pattern`."""
     ending = re.compile(rf"(^|.*\.){pattern}")
     shape = next((tensor.shape for key, tensor in state_dict.items() if ending.fullmatch(key)), ())

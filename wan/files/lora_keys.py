@@ -15,7 +15,7 @@ PREFIXES = (
 )  # fmt: skip
 UNDERSCORED_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 TEXT_PREFIXES = ("lora_te", "text_encoder", "text_encoders", "te_", "conditioner")
-BARE_PARAMETERS = ("modulation", "emb_pos")  # their names are not followed by .weight
+BARE_PARAMETERS = ("modulation", "emb_pos")  # parameters whose names have no .weight after them
 
 # The end of a key says what its tensor is. `lora_A.default.weight` carries PEFT's adapter name.
 _ROLE = re.compile(
@@ -38,7 +38,7 @@ _DOTTED_BLOCK = {name.replace(".", "_"): name for name in _BLOCK_MODULES}
 
 
 def split_lora_key(key: str) -> tuple[str, str] | None:
-    """Split a key of any dialect.
+    """The layer and the role that a key of any dialect means.
 
     Returns:
         (layer under Wan's own name, role), for example
@@ -55,9 +55,10 @@ def split_lora_key(key: str) -> tuple[str, str] | None:
 def _role(match: re.Match) -> str:
     factor = match["factor"] or match["factor2"]
     if factor:
-        role = _FACTORS.get(factor, factor)
+        role = _FACTORS.get(factor) or factor
         return f"{role}_bias" if match["part"] == "bias" else role
-    return "magnitude" if match["magnitude"] else _ALIASES.get(match["role"], match["role"])
+    role = match["role"]
+    return "magnitude" if match["magnitude"] else _ALIASES.get(role) or role
 
 
 def bare_module(module: str) -> str:

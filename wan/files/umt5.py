@@ -1,10 +1,10 @@
-"""umT5 text encoders in the layouts people have -> Hugging Face's key names, and their configuration.
+"""umT5 text encoders in the layouts people have -> Hugging Face's key names, and their sizes.
 
-The host's text encoder (`comfy/text_encoders/t5.py`) uses Hugging Face's names. The Wan2.1 release's own
-(`wan/modules/t5.py`) are shorter: `blocks.0.attn.q.weight`.
+The Wan2.1 release's own names (`wan/modules/t5.py`) are shorter: `blocks.0.attn.q.weight`.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -19,7 +19,7 @@ UMT5_PREFIXES = (
     "transformer.",
 )  # fmt: skip
 LAST_NORM = "encoder.final_layer_norm.weight"
-TOKENIZER_KEY = "spiece_model"  # bytes of the SentencePiece tokenizer, in ComfyUI's files
+TOKENIZER_KEY = "spiece_model"  # some files carry the SentencePiece tokenizer as bytes
 TOKENIZERS_BESIDE = ("spiece.model", "google/umt5-xxl/spiece.model", "../tokenizer/spiece.model")
 
 RELEASE_MODULES = {"token_embedding": "shared", "norm": LAST_NORM.removesuffix(".weight")}
@@ -35,26 +35,12 @@ RELEASE_BLOCK_MODULES = {
     "ffn.fc1": "layer.1.DenseReluDense.wi_1",
     "ffn.fc2": "layer.1.DenseReluDense.wo",
 }
-UMT5_CONSTANTS = {
-    "decoder_start_token_id": 0,
-    "dropout_rate": 0.1,
-    "eos_token_id": 1,
-    "dense_act_fn": "gelu_pytorch_tanh",
-    "initializer_factor": 1.0,
-    "is_encoder_decoder": True,
-    "is_gated_act": True,
-    "layer_norm_epsilon": 1e-06,
-    "model_type": "umt5",
-    "output_past": True,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
 
 
 def to_umt5_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a umT5 encoder's keys to Hugging Face's, as the host's text encoder loads them.
+    """A umT5 encoder under Hugging Face's names.
 
-    Takes ComfyUI's and Hugging Face's layout (with `shared.weight`, `encoder.embed_tokens.weight` or both)
+    Read are Hugging Face's layout (with `shared.weight`, `encoder.embed_tokens.weight` or both)
     and the Wan2.1 release's, with or without one of `UMT5_PREFIXES`. A decoder and its output layer, which
     encoding does not use, are left out. The tokenizer's bytes stay under `spiece_model`, where present;
     scales of quantised layers follow their layer. The tensors are those given, uncopied.
@@ -84,15 +70,16 @@ def _huggingface_key(key: str) -> str:
     return replace_module(key, RELEASE_MODULES)
 
 
-def umt5_config(state_dict: dict[str, Tensor]) -> dict:
-    """Configuration of a umT5 encoder of any size, in the fields of the host's `umt5_config_xxl.json`.
+def umt5_config(state_dict: Mapping[str, Tensor]) -> dict[str, int]:
+    """Sizes of a umT5 encoder, read from its weights.
 
     Args:
         state_dict: in Hugging Face's names (`to_umt5_keys`).
 
     Returns:
-        Sizes read from the weights (`d_model`, `d_ff`, `d_kv`, `num_heads`, `num_layers`, `vocab_size`,
-        `relative_attention_num_buckets`) and the constants every umT5 shares (`UMT5_CONSTANTS`).
+        `d_model`, `d_ff`, `d_kv`, `num_heads`, `num_layers`, `num_decoder_layers`, `vocab_size` and
+        `relative_attention_num_buckets`, as in Hugging Face's `config.json`. What that holds besides is the
+        same in every umT5.
 
     Raises:
         Refusal: a tensor that a size is read from is missing, or the sizes contradict each other.
@@ -124,7 +111,7 @@ def umt5_config(state_dict: dict[str, Tensor]) -> dict:
         )
     blocks = {int(m[1]) for m in map(re.compile(r"encoder\.block\.(\d+)\.").match, state_dict) if m}
     num_layers = max(blocks) + 1
-    return UMT5_CONSTANTS | {
+    return {
         "d_model": d_model,
         "d_ff": shapes["gate"][0],
         "d_kv": inner_dim // num_heads,

@@ -4,31 +4,43 @@ What is decoded stays. The rest begins at the first missing frame, with just eno
 (`frames_left_out`) to give the frames of an undisturbed decode.
 """
 
+import math
 from collections import deque
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from . import WanVAE, report, scaled
-from .tiling import cut_windows
+from ..out_of_memory import is_out_of_memory
+from . import Progress, WanVAE, report
+from .past import Check
+from .tiling import cut_windows, scaled
 
 TILES = (512, 256, 128, 64)  # pixels, after whole frames
 
 
 class Piece(NamedTuple):
-    """A part of a batch of clips that is yet to be decoded, from one frame on."""
+    """A part of a batch of clips that is yet to be decoded.
+
+    Attributes:
+        sample: index of the clip.
+        rows, columns: in latent pixels.
+        first: the first pixel frame that is missing.
+    """
 
     sample: int
-    rows: slice  # latent pixels
+    rows: slice
     columns: slice
-    first: int  # pixel frame
+    first: int
 
     @property
-    def area(self):
+    def area(self) -> int:
+        """Latent pixels."""
         return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
 
-    def cut(self, tile):
-        """Pieces of at most `tile` x `tile` pixels; None and 0 leave it whole."""
+    def cut(self, tile: int | None) -> "list[Piece]":
+        """Pieces of at most `tile` x `tile` image pixels; None and 0 leave it whole."""
         if not tile:
             return [self]
         y, x = self.rows.start, self.columns.start
@@ -41,49 +53,69 @@ class Piece(NamedTuple):
         ]
 
 
-def decode_within_memory(vae, z, out, tile=None, retreat=None, last_resort=None, progress=None, check=None):
+def decode_within_memory(
+    vae: WanVAE,
+    z: Tensor,
+    out: Tensor,
+    tile: int | None = None,
+    retreat: Callable[[str], object] | None = None,
+    last_resort: Callable[[], WanVAE] | None = None,
+    progress: Progress | None = None,
+    check: Check | None = None,
+) -> None:
     """`WanVAE.decode` into `out`, in whole frames or tiles, going on in less memory where that runs out.
 
     Args:
-        vae, z, out: The WanVAE, and as for its `decode`; clips of a batch are decoded one by one.
-        tile: Pixels, a multiple of 8, to begin with; None or 0 is whole frames.
-        retreat: Called with one sentence before the decode goes on; frees what can be freed.
-        last_resort: Called when the smallest tiles do not fit; gives the VAE to go on with, on another device
-            maybe. None is no such VAE.
-        progress: Called as progress(done, total) with pixel frames; may raise.
-        check: As for `decode`.
+        vae: decodes, until memory runs out in the smallest tiles.
+        z: [B, z_dim, T, H/8, W/8], as for its `decode`; clips of a batch are decoded one by one.
+        out: [B, 3, F, H, W], on any device.
+        tile: pixels, a multiple of 8, to begin with; None or 0 is whole frames.
+        retreat: called with one sentence before the decode goes on; frees what can be freed.
+        last_resort: called when the smallest tiles do not fit; gives the VAE to go on with, maybe on another
+            device. None if there is no such VAE.
+        progress: called as progress(done, total) with pixel frames; may raise.
+        check: as for `decode`.
 
     Raises:
-        Exception: Any that is not for lack of memory, or the last for lack of it.
+        Exception: any that is not for lack of memory, or the last for lack of it.
     """
     h, w = z.shape[-2:]
+    retreat = retreat or (lambda sentence: None)
     left = [Piece(i, slice(0, h), slice(0, w), 0) for i in range(z.shape[0])]
-    tiles = [tile, *smaller_tiles(tile, h, w)]
-    while left:
-        if tiles:
-            size = tiles.pop(0)
-            pieces = [part for piece in left for part in piece.cut(size)]
-        else:
-            vae, last_resort, pieces = last_resort(), None, left
-            z = z.to(vae.conv2.weight)
-        may_fail = bool(tiles) or last_resort is not None
+    sizes = [tile, *smaller_tiles(tile, h, w)]
+    for size, smaller in zip(sizes, [*sizes[1:], None]):
+        pieces = [part for piece in left for part in piece.cut(size)]
+        may_fail = smaller is not None or last_resort is not None
         remaining = _decode(vae, z, out, pieces, may_fail, progress, check)
-        if remaining != pieces:  # else no frame came out, and the pieces stay as large as they were
+        if not remaining:
+            return
+        if remaining != pieces:  # else no frame came out: what is left stays in the larger pieces it was
             left = remaining
-        if left and retreat is not None:
-            retreat(_next_step(left, out, tiles))
+        how = "on the CPU" if smaller is None else f"in tiles of {smaller} pixels"
+        retreat(f"out of memory with {_percent_done(left, out)} % decoded, which stay; it goes on {how}")
+    assert last_resort is not None  # without one, the smallest tiles have raised
+    vae = last_resort()
+    _decode(vae, z.to(vae.conv2.weight), out, left, False, progress, check)
 
 
-def smaller_tiles(tile, h, w):
-    """Sizes to go on with after `tile` pixels, or after whole frames of h x w latent pixels."""
+def smaller_tiles(tile: int | None, h: int, w: int) -> list[int]:
+    """Sizes in pixels to go on with after tiles of `tile`, or after whole frames of h x w latent pixels."""
     return [size for size in TILES if size < (tile or 8 * max(h, w))]
 
 
-def _decode(vae, z, out, pieces, may_fail, progress, check):
-    """Decodes piece after piece; returns those that are left when memory runs out."""
+def _decode(
+    vae: WanVAE,
+    z: Tensor,
+    out: Tensor,
+    pieces: Sequence[Piece],
+    may_fail: bool,
+    progress: Progress | None,
+    check: Check | None,
+) -> list[Piece]:
+    """Decodes piece after piece; gives those that are left when memory runs out, which it then may."""
     left = deque(pieces)
     h, w = z.shape[-2:]
-    count, frames = len(out), out.shape[2]
+    total = len(out) * out.shape[2]
     features, held = None, None
     try:
         while left:
@@ -96,7 +128,7 @@ def _decode(vae, z, out, pieces, may_fail, progress, check):
             for f, chunk in vae.decode_part(clip, window, features, piece.first, check=check):
                 place[:, f : f + chunk.shape[2]] = chunk[0]
                 left[0] = piece._replace(first=f + chunk.shape[2])
-                report(progress, count * frames - -(-_missing(left, frames) // (h * w)), count * frames)
+                report(progress, total - math.ceil(_missing(left, out) / (h * w)), total)
             left.popleft()
     except Exception as error:
         if not may_fail or not is_out_of_memory(error):
@@ -104,31 +136,17 @@ def _decode(vae, z, out, pieces, may_fail, progress, check):
     return list(left)
 
 
-def _missing(pieces, frames):
-    """Latent pixels times pixel frames."""
-    return sum((frames - piece.first) * piece.area for piece in pieces)
+def _missing(pieces: Sequence[Piece], out: Tensor) -> int:
+    """What is yet to be decoded, in latent pixels times pixel frames."""
+    return sum((out.shape[2] - piece.first) * piece.area for piece in pieces)
 
 
-def _next_step(left, out, tiles):
+def _percent_done(left: Sequence[Piece], out: Tensor) -> str:
     b, _, frames, height, width = out.shape
-    done = 100 - 100 * _missing(left, frames) * 64 / (b * frames * height * width)
-    how = f"in tiles of {tiles[0]} pixels" if tiles else "on the CPU"
-    return f"out of memory with {done:.0f} % decoded, which stay; it goes on {how}"
+    return f"{100 - 100 * _missing(left, out) * 64 / (b * frames * height * width):.0f}"
 
 
-# What PyTorch says on the CPU, and what cuDNN and cuBLAS say when there is no room for their workspace.
-OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator", "unable to find an engine", "status_alloc_failed")
-
-
-def is_out_of_memory(error):
-    """Whether PyTorch, on any device, had no memory to give."""
-    said = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)
-    )
-
-
-def on_cpu(vae):
+def on_cpu(vae: WanVAE) -> WanVAE:
     """The same VAE in float32 on the CPU, with plain layers."""
     twin = WanVAE(vae.dim, vae.z_dim, device="meta", dtype=torch.float32)
     weights = {name: tensor.to("cpu", torch.float32) for name, tensor in vae.state_dict().items()}

@@ -3,12 +3,20 @@
 Most of it is what causal layers keep: two frames of every convolution that looks back in time, at its own
 resolution. It is counted from the layers. The rest is one chunk under way at the widest place, in units of
 that chunk.
+
+Sides are in latent pixels where they are h and w of a decode, else in pixels of the tensor at hand.
 """
 
+from collections.abc import Sequence
+
+import torch
+
+from . import WanVAE
 from .cpu import STRIP_BYTES
 from .fallback import TILES
+from .layers import Layer
 from .stream import frames_per_chunk
-from .tiling import doubles, doubles_time, even_spans, margins, with_margin
+from .tiling import even_spans, growth, margins, with_margin
 
 # Chunks alive at once in a residual block: its input, the normed copy, that joined to the two frames before
 # it (twice a chunk of two), the result, and on CUDA what the library's convolution takes for itself, at most
@@ -17,66 +25,72 @@ CHUNKS_ALIVE = {"cpu": 5, "cuda": 8}
 SAFETY = 1.1
 
 
-def decode_bytes(vae, h, w, device, tile=None, itemsize=None, held_frames=0):
+def decode_bytes(
+    vae: WanVAE,
+    h: int,
+    w: int,
+    device: torch.device,
+    tile: int | None = None,
+    itemsize: int | None = None,
+    held_frames: int = 0,
+) -> int:
     """Bytes that decoding one clip takes on `device` beyond weights, latent and result.
 
     Args:
-        vae: The WanVAE.
-        h, w: Of the latent.
-        device: Where it is decoded.
-        tile: Pixels; None or 0 is whole frames.
-        itemsize: Bytes of a number; None is that of the weights.
-        held_frames: Latent frames whose features tiles hold on `device`; 0 where the result, and so they,
-            lie elsewhere.
+        vae: what decodes; its weights may be without data.
+        h, w: of the latent.
+        device: where it is decoded.
+        tile: pixels; None or 0 is whole frames.
+        itemsize: bytes of a number; None is that of the weights.
+        held_frames: latent frames whose features are held on `device` for tiles; 0 where the result, and so
+            they, lie elsewhere.
     """
     itemsize = itemsize or vae.conv2.weight.element_size()
     chunk = frames_per_chunk(None, device)
-    alive = CHUNKS_ALIVE.get(device.type, CHUNKS_ALIVE["cuda"])
     whole, *local = vae.decoder.stages()
     kept, widest, scale = kept_values(whole) * h * w, 0, 1
     for layers, margin in zip(local, margins(local)):
         rows, columns = (longest(side, tile, scale, margin) for side in (h, w))
-        factor = 2 if doubles(layers) else 1
-        scale *= factor
-        pixels = rows * columns * factor**2
+        scale *= growth(layers)
+        pixels = rows * columns * growth(layers) ** 2
         kept += kept_values(layers) * pixels
         widest = max(widest, width(layers) * pixels * chunk)
     held = vae.decoder.conv1.out_channels * held_frames * h * w if tile else 0
-    strips = 2 * STRIP_BYTES if device.type == "cpu" else 0
-    return strips + int(SAFETY * itemsize * (kept + alive * widest)) + itemsize * held
+    return _bytes(kept, widest, itemsize, device) + itemsize * held
 
 
-def encode_bytes(vae, frames, h, w, device, itemsize=None):
+def encode_bytes(
+    vae: WanVAE, frames: int, h: int, w: int, device: torch.device, itemsize: int | None = None
+) -> int:
     """Bytes that encoding one clip takes on `device` beyond weights, pixels and result.
 
     Args:
-        vae: The WanVAE.
-        frames, h, w: Of the pixels.
-        device: Where it is encoded.
-        itemsize: Bytes of a number; None is that of the weights.
+        vae: what encodes; its weights may be without data.
+        frames, h, w: of the pixels.
+        device: where it is encoded.
+        itemsize: bytes of a number; None is that of the weights.
     """
     itemsize = itemsize or vae.conv2.weight.element_size()
     chunk = frames_per_chunk(None, device)
-    alive = CHUNKS_ALIVE.get(device.type, CHUNKS_ALIVE["cuda"])
     kept, widest, pixels = 0, 0, h * w
     for layers in vae.encoder.stages():
         kept += kept_values(layers, frames) * pixels
         widest = max(widest, width(layers) * pixels * min(chunk, frames))
         pixels //= 4
-        if halves_time(layers[0]):
+        if layers[0].time == 0.5:
             frames = (frames + 1) // 2
-    strips = 2 * STRIP_BYTES if device.type == "cpu" else 0
-    return strips + int(SAFETY * itemsize * (kept + alive * widest))
+    return _bytes(kept, widest, itemsize, device)
 
 
-def longest(side, tile, scale, margin):
-    """Pixels of the longest piece of a latent side, with its margins; tile in pixels, None or 0 is whole."""
-    spans = even_spans(side, tile // 8 if tile else side)
-    pieces = [with_margin(span, side, scale, margin) for span in spans]
-    return max(piece.stop - piece.start for piece in pieces)
-
-
-def choose_tile(vae, h, w, device, free_bytes, itemsize=None, held_frames=0):
+def choose_tile(
+    vae: WanVAE,
+    h: int,
+    w: int,
+    device: torch.device,
+    free_bytes: int,
+    itemsize: int | None = None,
+    held_frames: int = 0,
+) -> int | None:
     """None for whole frames, or the largest tile (pixels) whose decode fits into `free_bytes`.
 
     Where none fits it is the smallest. The other arguments are those of `decode_bytes`.
@@ -87,29 +101,33 @@ def choose_tile(vae, h, w, device, free_bytes, itemsize=None, held_frames=0):
     return TILES[-1]
 
 
-def causal_convs(layer):
-    """The convolutions of a layer that keep frames."""
-    if doubles_time(layer) or halves_time(layer):
-        return [layer.__self__.time_conv]
-    if hasattr(layer, "args"):  # conv_layer
-        return [conv for conv in layer.args if conv.kernel_size[0] > 1]
-    if not hasattr(layer, "modules"):
-        return []
-    return [m for m in layer.modules() if len(getattr(m, "kernel_size", ())) == 3 and m.kernel_size[0] > 1]
+def longest(side: int, tile: int | None, scale: int, margin: int) -> int:
+    """Pixels of the longest piece of a latent side at `scale`, with margins.
+
+    Args:
+        side: latent pixels.
+        tile: image pixels; None or 0 is the whole side.
+        scale, margin: as for `with_margin`.
+    """
+    spans = even_spans(side, tile // 8 if tile else side)
+    pieces = [with_margin(span, side, scale, margin) for span in spans]
+    return max(piece.stop - piece.start for piece in pieces)
 
 
-def halves_time(layer):
-    return getattr(layer, "__name__", "") == "time_down"
-
-
-def kept_values(layers, frames=2):
+def kept_values(layers: Sequence[Layer], frames: int = 2) -> int:
     """Numbers per pixel that the layers keep between chunks, of a clip of so many frames."""
     return sum(
-        min(conv.kernel_size[0] - 1, frames) * conv.in_channels
-        for layer in layers
-        for conv in causal_convs(layer)
+        min(conv.kernel_size[0] - 1, frames) * conv.in_channels for layer in layers for conv in layer.convs
     )
 
 
-def width(layers):
-    return max(conv.in_channels for layer in layers for conv in causal_convs(layer))
+def width(layers: Sequence[Layer]) -> int:
+    """Channels at the widest place."""
+    return max(conv.in_channels for layer in layers for conv in layer.convs)
+
+
+def _bytes(kept: int, widest: int, itemsize: int, device: torch.device) -> int:
+    """Of the numbers kept between chunks, and of the chunks alive at the widest place."""
+    alive = CHUNKS_ALIVE.get(device.type, CHUNKS_ALIVE["cuda"])
+    strips = 2 * STRIP_BYTES if device.type == "cpu" else 0
+    return strips + int(SAFETY * itemsize * (kept + alive * widest))

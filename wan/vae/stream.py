@@ -1,19 +1,25 @@
 """A clip as a stream of chunks through stages of layers; see `wan.vae` for the letters.
 
-Every layer is causal in time and finds the earlier frames it needs in a `Past`, which one stream makes and
-drops. How the clip is cut changes no number beyond rounding.
+Every layer is causal in time and finds the earlier frames it needs in a `Past`, which lives as long as one
+stream. How the clip is cut changes no number beyond rounding.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
 import torch
+from torch import Tensor, nn
 
-from .layers import Past
+from .cpu import CpuPast
+from .layers import Layer, Stage
+from .past import Check, Past, RecordedPast
 
-# Frames a stage works on at once: few beside the frames that the caches must hold. Four are what the
-# CPU's convolution saves most with (cpu.py).
+# Frames a stage works on at once: few beside the frames that the caches must hold. With four, the CPU's
+# convolution saves most (cpu.py).
 CHUNK_FRAMES = {"cpu": 4, "cuda": 2}
 
 
-def frames_per_chunk(chunk_frames, device):
+def frames_per_chunk(chunk_frames: int | None, device: torch.device) -> int:
+    """Frames to work on at once on `device`; None is the best for it."""
     if chunk_frames is None:
         return CHUNK_FRAMES.get(device.type, CHUNK_FRAMES["cuda"])
     if chunk_frames < 1:
@@ -21,9 +27,16 @@ def frames_per_chunk(chunk_frames, device):
     return chunk_frames
 
 
-def regroup(chunks, size):
+def new_past(device: torch.device, check: Check | None, is_plain: Callable[[nn.Module], bool]) -> Past:
+    """The `Past` for a stream on `device`; `is_plain` as for `CpuPast`."""
+    if torch.is_grad_enabled():
+        return RecordedPast(check)
+    return CpuPast(check, is_plain) if device.type == "cpu" else Past(check)
+
+
+def regroup(chunks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
     """Cuts and joins a stream of [B, C, f, H, W] into chunks of `size` frames, the last maybe shorter."""
-    waiting = []  # lists are popped as they are handed on, so that nobody here holds a used chunk
+    waiting = []  # chunks are popped as they are handed on, so that nothing here keeps a used one alive
     for chunk in chunks:
         waiting.append(chunk)
         del chunk
@@ -37,7 +50,7 @@ def regroup(chunks, size):
         yield torch.cat(waiting, 2)
 
 
-def without_first(chunks, count):
+def without_first(chunks: Iterable[Tensor], count: int) -> Iterator[Tensor]:
     """Leaves the first `count` frames out of a stream."""
     for chunk in chunks:
         kept = [chunk[:, :, count:]]
@@ -47,36 +60,42 @@ def without_first(chunks, count):
             yield kept.pop()
 
 
-def run_stage(layers, chunks, past):
+def run_stage(layers: Sequence[Layer], chunks: Iterable[Tensor], past: Past) -> Iterator[Tensor]:
+    """Every chunk through all the layers; none comes out where every frame waits for its partner in time."""
     for x in chunks:
         held = [x]
         del x
         for layer in layers:
             past.check()
-            held.append(layer(held.pop(), past))
-            if not held[0].shape[2]:  # every frame waits for its partner in time
+            held.append(layer.run(held.pop(), past))
+            if not held[0].shape[2]:
                 break
         else:
             yield held.pop()
 
 
-def in_fast_layout(x):
-    """On the CPU, pixels with their channels side by side; elsewhere as it is."""
-    return x.contiguous(memory_format=torch.channels_last_3d) if x.device.type == "cpu" else x
-
-
-def stream(stages, chunks, size, drops=None, check=None):
-    """Pulls `chunks` through the stages, cut to `size` frames before each. Yields the results.
+def stream(
+    stages: Sequence[Stage],
+    chunks: Iterable[Tensor],
+    size: int,
+    past: Past,
+    drops: Sequence[int] | None = None,
+) -> Iterator[Tensor]:
+    """Pulls chunks through the stages, one stage after the other, each chunk as far as it goes.
 
     Args:
-        drops: How many of the first frames of each stage's result are left out; None is 0 for all.
-        check: Called before each layer, on the CPU more often; may raise. None is nothing.
+        stages: as of `Encoder.stages` and `Decoder.stages`.
+        chunks: [B, C, f, H, W] of any f.
+        size: frames of the chunks that each stage works on.
+        past: new, for this stream alone.
+        drops: how many of the first frames of each stage's result are left out; None for none.
+
+    Returns:
+        an iterator of chunks of the result, which does the work
     """
-    past = Past(check)
-    if not torch.is_grad_enabled():
-        chunks = map(in_fast_layout, chunks)
+    results: Iterable[Tensor] = map(past.arrange, chunks)
     for layers, drop in zip(stages, drops or [0] * len(stages)):
-        chunks = run_stage(layers, regroup(chunks, size), past)
+        results = run_stage(layers, regroup(results, size), past)
         if drop:
-            chunks = without_first(chunks, drop)
-    return chunks
+            results = without_first(results, drop)
+    return iter(results)

@@ -1,41 +1,62 @@
 """Tiles of a frame: windows that are decoded exactly, and overlapping tiles with weights to blend them.
 
-h, w: latent height and width; scale: blended values per latent pixel, 8 for RGB and 1 for latents.
+All sides and spans are in latent pixels (8 pixels of an image each), unless a scale is named.
 """
 
+import math
+import operator
+from collections.abc import Sequence
 from functools import partial
-from itertools import product
-from typing import NamedTuple
+from itertools import accumulate, product
+from typing import NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
+
+from ..refusal import Refusal
+from .layers import Layer, Stage
+from .past import Past
+
+Window: TypeAlias = tuple[slice, slice]  # rows, columns
 
 
 class Tile(NamedTuple):
-    ys: slice  # latent rows
-    xs: slice  # latent columns
-    weight: torch.Tensor  # [rows * scale, columns * scale]; over all tiles they add up to 1 everywhere
+    """A tile to blend with its neighbours.
+
+    Attributes:
+        ys, xs: rows and columns, in latent pixels.
+        weight: [rows * scale, columns * scale]; the weights of all tiles add up to 1 everywhere.
+    """
+
+    ys: slice
+    xs: slice
+    weight: Tensor
 
 
-def plan_tiles(h, w, tile_y, tile_x, overlap, scale):
-    """Tiles of tile_y x tile_x (or the whole side, if that is smaller) covering h x w, in latent pixels.
+def plan_tiles(h: int, w: int, tile_y: int, tile_x: int, overlap: int, scale: int) -> list[Tile]:
+    """Overlapping tiles of one size that cover a frame, with weights that fall linearly where they overlap.
 
-    Neighbours share `overlap` pixels, the last two of a row or column maybe more: all tiles are of one
-    size. Across a shared strip the weight falls linearly.
+    Args:
+        h, w: of the frame.
+        tile_y, tile_x: of a tile; a tile is at most as large as the frame.
+        overlap: rows and columns that neighbours share; the last two of a row or column may share more.
+        scale: blended values per latent pixel and axis, 8 for RGB and 1 for latents.
 
     Raises:
-        ValueError: If the overlap leaves no step from tile to tile.
+        Refusal: if the overlap leaves no step from tile to tile.
     """
     if min(tile_y, tile_x) < 1 or not 0 <= overlap < min(tile_y, tile_x):
-        raise ValueError(
+        raise Refusal(
             f"VAE tiles of {tile_x} x {tile_y} latent pixels with overlap {overlap}: the overlap must be at "
-            f"least 0 and smaller than both sides of the tile. Use for example tile 32 and overlap 8."
+            f"least 0 and smaller than both sides of the tile",
+            "Use for example tile 32 and overlap 8",
         )
     rows = list(zip(*_cut(h, tile_y, overlap, scale)))
     columns = list(zip(*_cut(w, tile_x, overlap, scale)))
     return [Tile(ys, xs, wy[:, None] * wx) for ys, wy in rows for xs, wx in columns]
 
 
-def _cut(size, tile, overlap, scale):
+def _cut(size: int, tile: int, overlap: int, scale: int) -> tuple[list[slice], list[Tensor]]:
     """Spans of one axis and their weights, each [span * scale]."""
     starts = [*range(0, size - tile, tile - overlap), size - tile] if tile < size else [0]
     tile = min(tile, size)
@@ -54,99 +75,111 @@ def _cut(size, tile, overlap, scale):
     return spans, [w.float() for w in weights]
 
 
-def cut_windows(h, w, tile_y, tile_x):
-    """(rows, columns) of windows that cover h x w latent pixels once, each at most tile_y x tile_x.
+def cut_windows(h: int, w: int, tile_y: int, tile_x: int) -> list[Window]:
+    """Windows of at most tile_y x tile_x that cover h x w without overlap.
 
     Raises:
-        ValueError: If a side of the tile is below 1.
+        Refusal: if a side of the tile is below 1.
     """
     if min(tile_y, tile_x) < 1:
-        raise ValueError(
-            f"VAE tiles of {tile_x} x {tile_y} latent pixels: both must be at least 1, for example 32."
+        raise Refusal(
+            f"VAE tiles of {tile_x} x {tile_y} latent pixels: both sides must be at least 1",
+            "Use for example 32",
         )
     return [*product(even_spans(h, tile_y), even_spans(w, tile_x))]
 
 
-def even_spans(side, tile):
-    """As few slices of at most `tile` as cover `side`, all as long as each other to 1."""
-    count = -(-side // tile)
+def even_spans(side: int, tile: int) -> list[slice]:
+    """The fewest slices of at most `tile` that cover `side`; their lengths differ by at most 1."""
+    count = math.ceil(side / tile)
     return [slice(side * i // count, side * (i + 1) // count) for i in range(count)]
 
 
-def with_margin(span, side, scale, margin):
-    """A span scaled, and widened by `margin` as far as the scaled side goes."""
+def scaled(span: slice, factor: int) -> slice:
+    """The same span of an axis with `factor` times the pixels."""
+    return slice(span.start * factor, span.stop * factor)
+
+
+def with_margin(span: slice, side: int, scale: int, margin: int) -> slice:
+    """`span` of `side`, both times `scale`, with `margin` pixels more at each end where there are any."""
     return slice(max(0, span.start * scale - margin), min(side * scale, span.stop * scale + margin))
 
 
-def margins(stages):
-    """How many pixels around a window the input of each stage must have, counted in that input."""
-    needed, found = 0, []
+def growth(layers: Sequence[Layer]) -> int:
+    """By how much a stage multiplies height and width."""
+    return math.prod(layer.space for layer in layers)
+
+
+def margins(stages: Sequence[Stage]) -> list[int]:
+    """How many pixels around a window each stage reads, counted in the pixels of its input."""
+    margin, found = 0, []
     for layers in reversed(stages):
-        needed += sum(layer.reach for layer in layers)
-        if doubles(layers):
-            needed = -(-needed // 2)
-        found.append(needed)
+        for layer in reversed(layers):
+            margin = math.ceil((margin + layer.reach) / layer.space)
+        found.append(margin)
     return found[::-1]
 
 
-def doubles(layers):
-    return getattr(layers[0], "__name__", "") == "space"
+def frames_left_out(stages: Sequence[Stage], first: int) -> tuple[int, list[int]]:
+    """How to compute the frames of a clip from frame `first` on, exactly, without all those before.
 
-
-def doubles_time(layer):
-    return getattr(layer, "__name__", "") == "time_up"
-
-
-def frames_left_out(stages, first):
-    """What to leave out so that the stages yield the frames of a whole clip from frame `first` on, exactly.
-
-    The stages then run on a clip that begins later, and the frames that miss their past go.
-
-    Args:
-        stages: Lists of layers with a `reach_back`.
+    The stages run on a clip that begins later. Its first frames lack the past that they had in the whole
+    clip, so their results are dropped.
 
     Returns:
-        (how many of the first input frames are not needed, how many first frames of each stage's result to
-        drop)
+        (how many of the first input frames to leave out, how many of the first frames of each stage's
+        result to drop)
     """
-    needed, starts = first, []
+    starts = first_frames(stages, first)
+    rates = [math.prod(layer.time for layer in layers) for layers in stages]
+    drops = [wanted - int(start * rate) for start, rate, wanted in zip(starts, rates, starts[1:])]
+    return starts[0], drops
+
+
+def first_frames(stages: Sequence[Stage], first: int) -> list[int]:
+    """The first frame that each stage reads for the result from frame `first` on; then `first` itself."""
+    found = [first]
     for layers in reversed(stages):
+        start = found[-1]
         for layer in reversed(layers):
-            if doubles_time(layer):
-                needed = -(-needed // 2)
-            needed = max(0, needed - layer.reach_back)
-        starts.append(needed)
-    starts.reverse()
-    results = [start * 2 ** any(map(doubles_time, layers)) for start, layers in zip(starts, stages)]
-    return starts[0], [after - result for after, result in zip([*starts[1:], first], results)]
+            start = max(0, math.ceil(start / layer.time) - layer.reach_back)
+        found.append(start)
+    return found[::-1]
 
 
-def windowed(stages, window, size):
-    """Stages that compute one window of the result, exactly: between them the borders no longer needed go.
+def windowed(stages: Sequence[Stage], window: Window, size: tuple[int, int]) -> tuple[Window, list[Stage]]:
+    """Stages that compute one window of the result, exactly; each ends by cropping to what the next reads.
 
     Args:
-        stages: Lists of layers with a `reach`, as of `Decoder.stages` without the first.
-        window: (rows, columns) as slices of `size`, the (height, width) of the first stage's whole input.
+        stages: local in space, as those of `Decoder.stages` but the first.
+        window: of the first stage's whole input.
+        size: height and width of that input.
 
     Returns:
-        (rows and columns of the input to give, the stages)
+        (the part of the input to give, the stages)
     """
-    scale, have, start, result = 1, None, None, []
-    for layers, margin in zip([*stages, None], [*margins(stages), 0]):
-        want = [with_margin(span, side, scale, margin) for span, side in zip(window, size)]
-        if have is None:
-            start = want
-        else:
-            inside = [slice(w.start - h.start, w.stop - h.start) for w, h in zip(want, have)]
-            result[-1].append(partial(crop, *inside))
-        if layers is not None:
-            result.append([*layers])
-            factor = 2 if doubles(layers) else 1
-            scale *= factor
-            have = [slice(span.start * factor, span.stop * factor) for span in want]
-    return start, result
+    regions = needed_regions(stages, window, size)
+    cropped = []
+    for layers, given, wanted in zip(stages, regions, regions[1:]):
+        have = [scaled(span, growth(layers)) for span in given]
+        inside = [slice(w.start - h.start, w.stop - h.start) for w, h in zip(wanted, have)]
+        cropped.append([*layers, Layer(partial(crop, *inside))])
+    return regions[0], cropped
 
 
-def crop(rows, columns, x, past):
+def needed_regions(stages: Sequence[Stage], window: Window, size: tuple[int, int]) -> list[Window]:
+    """What each stage reads of its whole input for a window of the result; then that window itself.
+
+    Each region is counted in the pixels of its own frame: `size` times what the stages before it grow.
+    """
+    scales = accumulate(map(growth, stages), operator.mul, initial=1)
+    (rows, columns), (height, width) = window, size
+    return [
+        (with_margin(rows, height, scale, margin), with_margin(columns, width, scale, margin))
+        for scale, margin in zip(scales, [*margins(stages), 0])
+    ]
+
+
+def crop(rows: slice, columns: slice, x: Tensor, past: Past) -> Tensor:
     """A layer that keeps part of the picture."""
     return x[..., rows, columns]

@@ -1,0 +1,227 @@
+"""A checkpoint, safetensors or GGUF, into a standard MODEL, in the dtype chosen and without a second copy.
+
+`load_model` is the one path; what differs between the two kinds of file is in the two classes that read them.
+"""
+
+from pathlib import Path
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.model_patcher import CoreModelPatcher, ModelPatcher
+from comfy.supported_models_base import BASE
+from torch import Tensor, nn
+
+from ..wan import files
+from ..wan.config import detect_config
+from ..wan.dit import WanModel
+from ..wan.files.gguf import BLOCKS, dequantize, read_gguf
+from ..wan.refusal import Refusal
+from .model import Wan21
+from .operations import GGUFOperations, casting_operations, fp8_operations
+from .progress import tell
+from .quantised import quantised_layers, tell_unpacked, with_formats
+from .stored import kept_dtype, unpacked_shapes
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FP8_FAST = "fp8_e4m3fn_fast"
+WEIGHT_DTYPES = DTYPES | {
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    FP8_FAST: torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+PLAIN = ("F32", "F16", "BF16")  # GGUF types that are unpacked when read
+
+
+def load_model(
+    path: str | Path, weight_dtype: str = "default", disable_dynamic: bool = False
+) -> ModelPatcher:
+    """A standard MODEL from a Wan2.1 checkpoint of any published layout, or from a GGUF file.
+
+    Args:
+        path: see `wan.files.read_checkpoint`; GGUF by its ending.
+        weight_dtype: how weights are stored, a name of `WEIGHT_DTYPES`; by default as in the file.
+        disable_dynamic: whether all weights are to be there before they are used, as the host asks for a
+            patcher without its dynamic memory.
+
+    Raises:
+        Refusal: the file is damaged, something else or quantised in a way that is not read; or
+            `weight_dtype` is not for it, or not for the device.
+    """
+    path = Path(path)
+    is_gguf = path.suffix.lower() == ".gguf"
+    file = _GGUFFile(path, weight_dtype) if is_gguf else _Safetensors(path, weight_dtype)
+    config = detect_config(file.shapes, file.metadata)
+    with torch.device("meta"):
+        expected = {k: tuple(v.shape) for k, v in WanModel(config, nn).state_dict().items()}
+    files.check_keys(expected, file.shapes)
+    host_config = comfy.model_detection.model_config_from_unet(file.detected, "", metadata=file.metadata)
+    assert host_config is not None  # the host knows every model that `detect_config` lets through
+    management = comfy.model_management
+    load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
+    _choose_dtype(host_config, file.detected, load_device, weight_dtype)
+    if operations := file.operations(load_device):
+        host_config.custom_operations = operations  # pyright: ignore[reportAttributeAccessIssue]
+    model = Wan21(host_config, config, path, file.metadata, file.built_on, file.stored(host_config))
+    model.device = offload_device
+    patcher_class = ModelPatcher if disable_dynamic or is_gguf else CoreModelPatcher
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    file.fill(model, patcher)
+    if not management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    # The host builds further patchers of this model (hooks, several GPUs) from this recipe.
+    patcher.cached_patcher_init = (load_model, (path, weight_dtype))
+    return patcher
+
+
+def _choose_dtype(
+    host_config: BASE, state_dict: dict[str, Tensor], load_device: torch.device, weight_dtype: str
+) -> None:
+    """Sets storage and compute dtype.
+
+    The compute dtype is the host's choice. By default weights are stored as in the file.
+    """
+    management = comfy.model_management
+    dtype = WEIGHT_DTYPES.get(weight_dtype)
+    quantised = host_config.quant_config is not None
+    if quantised and dtype is not None:
+        raise Refusal(
+            f"weight_dtype is {weight_dtype}, and the weights of this file are quantised; they stay as they "
+            "are stored",
+            "Set weight_dtype to default",
+        )
+    supported = list(host_config.supported_inference_dtypes)
+    stored = None if quantised else comfy.utils.weight_dtype(state_dict)
+    chosen = dtype or management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(state_dict),
+        supported_dtypes=supported,
+        weight_dtype=stored,
+    )
+    cast = management.unet_manual_cast(None if quantised else chosen, load_device, supported)
+    if dtype is None and stored is not None and _keeps(load_device, stored, chosen):
+        chosen, cast = stored, cast or chosen
+    host_config.set_inference_dtype(chosen, cast, device=load_device)
+
+
+def _keeps(device: torch.device, stored: torch.dtype, chosen: torch.dtype) -> bool:
+    """Whether weights keep the dtype of the file rather than the one that the host chose.
+
+    Not where the device does not have it (fp8 on a Mac), nor float32 where the host chose 16 bits: twice the
+    memory would give no other numbers.
+    """
+    has_it = comfy.model_management.supports_cast(device, stored)
+    return has_it and stored.itemsize <= chosen.itemsize and stored != chosen
+
+
+class _Safetensors:
+    """A safetensors file, or one of the release's pickles.
+
+    Attributes:
+        detected: tensors under Wan's own names, for the host's detection.
+        shapes: the same with the shapes of the numbers that packed ones stand for.
+        metadata: the file's, by key.
+        built_on: device the model is built on; None is the host's choice.
+    """
+
+    def __init__(self, path: Path, weight_dtype: str):
+        state_dict, metadata = files.read_checkpoint(path)
+        self.detected, self.metadata = with_formats(files.to_wan_dit_keys(state_dict), metadata)
+        files.refuse_loose_scales(self.detected)
+        self.formats = quantised_layers(self.detected)
+        self.shapes = unpacked_shapes(self.detected, self.formats)
+        self.weight_dtype = weight_dtype
+        # The host's quantised layers load onto the device they were built on, so meta would not do.
+        self.built_on = None if self.formats else torch.device("meta")
+
+    def operations(self, load_device: torch.device) -> type | None:
+        """The classes of the layers; None for those the host has for its quantised formats."""
+        tell_unpacked(set(self.formats.values()), load_device)
+        if self.weight_dtype == FP8_FAST:
+            return fp8_operations(load_device)
+        # The time embedding is float32 whatever the weights are, so layers must cast.
+        return None if self.formats else casting_operations(load_device)
+
+    def stored(self, host_config: BASE) -> dict[str, torch.dtype]:
+        """Dtypes by key of weights that stay as they are in the file; empty where another was chosen."""
+        asked = self.weight_dtype != "default" or bool(self.formats)
+        if asked or host_config.unet_config["dtype"] != comfy.utils.weight_dtype(self.detected):
+            return {}
+        return {k: v.dtype for k, v in self.detected.items() if not files.is_quantization_key(k)}
+
+    def fill(self, model: Wan21, patcher: ModelPatcher) -> None:
+        """Gives the model its weights, each in the dtype of its parameter."""
+        quantised, dynamic = bool(self.formats), patcher.is_dynamic()
+        # Dynamic memory converts at each use, but the host's fp8 product asks for weight.dtype before that.
+        if not quantised and (self.weight_dtype == FP8_FAST or not dynamic):
+            convert(model.diffusion_model, self.detected, is_mapped(patcher.load_device))
+        model.load_model_weights(self.detected, "", assign=not quantised or dynamic)
+
+
+def is_mapped(load_device: torch.device) -> bool:
+    """Whether weights may stay mapped from the file while the model is there.
+
+    On a CPU they are read where they lie. Pages are copied when written to, so no patch reaches the file, and
+    a file that is deleted or replaced under its name stays readable; one that is cut short in place does
+    not, and Windows refuses to delete it. For another device they are copied once, because the host pins
+    what it streams and moves the rest; with --disable-mmap as well.
+    """
+    return comfy.model_management.is_device_cpu(load_device) and not comfy.utils.DISABLE_MMAP
+
+
+def convert(dit: nn.Module, state_dict: dict[str, Tensor], mapped: bool) -> None:
+    """Gives each tensor the dtype of its parameter, one after the other, in the state dict itself."""
+    for key, value in state_dict.items():
+        owner, _, name = key.rpartition(".")
+        state_dict[key] = value.to(kept_dtype(dit.get_submodule(owner), name), copy=not mapped)
+
+
+class _GGUFFile:
+    """A GGUF file: matrices stay packed and are unpacked at each use. Attributes as of `_Safetensors`."""
+
+    built_on = torch.device("meta")
+
+    def __init__(self, path: Path, weight_dtype: str):
+        if weight_dtype != "default":
+            raise Refusal(
+                f"weight_dtype is {weight_dtype}, and GGUF weights stay packed as they are",
+                "Set weight_dtype to default",
+            )
+        self.metadata: dict[str, str] = {}
+        packed = read_gguf(path)
+        named = {key: torch.empty(p.shape, device="meta") for key, p in packed.items()}
+        by_tensor = {id(named[key]): packed[key] for key in packed}
+        self.detected = self.shapes = files.to_wan_dit_keys(named)
+        self.packed = {key: by_tensor[id(tensor)] for key, tensor in self.shapes.items()}
+
+    def operations(self, load_device: torch.device) -> type:
+        """The classes of layers that hold packed matrices."""
+        return GGUFOperations
+
+    def stored(self, host_config: BASE) -> dict[str, torch.dtype]:
+        """None: what is not packed has the dtype chosen for all."""
+        return {}
+
+    def fill(self, model: Wan21, patcher: ModelPatcher) -> None:
+        """Gives the model its weights: matrices packed, the rest in the dtype of its parameter.
+
+        For a device other than the CPU packed ones are copied into memory, from where it fetches them fast.
+        Matrices of types that only the gguf package unpacks are unpacked here, once.
+        """
+        copy = not comfy.model_management.is_device_cpu(patcher.load_device)
+        foreign = sorted({weight.kind for weight in self.packed.values()} - BLOCKS.keys())
+        if foreign:
+            tell(
+                f"{', '.join(foreign)} weights are unpacked while loading: they do not stay packed in memory"
+            )
+        layers = dict(model.diffusion_model.named_modules())
+        for key, weight in self.packed.items():
+            owner, _, name = key.rpartition(".")
+            layer = layers[owner]
+            stays_packed = weight.kind in BLOCKS and weight.kind not in PLAIN
+            if isinstance(layer, GGUFOperations.Linear) and name == "weight" and stays_packed:
+                layer.packed = (weight.kind, weight.shape)
+                value = weight.data.clone() if copy else weight.data
+            else:
+                value = dequantize(*weight, kept_dtype(layer, name))
+            setattr(layer, name, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,70 @@
+"""The host's quantised formats in a checkpoint: marked as its layers read them, refused where it has none."""
+
+import json
+
+import comfy.model_management
+import comfy.quant_ops
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..wan.refusal import Refusal
+from .progress import tell
+
+MARK = ".comfy_quant"  # key of a layer's format, a JSON text in bytes
+OLD_MARK = "scaled_fp8"  # key of one marker for all layers of a part
+
+
+def with_formats(
+    state_dict: dict[str, Tensor], metadata: dict[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict and metadata of a file, every quantised layer marked with its format.
+
+    The host takes all weights with scales for e4m3 and would convert those in e5m2, whose range is wider.
+    """
+    # A whole-pipeline checkpoint has one old marker for each of its parts.
+    for prefix in [key.removesuffix(OLD_MARK) for key in state_dict if key.endswith(OLD_MARK)] or [""]:
+        state_dict, metadata = comfy.utils.convert_old_quants(state_dict, prefix, metadata=metadata)
+    for layer in [key.removesuffix(MARK) for key in state_dict if key.endswith(MARK)]:
+        weight = state_dict.get(f"{layer}.weight")
+        if weight is not None and weight.dtype == torch.float8_e5m2:
+            config = _config(state_dict[layer + MARK]) | {"format": "float8_e5m2"}
+            state_dict[layer + MARK] = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+    return state_dict, metadata
+
+
+def _config(mark: Tensor) -> dict:
+    return json.loads(mark.numpy().tobytes())
+
+
+def quantised_layers(state_dict: dict[str, Tensor]) -> dict[str, str]:
+    """Format by layer of what is stored in the host's quantised formats.
+
+    Raises:
+        Refusal: the host does not have one of them.
+    """
+    formats = {
+        key.removesuffix(MARK): str(_config(value).get("format"))
+        for key, value in state_dict.items()
+        if key.endswith(MARK)
+    }
+    known = comfy.quant_ops.QUANT_ALGOS if comfy.quant_ops._CK_AVAILABLE else {}
+    unknown = sorted(set(formats.values()) - known.keys())
+    if unknown:
+        raise Refusal(
+            f"weights are stored as {', '.join(unknown)}, and this ComfyUI reads "
+            f"{', '.join(known) or 'no such format'}",
+            "Update ComfyUI with its package comfy-kitchen, or pick another file",
+        )
+    return formats
+
+
+def tell_unpacked(formats: set[str], device: torch.device) -> None:
+    """Says which formats the host unpacks before each multiplication on this device."""
+    management = comfy.model_management
+    multiplies = {"nvfp4": management.supports_nvfp4_compute, "mxfp8": management.supports_mxfp8_compute}
+    multiplies |= dict.fromkeys(("float8_e4m3fn", "float8_e5m2"), management.supports_fp8_compute)
+    unpacked = sorted(name for name in formats & multiplies.keys() if not multiplies[name](device))
+    if unpacked:
+        name = management.get_torch_device_name(device)
+        tell(f"{name} cannot multiply in {', '.join(unpacked)}: weights are unpacked at each use")

@@ -1,0 +1,68 @@
+"""The walk over the blocks on the host: it stops on cancel and honours replaced blocks; never compiled."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from ..wan.dit import ApplyBlock, BlockRunner, Pass
+from ..wan.option import Call
+from .progress import check_cancelled
+
+Function = TypeVar("Function", bound=Callable)
+
+
+class _Untraced(Protocol):
+    def __call__(self, function: Function) -> Function: ...
+
+
+# torch.compile compiles what is computed (the embeddings, one block for all, the head). The walk between them
+# is the host's and the options' Python, which reads transformer_options: TorchCompileModel drops every guard
+# on those, so traced code would never see a change in them. A partial: a function of ours would be traced.
+untraced = cast(_Untraced, partial(torch.compiler.disable, recursive=False))
+
+
+@untraced
+def runner_of(transformer_options: dict) -> BlockRunner:
+    """The joint walk over the blocks that stops on cancel and honours the host's block replacements."""
+    replace = transformer_options.get("patches_replace", {}).get("dit", {})
+
+    def run(num_blocks: int, passes: list[Pass], call: ApplyBlock) -> None:
+        call = untraced(call)
+        transformer_options["total_blocks"] = num_blocks
+        transformer_options["block_type"] = "double"
+        for i in range(num_blocks):
+            transformer_options["block_index"] = i
+            for p in passes:
+                check_cancelled()
+                patch = replace.get(("double_block", i))
+                p.x = call(i, p) if patch is None else _replaced(patch, i, p, call, transformer_options)
+
+    return run
+
+
+def _replaced(patch: Callable, i: int, p: Pass, call: ApplyBlock, transformer_options: dict) -> Tensor:
+    """Tokens of a pass after a block that another node replaced, called as the host's Wan model calls it."""
+
+    def original_block(args: dict) -> dict:
+        p.x = args["img"]
+        return {"img": call(i, p)}
+
+    args = {"img": p.x, "txt": p.text, "vec": p.modulation, "pe": None}
+    args["transformer_options"] = transformer_options
+    return patch(args, {"original_block": original_block})["img"]
+
+
+@untraced
+def composed_runner(call: Call, transformer_options: dict) -> BlockRunner:
+    """`runner_of` with those of a call's options around it."""
+    runner = untraced(runner_of(transformer_options))
+    for around in call.around:
+        runner = untraced(around(runner))
+
+    def run(num_blocks: int, passes: list[Pass], block: ApplyBlock) -> None:
+        runner(num_blocks, passes, untraced(block))
+
+    return untraced(run)

@@ -1,0 +1,83 @@
+"""What a parameter is on the device (dtype, shape, bytes), where the tensor in its place says otherwise.
+
+The host keeps quantised weights in a `QuantizedTensor`; a GGUF layer holds the file's blocks and says so in
+`packed`; with the host's dynamic memory a parameter has the file's dtype until its layer is called.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor, nn
+
+from ..wan.files.keys import TWO_A_BYTE
+
+GGUF_UNPACKING_BYTES = 13  # measured peak bytes per weight of dequantize, 16-bit result included
+
+
+def store_as(layer: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Makes a parameter, which holds no numbers yet, one of `dtype`."""
+    setattr(layer, f"{name}_comfy_model_dtype", dtype)  # read by the host's dynamic memory
+    value = getattr(layer, name)
+    if value is not None:
+        setattr(layer, name, nn.Parameter(torch.empty_like(value, dtype=dtype), requires_grad=False))
+
+
+def kept_dtype(layer: nn.Module, name: str) -> torch.dtype:
+    """The dtype in which a parameter is kept on the device; uint8 where it is packed."""
+    value = getattr(layer, name)
+    if isinstance(value, QuantizedTensor):
+        return value._qdata.dtype
+    if name == "weight" and getattr(layer, "packed", None):
+        return value.dtype
+    return getattr(layer, f"{name}_comfy_model_dtype", None) or value.dtype
+
+
+def kept_shape(layer: nn.Module, name: str) -> tuple[int, ...]:
+    """The shape of the numbers that a parameter stands for."""
+    packed = getattr(layer, "packed", None) if name == "weight" else None
+    return packed[1] if packed else tuple(getattr(layer, name).shape)
+
+
+def kept_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """`kept_shape` of all parameters, by name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: kept_shape(layer, name)
+        for prefix, layer in model.named_modules()
+        for name, _ in layer.named_parameters(recurse=False)
+    }
+
+
+def unpacked_shapes(state_dict: Mapping[str, Tensor], formats: Mapping[str, str]) -> dict[str, Tensor]:
+    """A file's tensors, those that hold two numbers in a byte replaced by what they stand for, without data.
+
+    Args:
+        formats: format by layer, of the host's quantised layers.
+    """
+    packed = [f"{layer}.weight" for layer, name in formats.items() if name in TWO_A_BYTE]
+    shapes = {key: state_dict[key].shape for key in packed if key in state_dict}
+    return dict(state_dict) | {
+        key: torch.empty(rows, 2 * columns, device="meta") for key, (rows, columns) in shapes.items()
+    }
+
+
+def matrix_bytes(layer: nn.Module, itemsize: int) -> int:
+    """Bytes for each number of a layer's matrix while it is in use, beside those of its place on the device.
+
+    Args:
+        itemsize: bytes of a number in the compute dtype.
+    """
+    return GGUF_UNPACKING_BYTES if getattr(layer, "packed", None) else itemsize
+
+
+def weight_bytes(patcher: ModelPatcher) -> int:
+    """Bytes of a MODEL's weights on the device. With dynamic memory the host's own count is of the file."""
+    if not patcher.is_dynamic():
+        return patcher.model_size()
+    total = 0
+    for layer in patcher.model.modules():
+        for name, value in layer.named_parameters(recurse=False):
+            numbers = getattr(value, "_qdata", value).numel()
+            total += numbers * kept_dtype(layer, name).itemsize
+    return total

@@ -1,0 +1,68 @@
+"""A LoRA on a model, in sentences: what of it is used, what is left out, and when that is refused."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from ..wan.files.bad_file import listed
+from ..wan.lora import Lora
+from ..wan.refusal import Refusal
+
+
+def check_lora(lora: Lora, strict: bool = False) -> None:
+    """Refuses a LoRA that changes nothing, and in `strict` one that does not fit in whole.
+
+    Raises:
+        Refusal: with the keys that do not fit, and why.
+    """
+    if not lora.patches:
+        raise Refusal(
+            f"none of its {len(lora.unmatched)} keys fits the model: {'; '.join(_left_out(lora))}",
+            "Pick a LoRA that was trained for Wan2.1 of this size",
+        )
+    if strict and lora.unmatched:
+        raise Refusal(
+            f"{len(lora.unmatched)} keys do not fit the model: {'; '.join(_left_out(lora))}",
+            "Turn strict off to apply the rest",
+        )
+
+
+def lora_report(lora: Lora) -> list[str]:
+    """Lines on what is applied (layers, ranks, blocks) and what is left out, and why."""
+    layers = {name.removesuffix(".weight").removesuffix(".bias") for name, _ in lora.patches}
+    ranks = Counter(patch.rank for _, patch in lora.patches if patch.rank)
+    kinds = Counter(
+        "dora" if patch.magnitude is not None else patch.kind.replace("_", "-") for _, patch in lora.patches
+    )
+    blocks = {int(name.split(".")[1]) for name, _ in lora.patches if name.startswith("blocks.")}
+    keys = len(lora.matched) + len(lora.unmatched)
+    lines = [f"applied: {len(lora.matched)} of {keys} keys, {len(layers)} layers, {_counts(kinds)}"]
+    if ranks:
+        lines.append(f"rank: {ranks.most_common(1)[0][0] if len(ranks) == 1 else _counts(ranks)}")
+    lines.append(f"blocks: {_ranges(sorted(blocks)) or 'none'}")
+    outside = sorted(layer for layer in layers if not layer.startswith("blocks."))
+    if outside:
+        lines.append(f"outside the blocks: {listed(outside)}")
+    return lines + [f"left out: {text}" for text in _left_out(lora)]
+
+
+def _left_out(lora: Lora) -> list[str]:
+    """One line for each reason, with the keys it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in lora.unmatched.items():
+        by_reason.setdefault(reason, []).append(key)
+    return [f"{len(keys)} keys, {reason}: {listed(keys)}" for reason, keys in by_reason.items()]
+
+
+def _counts(counter: Counter) -> str:
+    return ", ".join(f"{count} x {name}" for name, count in counter.most_common())
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Sorted numbers -> "0-29, 31"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][1] == n - 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -1,0 +1,33 @@
+"""How a step is carried out: nothing here changes what is computed, but for a backend's rounding."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from .attention import Attention
+from .memory import MemoryPlan, StepSize
+from .option import EditCall, EmbedTime, Option, Run, SampleRecord
+
+
+@dataclass(frozen=True)
+class Execution(Option):
+    """The walk through the blocks and the attention backend.
+
+    Attributes:
+        joint: all passes go through each block before the next block; else one after the other.
+        attention: backend, or None for the model's own.
+    """
+
+    joint: bool = True
+    attention: Attention | None = None
+
+    def sized(self, size: StepSize) -> StepSize:
+        return size if self.attention is None else replace(size, attention=self.attention.name)
+
+    def begin(self, run: Run, embed_time: EmbedTime, record: SampleRecord) -> EditCall | None:
+        return lambda call: replace(call, attention=self.attention, plan=MemoryPlan(self.joint))
+
+    def report(self, run: Run, record: SampleRecord) -> Iterable[str]:
+        if self.attention is not None and self.attention.name != "sdpa":
+            yield f"attention: {self.attention.name}"
+        if run.is_guided and not self.joint:
+            yield "joint pass: off"

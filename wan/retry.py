@@ -1,0 +1,109 @@
+"""Denoisers around the denoiser: a step that fails is done again in another way.
+
+No state of a run is lost by that: a step changes nothing but the residuals of TeaCache, which it makes anew.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .attention import SDPA
+from .memory import MemoryPlan
+from .option import Call, Denoiser
+from .refusal import Refusal
+
+MEMORY_TRIES = 8  # of one step: the plans, then weights taken off the device bit by bit
+Say = Callable[[str], None]
+
+
+class NotFinite(Refusal, ArithmeticError):
+    """A step's velocity holds NaN or infinite numbers."""
+
+
+class WithinMemory:
+    """Goes on with the next memory plan when memory runs out; after the last, weights leave the device.
+
+    Args:
+        inner: the denoiser.
+        plans: to begin with the first; as from `wan.memory.plans_from`.
+        make_room: lets go of what the device holds beside the step, weights in the end; False: there was
+            nothing left.
+        say: takes one sentence for each time a step is done again.
+    """
+
+    def __init__(self, inner: Denoiser, plans: Sequence[MemoryPlan], make_room: Callable[[], bool], say: Say):
+        self.inner = inner
+        self.config = inner.config
+        self.embed_time = inner.embed_time
+        self.plans = list(plans)
+        self.make_room = make_room
+        self.say = say
+
+    def predict(self, x: Tensor, timestep: float, call: Call) -> dict[str, Tensor]:
+        failure = ""
+        for _ in range(MEMORY_TRIES):
+            try:
+                return self.inner.predict(x, timestep, replace(call, plan=self.plans[0]))
+            except torch.OutOfMemoryError as error:
+                failure = str(error)  # the error itself would hold the tensors of the step
+            room = self.make_room()
+            if len(self.plans) > 1:
+                del self.plans[0]
+            elif not room:
+                break
+            self.say(
+                f"out of memory in step {call.step + 1}, which was done again; from there on: {self.plans[0]}"
+            )
+        raise torch.OutOfMemoryError(
+            f"{failure} This was with the plan of least memory ({self.plans[0]}). Set fewer frames or a "
+            "smaller size, or load fp8 or GGUF weights"
+        )
+
+
+class FiniteOrSdpa:
+    """Does a step that gave NaN again with sdpa, and the rest of the run, where another attention was used.
+
+    A quantised backend may overflow, and so may one that the model chose itself.
+
+    Args:
+        inner: the denoiser.
+        say: takes one sentence when sdpa has mended a step.
+    """
+
+    def __init__(self, inner: Denoiser, say: Say):
+        self.inner = inner
+        self.config = inner.config
+        self.embed_time = inner.embed_time
+        self.say = say
+        self.fell_back = False
+
+    def predict(self, x: Tensor, timestep: float, call: Call) -> dict[str, Tensor]:
+        """As of a `Denoiser`.
+
+        Raises:
+            NotFinite: with sdpa too, or with a backend that does not overflow.
+        """
+        with_sdpa = replace(call, attention=SDPA)
+        v = self.inner.predict(x, timestep, with_sdpa if self.fell_back else call)
+        chosen = call.attention
+        if not _is_finite(v) and not self.fell_back and (chosen is None or chosen.quantised):
+            self.fell_back = True
+            v = self.inner.predict(x, timestep, with_sdpa)
+            if _is_finite(v):
+                name = "of the host's choice" if chosen is None else chosen.name
+                self.say(
+                    f"attention {name} gave NaN in step {call.step + 1}; it was done again, and the rest, "
+                    "with sdpa"
+                )
+        if not _is_finite(v):
+            raise NotFinite(
+                f"step {call.step + 1} of {call.steps} gave NaN or infinite numbers",
+                "The usual cause is fp16 overflow: compute in bf16",
+            )
+        return v
+
+
+def _is_finite(velocities: dict[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(v).all()) for v in velocities.values())
