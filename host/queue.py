@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import comfy.quant_ops
 import execution
 import folder_paths
 from aiohttp import web
@@ -19,7 +20,7 @@ from server import PromptServer  # pyright: ignore[reportAttributeAccessIssue]
 # Our client id at the host, which sends the progress of a job to its client alone. It is random because a
 # websocket that gives the same id would replace ours.
 OBSERVER = f"wan21-jobs-{secrets.token_hex(16)}"
-PREVIEW_WITH_METADATA = 4  # the host's type of a binary message
+TEXT, PREVIEW_WITH_METADATA = 3, 4  # the host's types of binary messages
 _WORD = struct.Struct(">I")
 
 Graph = dict[str, dict[str, Any]]  # node id -> {"class_type", "inputs", ...}
@@ -47,22 +48,29 @@ class _Observer:
 
     def __init__(self, on_message: OnMessage):
         self._on_message = on_message
+        self._running: str | None = None  # prompt id of our job, if one of ours runs
 
     async def send_json(self, message: dict[str, Any]) -> None:
         self._hand_on(message["type"], message["data"])
 
     async def send_bytes(self, message: bytes | bytearray) -> None:
         try:
-            preview = read_preview(bytes(message))
+            preview, said = read_preview(bytes(message)), read_text(bytes(message))
         except (struct.error, ValueError, KeyError):
             return  # another pack's message
         if preview is not None:
             self._hand_on("preview", preview)
+        if said is not None and self._running is not None:  # a text does not say of which prompt it is
+            self._hand_on("progress_text", said | {"prompt_id": self._running})
 
     def _hand_on(self, kind: str, data: Any) -> None:
         if not isinstance(data, dict):
             return  # another pack's broadcast
         try:
+            if kind == "execution_start":
+                self._running = data["prompt_id"]
+            elif kind == "executing" and data["node"] is None:
+                self._running = None
             self._on_message(kind, data)
         except Exception:
             logging.exception("Wan2.1 jobs: message %s of the host was not understood", kind)
@@ -76,6 +84,14 @@ def read_preview(message: bytes) -> dict[str, Any] | None:
     start = 2 * _WORD.size + length
     metadata = json.loads(message[2 * _WORD.size : start])
     return {"prompt_id": metadata["prompt_id"], "image": message[start:], "type": metadata["image_type"]}
+
+
+def read_text(message: bytes) -> dict[str, str] | None:
+    """{"node", "text"} of what a node says while it runs, None for other binary messages."""
+    if _WORD.unpack_from(message)[0] != TEXT:
+        return None
+    start = 2 * _WORD.size + _WORD.unpack_from(message, _WORD.size)[0]
+    return {"node": message[2 * _WORD.size : start].decode(), "text": message[start:].decode()}
 
 
 class Host:
@@ -153,6 +169,12 @@ class Host:
     def model_path(self, folder: str, name: str) -> Path:
         """The path of a listed model file."""
         return Path(folder_paths.get_full_path_or_raise(folder, name))
+
+    @property
+    def weight_formats(self) -> frozenset[str]:
+        """The quantised formats that the host's layers read."""
+        quant = comfy.quant_ops
+        return frozenset(quant.QUANT_ALGOS if quant._CK_AVAILABLE else ())
 
     @property
     def data_directory(self) -> Path:

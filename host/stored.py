@@ -11,7 +11,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
-TWO_A_BYTE = ("nvfp4", "convrot_w4a4")  # these formats keep two neighbours of a row in one byte
+from ..wan.files.keys import TWO_A_BYTE
+
 GGUF_UNPACKING_BYTES = 13  # measured peak bytes per weight of dequantize, 16-bit result included
 
 

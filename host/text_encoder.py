@@ -11,7 +11,7 @@ import folder_paths
 import torch
 
 from ..wan import files
-from ..wan.refusal import Refusal
+from ..wan.files.umt5 import tokenizer_beside
 from .quantised import with_formats
 
 
@@ -32,7 +32,7 @@ def load_text_encoder(path: str | Path, device: str = "default") -> comfy.sd.CLI
     sizes = files.umt5_config(state_dict)
     tokenizer = state_dict.pop("spiece_model", None)
     if tokenizer is None:
-        tokenizer = _tokenizer_beside(Path(path))
+        tokenizer = tokenizer_beside(Path(path)).read_bytes()
     options: dict = {"umt5xxl_model_config": sizes}  # the host lays them over those of umT5-XXL
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
@@ -46,17 +46,4 @@ def load_text_encoder(path: str | Path, device: str = "default") -> comfy.sd.CLI
         parameters=comfy.utils.calculate_parameters(state_dict),
         state_dict=[state_dict],
         model_options=options,
-    )
-
-
-def _tokenizer_beside(path: Path) -> bytes:
-    """Bytes of the SentencePiece model beside a checkpoint that does not carry it."""
-    for name in ("spiece.model", "google/umt5-xxl/spiece.model", "../tokenizer/spiece.model"):
-        file = path.parent / name
-        if file.is_file():
-            return file.read_bytes()
-    raise Refusal(
-        "the file holds no tokenizer, and there is no spiece.model beside it",
-        "Put spiece.model (google/umt5-xxl on Hugging Face) into the same folder, or use ComfyUI's umt5_xxl "
-        "file, which carries it",
     )

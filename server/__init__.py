@@ -11,7 +11,7 @@ def mount() -> None:
         from .routes import PREFIX
 
         host = Host()
-        host.mount(PREFIX, create_app(host))
+        host.mount(PREFIX, create_app(host, host.weight_formats))
     except Exception as error:
         logging.warning("Wan2.1 jobs: the API is not served: %s: %s", type(error).__name__, error)
     else:

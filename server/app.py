@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 CLEAN_SECONDS = 3600  # between removals of stale uploads
 
 
-def create_app(host: "Host") -> web.Application:
+def create_app(host: "Host", weight_formats: Collection[str] | None = None) -> web.Application:
     """The aiohttp application of the API.
+
+    Args:
+        weight_formats: quantised formats that the host's layers read; None is all.
 
     Raises:
         ValueError: a setting is wrong.
@@ -47,10 +50,11 @@ def create_app(host: "Host") -> web.Application:
     hooks = Webhooks(store, settings)
     tasks = Tasks(store, host, hooks.wake)
     sessions = Sessions(store)
-    jobs = Jobs(host, settings, files, tasks, sessions, Installed(host))
+    installed = Installed(host, weight_formats)
+    jobs = Jobs(host, settings, files, tasks, sessions, installed)
     limit = RateLimit(settings.requests_per_minute)
     routes = Routes(settings, Gate(settings), limit, files, tasks, sessions, jobs)
-    life = _Life(lock, store, files, hooks, tasks)
+    life = _Life(lock, store, files, hooks, tasks, installed)
     app = web.Application(middlewares=[life.readiness, routes.guard])
     app.add_routes(routes.table())
     app.cleanup_ctx.append(life.run)
@@ -61,12 +65,21 @@ def create_app(host: "Host") -> web.Application:
 class _Life:
     """Starts and stops the parts; a failure is logged and answered to clients, and the host starts anyway."""
 
-    def __init__(self, lock: FileLock, store: Store, files: Files, hooks: Webhooks, tasks: Tasks):
+    def __init__(
+        self,
+        lock: FileLock,
+        store: Store,
+        files: Files,
+        hooks: Webhooks,
+        tasks: Tasks,
+        installed: Installed,
+    ):
         self._lock = lock
         self._store = store
         self._files = files
         self._hooks = hooks
         self._tasks = tasks
+        self._installed = installed
         self._failure: str | None = "it has not started yet"
 
     @web.middleware
@@ -78,21 +91,22 @@ class _Life:
 
     async def run(self, _: web.Application) -> AsyncIterator[None]:
         """Starts the parts, and stops them when the web server ends."""
-        cleaning = None
+        work: list[asyncio.Task[None]] = []
         try:
             await self._store.open()
             await self._tasks.start()
             await self._hooks.start()
-            cleaning = asyncio.get_running_loop().create_task(self._clean())
+            work = [asyncio.create_task(self._clean()), asyncio.create_task(self._look())]
             self._failure = None
         except Exception as error:
             self._failure = f"{type(error).__name__}: {error}"
             logging.exception("Wan2.1 jobs: the API does not run")
         yield
-        if cleaning is not None:
-            cleaning.cancel()
+        for task in work:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await cleaning
+                await task
+        if work:
             await self._hooks.stop()
             await self._tasks.stop()
         self._store.close()
@@ -109,3 +123,10 @@ class _Life:
             except Exception:
                 logging.exception("Wan2.1 jobs: old uploads could not be removed")
             await asyncio.sleep(CLEAN_SECONDS)
+
+    async def _look(self) -> None:
+        """Reads the headers of the model files, so that the first run need not wait for them."""
+        try:
+            await asyncio.to_thread(self._installed.look)
+        except Exception:
+            logging.exception("Wan2.1 jobs: the model files could not be looked at")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ LOADERS = {  # part -> (node, input)
 }
 _WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 _TITLED = {"prompt": "Positive prompt", "negative_prompt": "Negative prompt"}  # field -> title of its node
+REPORT, LORA_REPORT = "Report", "LoRA report"  # titles
 
 
 @dataclass
@@ -43,7 +45,7 @@ class JobGraph:
 
     Attributes:
         nodes: the graph.
-        roles: "sampler", "video", "last_frame", "report" -> node id.
+        roles: "sampler", "video", "last_frame", "report", and with a LoRA "lora_report" -> node id.
         fields: (node id, input name) -> field of the app that set it.
     """
 
@@ -86,6 +88,18 @@ def preferred_names(workflow: Graph) -> dict[str, str]:
         for node in workflow.values()
         if node["class_type"] == kind
     }
+
+
+def as_written(text: str) -> str:
+    """A prompt for the host's text encoder node, such that the text encoder gets `text` itself.
+
+    The host reads `(word:1.2)` as a weight and a word that begins with `embedding:` as the name of a file. It
+    takes a bracket behind a backslash for text, and NUL with \\1 or \\2 for a bracket; a backslash alone is
+    one. The wide colon is the plain one to umT5's tokenizer, to which \\1 and \\2 are nothing.
+    """
+    text = re.sub("\0[\1\2]+", "\0", text)
+    text = re.sub(r"(?<!\S)embedding:", "embedding：", text)  # noqa: RUF001
+    return re.sub(r"([()])", r"\\\1", text)
 
 
 def build_graph(
@@ -165,7 +179,9 @@ class _Builder:
         sampler, video, decode = (self.only(kind) for kind in (SAMPLER, "CreateVideo", DECODE))
         if values["lora_url"]:
             model = self.nodes[sampler]["inputs"]["model"]
-            self.nodes[sampler]["inputs"]["model"] = [self.add(LORA, "LoRA", model=model), 0]
+            lora = self.add(LORA, "LoRA", model=model)
+            self.nodes[sampler]["inputs"]["model"] = [lora, 0]
+            self.add("PreviewAny", LORA_REPORT, source=[lora, 1])
         frames = [decode, 0]
         if values["temporal_upsampling"] != NONE:
             node = self.add(TEMPORAL, "More frames", images=frames)
@@ -189,7 +205,7 @@ class _Builder:
                 self.set(row.node, row.input, row.choices[value] if row.choices else value, row.name)
         for field, title in _TITLED.items():
             if values[field]:
-                self.set(title, "text", values[field], field)
+                self.set(title, "text", as_written(values[field]), field)
         width, height = parse_size(values["size"])
         self.set(I2V, "width", width, "size")
         self.set(I2V, "height", height, "size")
@@ -199,10 +215,12 @@ class _Builder:
 
     def finish(self, output_prefix: str) -> dict[str, str]:
         """Names the outputs, saves the last frame too, and returns the roles."""
-        video, save, report = (self.only(kind) for kind in ("CreateVideo", "SaveVideo", "PreviewAny"))
+        video, save, report = (self.only(name) for name in ("CreateVideo", "SaveVideo", REPORT))
         self.nodes[save]["inputs"]["filename_prefix"] = f"{output_prefix}/video"
         images = self.nodes[video]["inputs"]["images"]
         last = self.add("ImageFromBatch", "Last frame", image=images, batch_index=-1, length=1)
         prefix = f"{output_prefix}/last_frame"
         saved = self.add("SaveImage", "Save last frame", images=[last, 0], filename_prefix=prefix)
-        return {"sampler": self.only(SAMPLER), "video": save, "last_frame": saved, "report": report}
+        roles = {"sampler": self.only(SAMPLER), "video": save, "last_frame": saved, "report": report}
+        reports = find(self.nodes, LORA_REPORT)
+        return roles | ({"lora_report": reports[0]} if reports else {})

@@ -1,16 +1,23 @@
 """The host's messages about one job become a state, a percentage and log lines."""
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from .fields import DECODE, I2V, SAMPLER, SPATIAL, TEMPORAL
+from .fields import DECODE, I2V, LORA, SAMPLER, SPATIAL, TEMPORAL
 from .graph import Graph
+from .problems import of_node
 from .states import CANCELLING, PREPARING, RUNNING, UPLOADING
 
 WEIGHTS = {SAMPLER: 80.0, DECODE: 10.0, TEMPORAL: 6.0, SPATIAL: 4.0, I2V: 4.0}  # rough shares of the time
 OTHER_WEIGHT = 0.5
 MAX_LOGS = 40
+MAX_SAID = 256  # nodes
+STEP = "step "  # how a line on a step begins
+NOTE = "note: "  # and one of the sampler's report on what was adjusted or left out
+
+Said = dict[str, list[str]]  # by what a node is and all that it hangs on, what it said when it last ran
 
 
 class News(NamedTuple):
@@ -19,10 +26,12 @@ class News(NamedTuple):
     Attributes:
         state: the state it is in now, None where the message does not tell.
         line: for the task's log.
+        said: sentences of nodes, which go into the log once.
     """
 
     state: int | None = None
     line: str | None = None
+    said: tuple[str, ...] = ()
 
 
 class JobProgress:
@@ -30,10 +39,15 @@ class JobProgress:
 
     Args:
         graph, roles: of the job's `JobGraph`.
+        said: shared by all jobs. A node that the host need not run again says nothing, so it is told here.
         clock: in seconds, for the time per step.
     """
 
-    def __init__(self, graph: Graph, roles: dict[str, str], clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, graph: Graph, roles: dict[str, str], said: Said, clock: Callable[[], float] = time.monotonic
+    ):
+        self._graph = graph
+        self._said = said
         self._classes = {node_id: node["class_type"] for node_id, node in graph.items()}
         self._roles = roles
         self._clock = clock
@@ -45,11 +59,18 @@ class JobProgress:
         if kind == "execution_start":
             return News(PREPARING, "started")
         if kind == "execution_cached":
-            self._done |= {node_id: 1.0 for node_id in data["nodes"] if node_id in self._done}
-        if kind == "executing" and data["node"] is not None:
+            known = [node_id for node_id in data["nodes"] if node_id in self._graph]
+            self._done |= dict.fromkeys(known, 1.0)
+            return News(said=tuple(line for i in known for line in self._said.get(self._identity(i), ())))
+        if kind == "executing" and data["node"] in self._graph:
+            self._said.pop(self._identity(data["node"]), None)
             return News(self._state(data["node"]))
         if kind == "progress_state":
             return self._update(data["nodes"])
+        if kind == "progress_text" and data["node"] in self._graph:
+            return News(said=self._sentence(data["node"], data["text"]))
+        if kind == "executed":
+            return News(said=tuple(self._of_reports(data["node"], data.get("output") or {})))
         return News()
 
     @property
@@ -57,6 +78,34 @@ class JobProgress:
         """The part of the work that is done, in [0, 100]."""
         weights = {i: WEIGHTS.get(kind, OTHER_WEIGHT) for i, kind in self._classes.items()}
         return round(100 * sum(weights[i] * self._done[i] for i in weights) / sum(weights.values()), 1)
+
+    def _sentence(self, node_id: str, text: str) -> tuple[str]:
+        line = of_node(self._classes[node_id], " ".join(text.split()))
+        lines = self._said.setdefault(self._identity(node_id), [])
+        if line not in lines:
+            lines.append(line)
+        while len(self._said) > MAX_SAID:
+            del self._said[next(iter(self._said))]
+        return (line,)
+
+    def _identity(self, node_id: str) -> str:
+        """What decides whether the host runs a node again: its class and inputs, and those of its sources."""
+        node = self._graph[node_id]
+        inputs = {
+            name: [self._identity(value[0]), value[1]] if isinstance(value, list) else value
+            for name, value in node["inputs"].items()
+        }
+        return json.dumps([node["class_type"], inputs], sort_keys=True)
+
+    def _of_reports(self, node_id: str, output: dict[str, Any]) -> Iterable[str]:
+        """What the reports that a node shows say of matching and adjusting."""
+        texts = output.get("text") or [""]
+        lines = texts[0].splitlines()
+        if node_id == self._roles.get("lora_report"):
+            return [of_node(LORA, line) for line in lines]
+        if node_id == self._roles["report"]:
+            return [of_node(SAMPLER, line.removeprefix(NOTE)) for line in lines if line.startswith(NOTE)]
+        return []
 
     def _update(self, nodes: dict[str, dict[str, Any]]) -> News:
         state = line = None
@@ -80,9 +129,9 @@ class JobProgress:
             return None
         self._steps.append((step, self._clock()))
         if len(self._steps) == 1:
-            return f"step {step}/{steps}"
+            return f"{STEP}{step}/{steps}"
         (first, begin), (last, end) = self._steps[0], self._steps[-1]
-        return f"step {step}/{steps}, {(end - begin) / (last - first):.2f} s per step"
+        return f"{STEP}{step}/{steps}, {(end - begin) / (last - first):.2f} s per step"
 
 
 def later(state: int, new: int | None) -> int:

@@ -12,7 +12,7 @@ from . import states
 from .files import file_row
 from .graph import class_of
 from .problems import Problem, as_part, of_node
-from .progress import MAX_LOGS, JobProgress, News, later
+from .progress import MAX_LOGS, STEP, JobProgress, News, Said, later
 from .snapshot import iso_time, snapshot_line
 from .store import FileRow, Store, TaskRow
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CHECK_SECONDS = 2  # between comparisons of the host's queue with our tasks
 SAVE_SECONDS = 5  # between writes of a running task's progress
 QUEUE_LENGTH = 64  # snapshots; a reader that lags behind by more loses the oldest
-MAX_ERROR = 4000  # characters; a snapshot line must stay far below 128 KiB
+MAX_ERROR, MAX_LINE = 4000, 1000  # characters; a snapshot line must stay far below 128 KiB
 LOST = "the server stopped while the task ran"
 
 Reader = asyncio.Queue[bytes | None]  # snapshot lines, then None
@@ -36,11 +36,15 @@ class Change(NamedTuple):
 
 
 class LiveTask:
-    """A task that is not over, and its readers."""
+    """A task that is not over, and its readers.
 
-    def __init__(self, row: TaskRow):
+    Args:
+        said: of `JobProgress`.
+    """
+
+    def __init__(self, row: TaskRow, said: Said):
         self.row = row
-        self.progress = JobProgress(row.graph, row.roles)
+        self.progress = JobProgress(row.graph, row.roles, said)
         self.preview: dict[str, Any] | None = None  # {"image": bytes, "type": media type}
         self.readers: set[Reader] = set()
         self.saved_at = time.monotonic()
@@ -50,14 +54,17 @@ class LiveTask:
         """Writes news of the job into the row."""
         row = self.row
         status, progress = later(row.status, news.state), self.progress.percent
+        new = [text for text in news.said if not self._has_said(text)]
         changed = Change(
-            anything=news.line is not None or (status, progress) != (row.status, row.progress),
+            anything=bool(new) or news.line is not None or (status, progress) != (row.status, row.progress),
             status=status != row.status,
         )
         row.status, row.progress = status, progress
         if news.line is not None:
             link = f", preview {row.base_url}/tasks/{row.id}/preview" if self.preview else ""
             self.log(news.line + link)
+        for text in new:
+            self.log(text)
         return changed
 
     def publish(self) -> None:
@@ -75,11 +82,18 @@ class LiveTask:
             reader.put_nowait(line)
 
     def log(self, text: str) -> None:
-        """Adds a line to the task's log."""
+        """Adds a line to the task's log; where that is full, the oldest line on a step makes room."""
         now = iso_time(time.time())
-        entry = {"id": uuid.uuid4().hex[:8], "task_id": self.row.id, "log_type": 1, "content": text}
+        content = _short(text)
+        entry = {"id": uuid.uuid4().hex[:8], "task_id": self.row.id, "log_type": 1, "content": content}
         logs = [*self.row.logs, entry | {"created_at": now, "updated_at": now}]
-        self.row.logs = logs[-MAX_LOGS:]
+        while len(logs) > MAX_LOGS:
+            steps = [i for i, line in enumerate(logs) if line["content"].startswith(STEP)]
+            del logs[steps[0] if len(steps) > 1 else 0]
+        self.row.logs = logs
+
+    def _has_said(self, text: str) -> bool:
+        return any(entry["content"] == _short(text) for entry in self.row.logs)
 
 
 class Tasks:
@@ -96,6 +110,7 @@ class Tasks:
         self._live: dict[str, LiveTask] = {}  # by task id
         self._by_prompt: dict[str, LiveTask] = {}  # by the host's prompt id
         self._background: set[asyncio.Task[None]] = set()
+        self._said: Said = {}
 
     async def start(self) -> None:
         """Takes up the tasks of an earlier run: waiting ones are queued again, running ones have failed."""
@@ -133,7 +148,7 @@ class Tasks:
             outputs: ids of the nodes to run, of the host's check.
             notes: first lines of its log.
         """
-        live = LiveTask(row)
+        live = LiveTask(row, self._said)
         for note in notes:
             live.log(note)
         live.log("queued")
@@ -271,7 +286,8 @@ class Tasks:
         for role in ("video", "last_frame"):
             item = outputs[row.roles[role]]["images"][0]
             paths[role] = folder / item["subfolder"] / item["filename"]
-        report = outputs[row.roles["report"]]["text"][0]
+        reports = [row.roles[role] for role in ("lora_report", "report") if role in row.roles]
+        report = "\n".join(outputs[node_id]["text"][0] for node_id in reports)
         paths["report"] = paths["video"].parent / "report.txt"
         paths["report"].write_text(report + "\n", encoding="utf-8")
         files = {role: file_row(row.owner, row.id, "output", path) for role, path in paths.items()}
@@ -321,7 +337,7 @@ class Tasks:
         self._host.put(row.prompt_id, row.graph, outputs, row.created_at)
 
     def _enter(self, row: TaskRow, live: LiveTask | None = None) -> LiveTask:
-        live = live or LiveTask(row)
+        live = live or LiveTask(row, self._said)
         self._live[row.id] = self._by_prompt[row.prompt_id] = live
         return live
 
@@ -330,6 +346,10 @@ class Tasks:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         task.add_done_callback(_log_failure)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE - 3]}..."
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

@@ -1,5 +1,6 @@
 """The job API on a real host, with the unmodified client and the bundled checkpoint."""
 
+import hashlib
 import io
 import json
 import time
@@ -9,11 +10,15 @@ import av
 import inferencesh
 import pytest
 import requests
+import torch
+from helpers_checkpoint import write_sparse
 from inferencesh import APIError, TaskStatus
+from lib import pack
 from lib.host_server import HostServer
 from lib.job_api import Receiver
-from lib.pack import comfyui_path
+from lib.pack import ROOT, comfyui_path
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 APP = "infsh/wan2-1-i2v"
 SLOW_START_S = 1800  # of a server that is started in a test, on a busy machine
@@ -115,6 +120,56 @@ def test_wrong_fields_queue_nothing(jobs, server):
     queue = server.client.get("/queue")
     assert queue["queue_pending"] == [] and queue["queue_running"] == []
     assert len(server.client.get("/history")) == before
+
+
+def lines(task):
+    return [entry["content"] for entry in task["logs"]]
+
+
+def test_what_the_lora_and_the_nodes_say_is_in_the_log(jobs, server):
+    """A LoRA with keys that fit nothing, as if fetched before; the second job finds its loader cached."""
+    url = "https://example.com/drain.safetensors"
+    mark = hashlib.sha256(url.encode()).hexdigest()[:12]
+    path = server.models_directory / "loras" / f"drain-{mark}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lora = load_file(ROOT / "models" / "loras" / "wan21-tiny-lora.safetensors")
+    spare = {f"diffusion_model.blocks.99.ffn.0.lora_{end}.weight": torch.zeros(8, 8) for end in "AB"}
+    save_file(lora | spare, path)
+    for seed in (1, 2):
+        result = jobs.run(
+            request(seed=seed, lora_url=url, lora_multiplier=0.5, prompt="pan (left:1.2) \\o/ :)")
+        )
+        said = lines(jobs.get_task(result["id"]).data)
+        assert any(line.startswith(f"Wan21LoraLoader: LoRA: {path.name}, strength 0.5") for line in said), (
+            said
+        )
+        assert any("Wan21LoraLoader: left out: 2 keys" in line and "blocks.99" in line for line in said), said
+        assert any(line.startswith("Wan21VAEDecode: decodes whole frames") for line in said), said
+        report = requests.get(result["output"]["report"]).text
+        assert report.startswith("LoRA: drain-") and f"seed: {seed}" in report
+
+
+def test_a_foreign_vae_does_not_decode_the_bundled_model(jobs, server):
+    """The release's VAE, by its header, is all that is installed beside the bundled files."""
+    pack.load_pack()
+    from wan21.wan.vae import WanVAE
+
+    with torch.device("meta"):
+        state_dict = WanVAE().state_dict()
+    name = "wan_2.1_vae.safetensors"
+    path = write_sparse(server.models_directory / "vae" / name, state_dict)
+    try:
+        result = jobs.run(request(seed=5))
+        assert lines(jobs.get_task(result["id"]).data)[0] == (
+            "the job runs with model wan21-tiny-i2v.safetensors, text encoder wan21-tiny-umt5.safetensors "
+            "and VAE wan21-tiny-vae.safetensors"
+        )
+        with pytest.raises(APIError) as raised:
+            jobs.run(request(model="wan21-tiny-i2v.safetensors", vae=name), wait=False)
+        [error] = json.loads(raised.value.response_body)["errors"]
+        assert raised.value.status_code == 422 and error["path"] == "input.vae" and name in error["message"]
+    finally:
+        path.unlink()
 
 
 def test_a_killed_server_loses_no_task(tmp_path, monkeypatch):

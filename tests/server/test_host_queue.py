@@ -61,3 +61,38 @@ def test_other_binary_messages_are_no_previews(queue):
     message = struct.pack(">II", queue.PREVIEW_WITH_METADATA, len(metadata)) + metadata + b"png"
     assert queue.read_preview(message) == {"prompt_id": "p", "image": b"png", "type": "image/png"}
     assert queue.read_preview(struct.pack(">I", 1) + b"png") is None
+
+
+def text_message(queue, node_id, text):
+    node = node_id.encode()
+    return struct.pack(">II", queue.TEXT, len(node)) + node + text.encode()
+
+
+def test_what_a_node_says_is_handed_on_with_the_job_that_runs(queue):
+    """The host's message does not name the job; other clients' nodes have the same numbers."""
+    told = []
+    observer = queue._Observer(lambda kind, data: told.append((kind, data)))
+
+    async def hear(*messages):
+        for message in messages:
+            await (
+                observer.send_bytes(message) if isinstance(message, bytes) else observer.send_json(message)
+            )
+
+    start = {"type": "execution_start", "data": {"prompt_id": "p"}}
+    end = {"type": "executing", "data": {"prompt_id": "p", "node": None}}
+    said = text_message(queue, "10", "goes on in halves, ½")
+    asyncio.run(hear(said, start, said, struct.pack(">II", queue.TEXT, 9) + b"\xff", end, said))
+    assert [data for kind, data in told if kind == "progress_text"] == [
+        {"prompt_id": "p", "node": "10", "text": "goes on in halves, ½"}
+    ]
+    asyncio.run(
+        hear({"type": "execution_start", "data": ["of another pack"]}, {"type": "executing", "data": {}})
+    )
+
+
+def test_the_formats_are_those_of_the_host(queue):
+    import comfy.quant_ops
+
+    formats = queue.Host().weight_formats
+    assert formats == (set(comfy.quant_ops.QUANT_ALGOS) if comfy.quant_ops._CK_AVAILABLE else set())

@@ -11,7 +11,7 @@ Renaming the layouts people have into Wan's own names is in `keys` (DiT, VAE) an
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
@@ -36,6 +36,7 @@ __all__ = [
     "detect_kind",
     "is_quantization_key",
     "read_checkpoint",
+    "read_shapes",
     "refuse_loose_scales",
     "to_umt5_keys",
     "to_wan_dit_keys",
@@ -61,6 +62,9 @@ class Checkpoint(NamedTuple):
     metadata: dict[str, str]
 
 
+ReadOne = Callable[[Path], Checkpoint]  # reads one safetensors file
+
+
 def read_checkpoint(path: str | Path, name: str | None = None) -> Checkpoint:
     """One checkpoint file, or the whole set that a shard or its index belongs to.
 
@@ -78,25 +82,39 @@ def read_checkpoint(path: str | Path, name: str | None = None) -> Checkpoint:
     """
     path = Path(path)
     with naming(name or path.name):
-        return _read(path)
+        return _read(path, _read_safetensors)
 
 
-def _read(path: Path) -> Checkpoint:
+def read_shapes(path: str | Path) -> Checkpoint:
+    """A checkpoint as `read_checkpoint` gives it, by the header alone: tensors without numbers.
+
+    The marks of quantised layers (`comfy_quant`), a few bytes each, have theirs. The file is not mapped, so
+    that it may be larger than the memory. Dtypes are float32 whatever the file holds.
+
+    Raises:
+        BadFile: as `read_checkpoint`.
+    """
+    path = Path(path)
+    with naming(path.name):
+        return _read(path, _read_header)
+
+
+def _read(path: Path, read_one: ReadOne) -> Checkpoint:
     if not path.is_file():
         raise Refusal(
             "there is no file of this name: it was moved, deleted or never fully downloaded",
             "Download it again, or pick another file",
         )
     if path.name.endswith(INDEX_SUFFIX):
-        return _read_index(path)
+        return _read_index(path, read_one)
     shard = SHARD_NAME.fullmatch(path.name)
     if shard:
-        return _read_shards(path.parent, _shard_names(path.name, shard))
+        return _read_shards(path.parent, _shard_names(path.name, shard), read_one)
     with path.open("rb") as file:
         head = file.read(1024)
     if path.suffix.lower() in PICKLE_SUFFIXES and not is_safetensors(head):
         return _read_pickle(path, head)
-    return _read_safetensors(path)
+    return read_one(path)
 
 
 def check_head(head: bytes) -> None:
@@ -153,7 +171,7 @@ def _shard_names(name: str, shard: re.Match) -> list[str]:
     return [f"{shard['stem']}-{i:05d}-of-{shard['count']}.safetensors" for i in range(1, count + 1)]
 
 
-def _read_index(path: Path) -> Checkpoint:
+def _read_index(path: Path, read_one: ReadOne) -> Checkpoint:
     """Reads the shards that a `*.safetensors.index.json` lists in its `weight_map` (key -> file name)."""
     fault = "not the index of a sharded checkpoint"
     if path.stat().st_size > MAX_INDEX_BYTES:
@@ -171,7 +189,7 @@ def _read_index(path: Path) -> Checkpoint:
             f"it lists {listed(map(repr, outside)) or 'none'}",
             "Do not use this file; download the set from its original source",
         )
-    checkpoint = _read_shards(path.parent, names)
+    checkpoint = _read_shards(path.parent, names, read_one)
     absent = sorted(weight_map.keys() - checkpoint.state_dict.keys())
     if absent:
         raise Refusal(
@@ -186,7 +204,7 @@ def _is_plain_name(name: str) -> bool:
     return is_bare and ".." not in name and name.endswith(".safetensors")
 
 
-def _read_shards(folder: Path, names: list[str]) -> Checkpoint:
+def _read_shards(folder: Path, names: list[str], read_one: ReadOne) -> Checkpoint:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise Refusal(
@@ -196,7 +214,7 @@ def _read_shards(folder: Path, names: list[str]) -> Checkpoint:
     state_dict, metadata = {}, {}
     for name in names:
         with naming(name):
-            shard = _read_safetensors(folder / name)
+            shard = read_one(folder / name)
         twice = state_dict.keys() & shard.state_dict.keys()
         if twice:
             raise Refusal(
@@ -217,6 +235,18 @@ def _read_safetensors(path: Path) -> Checkpoint:
         with safe_open(path, framework="pt", device="cpu") as file:
             state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             return Checkpoint(state_dict, dict(file.metadata() or {}))
+    except SafetensorError as error:
+        raise Refusal(f"a damaged safetensors file ({error})", AGAIN) from error
+
+
+def _read_header(path: Path) -> Checkpoint:
+    _check_header(path)
+    try:
+        with safe_open(path, framework="np") as file:  # for "pt" the whole file would be mapped
+            keys = file.keys()
+            state_dict = {k: torch.empty(file.get_slice(k).get_shape(), device="meta") for k in keys}
+            marks = {k: torch.from_numpy(file.get_tensor(k)) for k in keys if k.endswith(".comfy_quant")}
+            return Checkpoint(state_dict | marks, dict(file.metadata() or {}))
     except SafetensorError as error:
         raise Refusal(f"a damaged safetensors file ({error})", AGAIN) from error
 

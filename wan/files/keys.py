@@ -27,6 +27,7 @@ QUANTIZATION_SUFFIXES = (
     "scaled_fp8", "scale_weight", "scale_input", "comfy_quant", "weight_scale", "weight_scale_2",
     "input_scale", "pre_quant_scale",
 )  # fmt: skip
+TWO_A_BYTE = ("nvfp4", "convrot_w4a4")  # formats that keep two neighbours of a row in one byte
 
 # Module names, matched whole from the left and ending at a dot: what follows (.weight, .bias,
 # .scale_weight, .lora_A.weight) is kept.

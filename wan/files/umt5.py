@@ -5,6 +5,7 @@ The Wan2.1 release's own names (`wan/modules/t5.py`) are shorter: `blocks.0.attn
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ UMT5_PREFIXES = (
 )  # fmt: skip
 LAST_NORM = "encoder.final_layer_norm.weight"
 TOKENIZER_KEY = "spiece_model"  # some files carry the SentencePiece tokenizer as bytes
+TOKENIZERS_BESIDE = ("spiece.model", "google/umt5-xxl/spiece.model", "../tokenizer/spiece.model")
 
 RELEASE_MODULES = {"token_embedding": "shared", "norm": LAST_NORM.removesuffix(".weight")}
 RELEASE_BLOCK_MODULES = {
@@ -119,3 +121,19 @@ def umt5_config(state_dict: Mapping[str, Tensor]) -> dict[str, int]:
         "relative_attention_num_buckets": num_buckets,
         "vocab_size": vocab_size,
     }
+
+
+def tokenizer_beside(path: Path) -> Path:
+    """The SentencePiece model beside a text encoder's file that does not carry one.
+
+    Raises:
+        Refusal: there is none.
+    """
+    found = next((path.parent / n for n in TOKENIZERS_BESIDE if (path.parent / n).is_file()), None)
+    if found is None:
+        raise Refusal(
+            "the file holds no tokenizer, and there is no spiece.model beside it",
+            "Put spiece.model (google/umt5-xxl on Hugging Face) into the same folder, or use ComfyUI's "
+            "umt5_xxl file, which carries it",
+        )
+    return found
