@@ -133,7 +133,7 @@ def tokenizer_beside(path: Path) -> Path:
     if found is None:
         raise Refusal(
             "the file holds no tokenizer, and there is no spiece.model beside it",
-            "Put spiece.model (google/umt5-xxl on Hugging Face) into the same folder, or use ComfyUI's "
-            "umt5_xxl file, which carries it",
+            "Put spiece.model (google/umt5-xxl on Hugging Face) into the same folder, or use a file that "
+            "carries it, such as umt5_xxl_fp8_e4m3fn_scaled.safetensors",
         )
     return found
