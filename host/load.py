@@ -199,7 +199,7 @@ class _GGUFFile:
         return GGUFOperations
 
     def stored(self, host_config: BASE) -> dict[str, torch.dtype]:
-        """None: what is not packed has the dtype chosen for all."""
+        """Empty: what is not packed has the dtype chosen for all."""
         return {}
 
     def fill(self, model: Wan21, patcher: ModelPatcher) -> None:

@@ -84,8 +84,8 @@ def option_inputs() -> list[Any]:
             options=list(MODES),
             default="off",
             optional=True,
-            tooltip="RIFLEx, against repetition in long clips. It changes nothing below 181 frames. auto "
-            "acts past the trained length only.",
+            tooltip="RIFLEx, against repetition in long clips. It changes nothing below 181 frames; from "
+            "there on auto and on are the same.",
         ),
         io.Boolean.Input(
             "joint_pass",

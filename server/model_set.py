@@ -108,12 +108,17 @@ def _is_needed(part: str, offer: Offer) -> bool:
 
 
 def _model_rank(file: File, end_image: bool) -> tuple:
-    """Whole models for the images at hand, other whole models, then experts, those for low noise first."""
+    """Whole models for the images at hand, other whole models, the bundled one, then experts.
+
+    Of experts those for low noise come first: alone, only these come to a clear picture.
+    """
     if file.is_expert:
-        tier = 2 if "low" in file.name.lower() else 3  # alone, only these come to a clear picture
+        tier = 3 if "low" in file.name.lower() else 4
+    elif file.bundled:
+        tier = 2
     else:
         tier = int(file.traits.first_last != end_image)
-    return tier, not file.preferred, file.bundled, file.name
+    return tier, not file.preferred, file.name
 
 
 def _partner_rank(model: File, part: str, file: File) -> tuple:

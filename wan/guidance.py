@@ -81,4 +81,5 @@ class ZeroInit(Option):
             )
 
     def report(self, run: Run, record: SampleRecord) -> Iterable[str]:
-        yield f"zero-init: the first {self.zero_steps} steps have no velocity"
+        first = "step has" if self.zero_steps == 1 else f"{self.zero_steps} steps have"
+        yield f"zero-init: the first {first} no velocity"

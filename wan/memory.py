@@ -4,7 +4,7 @@
 
 Weights are counted apart: they may stay on the device or be streamed; activations cannot be. The
 formulas follow `dit.py` line by line and hold for kernels that fuse (attention of any backend, RMSNorm): on
-an accelerator. tests/wan/test_memory.py counts the tensors of a forward pass against them.
+an accelerator. tests/nodes/test_step_memory.py counts the tensors of a forward pass against them.
 """
 
 import math

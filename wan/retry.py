@@ -18,12 +18,12 @@ MEMORY_TRIES = 8  # of one step: the plans, then weights taken off the device bi
 Say = Callable[[str], None]
 
 
-class NotFinite(Refusal, ArithmeticError):
+class NotFinite(Refusal):
     """A step's velocity holds NaN or infinite numbers."""
 
 
 class WithinMemory:
-    """Goes on with the next memory plan when memory runs out; after the last, weights leave the device.
+    """Makes room and goes on with the next memory plan when memory runs out.
 
     Args:
         inner: the denoiser.

@@ -21,7 +21,7 @@ class SampleJob:
     """What to sample, in the field's units.
 
     Attributes:
-        steps: model evaluations per pass.
+        steps: intervals of the schedule.
         guidance_scale: classifier-free guidance weight; 1 runs no unconditional pass.
         flow_shift: shift of the flow schedule (the release: 3 for image-to-video at 480p, else 5;
             16 for first-last-frame).

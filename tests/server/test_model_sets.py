@@ -176,11 +176,12 @@ def test_a_first_last_frame_model_is_for_an_end_image(shelf):
     assert choose(shelf, end_image=True)[0]["model"] == "aa_flf2v.safetensors"
 
 
-def test_one_for_other_images_comes_before_the_bundled_one_and_experts(bare):
-    bare.put_release("text_encoder", "vae")
-    bare.put_file("model", "aa_expert.safetensors", dit(**EXPERT))
-    bare.put_file("model", "flf2v.safetensors", dit(**FLF2V))
-    assert choose(bare)[0]["model"] == "flf2v.safetensors"
+def test_one_for_other_images_comes_before_the_bundled_one_and_experts(shelf):
+    shelf.put_release("text_encoder", "vae")
+    shelf.put_file("model", "aa_expert.safetensors", dit(**EXPERT))
+    assert choose(shelf)[0]["model"] == "wan21-tiny-i2v.safetensors"
+    shelf.put_file("model", "flf2v.safetensors", dit(**FLF2V))
+    assert choose(shelf)[0]["model"] == "flf2v.safetensors"
 
 
 # --- files that would not load -----------------------------------------------------------------------------

@@ -26,8 +26,9 @@ class Layer(NamedTuple):
     Attributes:
         run: run(x, past) -> y, both [B, C, f, H, W].
         convs: its convolutions that keep frames of the past.
-        reach: pixels to each side of an output pixel that it reads, counted in the output.
-        reach_back: frames before its own that an output frame reads, counted in the input.
+        reach: pixels to each side of an output pixel that it reads, counted in the output. For tiles of a
+            decode, hence set for the decoder's layers that act on a part of a frame.
+        reach_back: frames before its own that an output frame reads, counted in the input; for a decode too.
         space: 2 where it doubles height and width.
         time: 2 where it doubles the frames, 0.5 where it halves them.
     """
@@ -132,7 +133,8 @@ class Upsample(nn.Module):
         """The doubling of the frame rate, if there is one."""
         if self.time_conv is None:
             return None
-        # Two frames of the convolution, and the first one that passes unchanged.
+        # Two frames for the convolution, and one more: a stream that starts late passes its first frame
+        # undoubled, and that result is dropped.
         return Layer(self.double_time, (self.time_conv,), reach_back=3, time=2)
 
     def space_layer(self) -> Layer:
