@@ -12,7 +12,7 @@ from .coefficients import measured_coefficients
 from .conditioning import Conditioning, describe_conditioning, trim_clip_vision
 from .latent_file import KeptLatent
 from .load import DTYPES, WEIGHT_DTYPES, load_model
-from .lora import add_lora, other_family, read_lora
+from .lora import add_lora, other_family, packed_by_another_pack, read_lora
 from .memory import MemoryWatch, need_host_bytes, plan_memory
 from .model import checkpoint_name, config_of, is_ours
 from .patches import ignored_patches, refused_patch
@@ -61,6 +61,7 @@ __all__ = [
     "need_host_bytes",
     "no_upscale_model",
     "other_family",
+    "packed_by_another_pack",
     "plan_memory",
     "read_lora",
     "refused_patch",

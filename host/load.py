@@ -22,7 +22,7 @@ from .model import Wan21
 from .operations import GGUFOperations, casting_operations, fp8_operations
 from .progress import tell
 from .quantised import quantised_layers, tell_unpacked, with_formats
-from .stored import kept_dtype, unpacked_shapes
+from .stored import PackedPatcher, kept_dtype, unpacked_shapes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FP8_FAST = "fp8_e4m3fn_fast"
@@ -65,7 +65,9 @@ def load_model(
         host_config.custom_operations = operations  # pyright: ignore[reportAttributeAccessIssue]
     model = Wan21(host_config, config, path, file.metadata, file.built_on, file.stored(host_config))
     model.device = offload_device
-    patcher_class = ModelPatcher if disable_dynamic or is_gguf else CoreModelPatcher
+    patcher_class = ModelPatcher if disable_dynamic else CoreModelPatcher
+    if is_gguf:
+        patcher_class = PackedPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     file.fill(model, patcher)
     if not management.is_device_cpu(offload_device):

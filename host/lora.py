@@ -11,6 +11,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
@@ -70,6 +71,17 @@ def other_family(model: ModelPatcher) -> str | None:
     layers = getattr(model.model, "diffusion_model", None)
     is_wan = layers is not None and "blocks.0.self_attn.q.weight" in kept_shapes(layers)
     return None if is_wan else type(model.model).__name__
+
+
+def packed_by_another_pack(model: ModelPatcher) -> bool:
+    """Whether the matrices of a MODEL are bytes of a file that only another pack's layers unpack."""
+    for layer in model.model.diffusion_model.blocks[0].modules():
+        weight = getattr(layer, "weight", None)
+        if weight is None or isinstance(weight, QuantizedTensor) or getattr(layer, "packed", None):
+            continue
+        if weight.dtype == torch.uint8:
+            return True
+    return False
 
 
 def read_lora(path: str | Path, model: ModelPatcher) -> Lora:

@@ -55,6 +55,12 @@ class GGUFOperations(comfy.ops.manual_cast):
             return_weight: bool = False,
             **kwargs: Any,
         ) -> Tensor | None:
+            if inplace_update and self.packed:  # hooks write into the weight that is there
+                raise Refusal(
+                    "hooks carry a LoRA, and a GGUF model's packed weights cannot be changed in place",
+                    "Remove the hooks and use Wan21LoraLoader with a strength_schedule, or load a "
+                    "safetensors file",
+                )
             assert self.bias is not None  # each of Wan's matrices has one, in the dtype of what is not packed
             weight = weight.to(self.bias.dtype)
             if return_weight:

@@ -12,8 +12,25 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ..wan.files.keys import TWO_A_BYTE
+from ..wan.refusal import Refusal
 
 GGUF_UNPACKING_BYTES = 13  # measured peak bytes per weight of dequantize, 16-bit result included
+
+
+class PackedPatcher(ModelPatcher):
+    """A MODEL whose matrices are packed as in a GGUF file."""
+
+    def model_state_dict_for_saving(self, model: nn.Module | None = None, prefix: str = "") -> dict:
+        """What the host's ModelSave and CheckpointSave would write.
+
+        Raises:
+            Refusal: always; packed bytes are nothing that a loader reads.
+        """
+        raise Refusal(
+            "the MODEL's weights are packed as in its GGUF file, and saved they would be bytes that nothing "
+            "reads",
+            "Save from a safetensors file of the model",
+        )
 
 
 def store_as(layer: nn.Module, name: str, dtype: torch.dtype) -> None:

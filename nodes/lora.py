@@ -1,5 +1,6 @@
 """LoRAs: a file in any dialect changes a MODEL, and a report says what of it was used."""
 
+import logging
 from pathlib import Path
 
 import folder_paths
@@ -12,7 +13,7 @@ from ..wan.files.kinds import LORA, not_a
 from ..wan.lora import parse_schedule
 from ..wan.refusal import Refusal
 from .load import CATEGORY, about_file
-from .lora_report import check_lora, lora_report
+from .lora_report import check_lora, left_out, lora_report
 from .named import named
 
 NODE = "Wan21LoraLoader"
@@ -86,9 +87,18 @@ class Wan21LoraLoader(io.ComfyNode):
             return io.NodeOutput(model, "no LoRA chosen")
         if family := host.other_family(model):
             raise Refusal(f"the MODEL is a {family}, not a Wan2.1 model", "Load one with Wan21ModelLoader")
+        if host.packed_by_another_pack(model):
+            raise Refusal(
+                "the MODEL holds GGUF weights in another pack's form, which LoRAs of this node do not reach",
+                "Load the file with Wan21ModelLoader, or the LoRA with the host's LoraLoaderModelOnly",
+            )
         with about_file(path.name):
             lora = host.read_lora(path, model)
             check_lora(lora, strict)
+        if lora.unmatched:
+            host.tell(f"{path.name}: left out {'; '.join(left_out(lora))}")
+            for key, reason in lora.unmatched.items():
+                logging.warning("lora key not loaded: %s (%s)", key, reason)
         lines = [f"LoRA: {path.name}, strength {_strength(strength, schedule)}", *lora_report(lora)]
         return io.NodeOutput(host.add_lora(model, lora, strength, schedule), "\n".join(lines))
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ..wan.files.bad_file import listed
-from ..wan.lora import Lora
+from ..wan.lora import OTHER_SIZE, Lora
 from ..wan.refusal import Refusal
 
 
@@ -14,14 +14,23 @@ def check_lora(lora: Lora, strict: bool = False) -> None:
     Raises:
         Refusal: with the keys that do not fit, and why.
     """
+    in_blocks = any(name.startswith("blocks.") for name, _ in lora.patches)
+    # Layers outside the blocks, such as those of the image branch, have the same width in every size.
+    blocks_misfit = any("blocks" in k and why == OTHER_SIZE for k, why in lora.unmatched.items())
+    if lora.patches and blocks_misfit and not in_blocks:
+        raise Refusal(
+            f"made for a model of another size: none of its blocks fits, {len(lora.unmatched)} of "
+            f"{len(lora.matched) + len(lora.unmatched)} keys",
+            "Pick a LoRA that was trained for Wan2.1 of this size",
+        )
     if not lora.patches:
         raise Refusal(
-            f"none of its {len(lora.unmatched)} keys fits the model: {'; '.join(_left_out(lora))}",
+            f"none of its {len(lora.unmatched)} keys fits the model: {'; '.join(left_out(lora))}",
             "Pick a LoRA that was trained for Wan2.1 of this size",
         )
     if strict and lora.unmatched:
         raise Refusal(
-            f"{len(lora.unmatched)} keys do not fit the model: {'; '.join(_left_out(lora))}",
+            f"{len(lora.unmatched)} keys do not fit the model: {'; '.join(left_out(lora))}",
             "Turn strict off to apply the rest",
         )
 
@@ -42,10 +51,10 @@ def lora_report(lora: Lora) -> list[str]:
     outside = sorted(layer for layer in layers if not layer.startswith("blocks."))
     if outside:
         lines.append(f"outside the blocks: {listed(outside)}")
-    return lines + [f"left out: {text}" for text in _left_out(lora)]
+    return lines + [f"left out: {text}" for text in left_out(lora)]
 
 
-def _left_out(lora: Lora) -> list[str]:
+def left_out(lora: Lora) -> list[str]:
     """One line for each reason, with the keys it holds for."""
     by_reason: dict[str, list[str]] = {}
     for key, reason in lora.unmatched.items():

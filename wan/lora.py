@@ -26,6 +26,9 @@ KINDS = {
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
 }
+# Ends of keys of kinds that the host's own adapters read.
+HOST_ONLY = {".oft_blocks": "OFT or BOFT", ".oft_diag": "OFT or BOFT", ".a1.weight": "GLoRA"}
+OTHER_SIZE = "made for layers of another size"
 DIFFERENCES = ("diff", "diff_b", "diff_m", "up_bias")  # the tensor of these roles is itself the change
 Shapes = Mapping[str, tuple[int, ...]]  # by parameter of a model
 _IMAGE_BRANCH = re.compile(r"(^|\.)(img_emb|k_img|v_img|norm_k_img|image_embedder)(\.|$)")
@@ -138,7 +141,13 @@ def match_lora(
 
     Raises:
         WrongKind: the file is no LoRA at all; says what it is.
+        Refusal: its kind is one that only the host reads, or its numbers are not finite.
     """
+    if kind := next((name for end, name in HOST_ONLY.items() for k in state_dict if k.endswith(end)), None):
+        raise Refusal(
+            f"a LoRA of the kind {kind}, which is not read here",
+            "Load it with the host's Load LoRA (LoraLoaderModelOnly), before or after this node",
+        )
     lora, layers, origin = Lora(), {}, {}
     for key, tensor in state_dict.items():
         split = split_lora_key(key)
@@ -151,6 +160,8 @@ def match_lora(
             layers.setdefault(split[0], {})[split[1]] = tensor
     if not layers:
         raise not_a(LORA, state_dict)
+    if key := next((key for key in origin.values() if not _is_finite(state_dict[key])), None):
+        raise Refusal(f"{key} holds numbers that are NaN or infinite", "Download it again, or pick another")
     scaling = _Scaling(metadata or {})
     for module, tensors in layers.items():
         patches, reasons = _layer_patches(module, tensors, shapes, scaling)
@@ -162,6 +173,12 @@ def match_lora(
             else:
                 lora.matched.append(key)
     return lora
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.dtype.itemsize == 1:  # torch asks no fp8
+        tensor = tensor.float()
+    return bool(torch.isfinite(tensor).all())
 
 
 def _layer_patches(
@@ -240,7 +257,7 @@ def _misfit(patch: Patch, shape: tuple[int, ...]) -> str | None:
     except (RuntimeError, AttributeError, TypeError, IndexError, ValueError):
         return "its factors are incomplete or do not fit each other"
     if not fits:
-        return "made for layers of another size"
+        return OTHER_SIZE
     if patch.magnitude is not None and _broadcast(patch.magnitude, shape) is None:
         return f"its DoRA magnitude {tuple(patch.magnitude.shape)} does not fit a layer of {tuple(shape)}"
     return None

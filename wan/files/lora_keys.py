@@ -13,6 +13,7 @@ PREFIXES = (
     "base_model.model.", "pipe.dit.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.",
     "model.",
 )  # fmt: skip
+COMPILED = "_orig_mod."  # torch.compile puts it before the names of a module that it wraps
 UNDERSCORED_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 TEXT_PREFIXES = ("lora_te", "text_encoder", "text_encoders", "te_", "conditioner")
 BARE_PARAMETERS = ("modulation", "emb_pos")  # parameters whose names have no .weight after them
@@ -63,17 +64,19 @@ def _role(match: re.Match) -> str:
 
 def bare_module(module: str) -> str:
     """A layer's dotted name without the dialect's prefix; names are Wan's or diffusers'."""
+    module = module.replace(COMPILED, "")
     underscored = next((p for p in UNDERSCORED_PREFIXES if module.startswith(p)), None)
-    if underscored:
-        name = module.removeprefix(underscored)
-        block = re.fullmatch(r"blocks_(\d+)(?:_(.+))?", name)
-        if block is None:
-            return _DOTTED_TOP.get(name, name)
-        inner = block[2] and "." + _DOTTED_BLOCK.get(block[2], block[2])
-        return f"blocks.{block[1]}{inner or ''}"
+    module = module.removeprefix(underscored or "")
     while prefix := next((p for p in PREFIXES if module.startswith(p)), None):
         module = module.removeprefix(prefix)
-    return module
+    name = module.replace(".", "_")  # some files dot only a part of the name
+    if name in _DOTTED_TOP:
+        return _DOTTED_TOP[name]
+    block = re.fullmatch(r"blocks_(\d+)(?:_(.+))?", name)
+    if block is None or not (underscored or block[2] in _DOTTED_BLOCK):
+        return module
+    inner = block[2] and "." + _DOTTED_BLOCK.get(block[2], block[2])
+    return f"blocks.{block[1]}{inner or ''}"
 
 
 def parameter_of(module: str, role: str) -> str:
