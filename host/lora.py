@@ -1,16 +1,18 @@
 """LoRAs on a MODEL: the host's weight patches, and strengths that change over the steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+from uuid import uuid4
 
 import comfy.patcher_extension
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
@@ -99,23 +101,32 @@ def add_lora(
 ) -> ModelPatcher:
     """A clone of a MODEL with a LoRA on it.
 
-    One strength throughout is the host's to merge. What it cannot merge, or not without loss, is changed for
-    the run, as under a schedule: parameters that belong to no layer (modulation), which its patch system
-    passes over, and weights of 8 bits and fewer, where a merged LoRA would be rounded away.
+    One strength throughout stands in the host's patch list, for all that it makes of a MODEL. What it cannot
+    merge, or not without loss, a run works in at use, as under a schedule: parameters that belong to no layer
+    (modulation) and weights of 8 bits and fewer, where a merged LoRA would be rounded away.
 
     Args:
         schedule: multipliers of the strength, spread over the steps of a run; none for 1 throughout.
     """
     model = model.clone()
     values = [strength * value for value in schedule or (1,)]
-    patches = lora.patches
+    if not any(values):
+        return model
+    is_merged = {key: _is_merged(model.model, key) for key, _ in lora.patches}
     if len(set(values)) == 1:
-        for key, patch in patches:
-            if values[0] and _is_merged(model.model, key):
-                model.add_patches({PREFIX + key: HostPatch(set(), tuple(patch))}, values[0])
-        patches = [(key, patch) for key, patch in patches if not _is_merged(model.model, key)]
-    if patches and any(values):
-        model.set_attachments(KEY, (*_scheduled_loras(model), ScheduledLora(patches, values)))
+        loaded_as = model.patches_uuid
+        for key, patch in lora.patches:
+            # One list for each parameter: add_patches appends to it, and the other MODEL keeps its own.
+            model.patches[PREFIX + key] = list(model.patches.get(PREFIX + key, ()))
+            model.patches[PREFIX + key].append((values[0], HostPatch(set(), tuple(patch)), 1.0, None, None))
+        # What the host merges it must load again; what is worked in at use leaves the weights as they are.
+        at_use = set(_unmerged(model))
+        whole_at_use = all(PREFIX + key in at_use for key in is_merged)
+        model.patches_uuid = loaded_as if whole_at_use else uuid4()
+    else:
+        model.set_attachments(KEY, (*_scheduled_loras(model), ScheduledLora(lora.patches, values)))
+    if len(set(values)) > 1 or not all(is_merged.values()):
+        _work_in_at_use(model)
         wrappers = model.model_options["transformer_options"].setdefault("wrappers", {})
         wrappers.setdefault(WrappersMP.SAMPLER_SAMPLE, {})[KEY] = [_sample_with_loras]
     return model
@@ -128,7 +139,7 @@ def _scheduled_loras(model: ModelPatcher) -> tuple[ScheduledLora, ...]:
 
 def changes_weights_at_use(model: ModelPatcher) -> bool:
     """Whether a LoRA on this MODEL is worked into matrices as they are used."""
-    keys = [key for lora in _scheduled_loras(model) for key, _ in lora.patches]
+    keys = [key for lora in _loras_at_use(model) for key, _ in lora.patches]
     return not all(_is_bare(model.model, key) for key in keys)
 
 
@@ -144,6 +155,101 @@ def _is_bare(model: nn.Module, key: str) -> bool:
     return not hasattr(comfy.utils.get_attr(model, owner), f"{name}_function")
 
 
+# --- in the host's patch list, and not merged ----------------------------------------------------------
+
+
+def _unmerged(model: ModelPatcher) -> list[str]:
+    """Keys of the patch list whose LoRAs are worked in at use: not where two models are merged."""
+    return [
+        key
+        for key, patches in model.patches.items()
+        if any(isinstance(patch[1], HostPatch) for patch in patches)
+        and all(patch[2] == 1 and not isinstance(patch[1], list) for patch in patches)
+        and not _is_merged(model.model, key.removeprefix(PREFIX))
+    ]
+
+
+def _loras_at_use(model: ModelPatcher) -> tuple[ScheduledLora, ...]:
+    """All that a run works in: of the patch list, one for each place in a chain, and under a schedule."""
+    by_strength: dict[float, list[tuple[str, Patch]]] = {}
+    for key in _unmerged(model):
+        for strength, patch, *_ in model.patches[key]:
+            if isinstance(patch, HostPatch):
+                changes = by_strength.setdefault(strength, [])
+                changes.append((key.removeprefix(PREFIX), Patch(*patch.weights)))
+    constant = [ScheduledLora(patches, [strength]) for strength, patches in by_strength.items()]
+    return (*constant, *_scheduled_loras(model))
+
+
+class _AtUse:
+    """A patcher that does not merge what a run works in. The list itself is there for all that read it."""
+
+    patches: dict[str, list[tuple]]
+
+    @contextmanager
+    def _merging_the_rest(self) -> Iterator[None]:
+        whole = self.patches
+        hidden: Any = _unmerged(cast(ModelPatcher, self))
+        rest = {k: [p for p in whole[k] if not isinstance(p[1], HostPatch)] for k in hidden}
+        self.patches = {key: patches for key, patches in (whole | rest).items() if patches}
+        try:
+            yield
+        finally:
+            self.patches = whole
+
+    def load(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's, without the patches that a run works in."""
+        with self._merging_the_rest():
+            return super().load(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        """The host's; a weight asked for already has the patches that were merged."""
+        whole, patcher = self.patches, cast(ModelPatcher, self)
+        if kwargs.get("return_weight") and key in patcher.backup and key in _unmerged(patcher):
+            self.patches = whole | {key: [p for p in whole[key] if isinstance(p[1], HostPatch)]}
+        try:
+            return super().patch_weight_to_device(key, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            self.patches = whole
+
+    def model_state_dict_for_saving(self, model: nn.Module | None = None, prefix: str = "") -> dict:
+        """The host's, with the patches that a run works in merged into what is saved."""
+        patcher = cast(ModelPatcher, self)
+        keys = _unmerged(patcher)
+        layers = {comfy.utils.get_attr(patcher.model, key.rpartition(".")[0]) for key in keys}
+        done = [layer for layer in layers if getattr(layer, "comfy_patched_weights", False)]
+        for layer in done:
+            layer.comfy_patched_weights = False  # the host then merges each weight as it writes it
+        try:
+            saved = super().model_state_dict_for_saving(model, prefix)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            for layer in done:
+                layer.comfy_patched_weights = True
+        for key in keys:
+            if _is_bare(patcher.model, key.removeprefix(PREFIX)):
+                weight: Any = patcher.patch_weight_to_device(key, patcher.load_device, return_weight=True)
+                saved[key.removeprefix(prefix)] = weight.cpu()
+        return saved
+
+    def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's, which gives unloaded layers their patches anew."""
+        with self._merging_the_rest():
+            return super().partially_unload(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache
+def _at_use_class(patcher_class: type) -> type:
+    return patcher_class if issubclass(patcher_class, _AtUse) else type("AtUse", (_AtUse, patcher_class), {})
+
+
+def _work_in_at_use(model: ModelPatcher) -> None:
+    """Makes a MODEL, and every clone of it, one whose runs work in what is not merged."""
+    model.__class__ = _at_use_class(type(model))
+    model.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
+    # A clone without dynamic memory is of the host's plain class.
+    model.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, lambda _, clone: _work_in_at_use(clone))
+
+
 # --- while a run lasts --------------------------------------------------------------------------------
 
 
@@ -152,8 +258,11 @@ def _sample_with_loras(executor, guider, sigmas: Tensor, extra_args: dict, *args
 
     No merged copy is kept and nothing is reloaded when a strength changes; the numbers are those of merging.
     """
-    loras = _scheduled_loras(guider.model_patcher)
-    run = _Run(guider.inner_model, loras, [float(sigma) for sigma in sigmas])
+    loras = _loras_at_use(guider.model_patcher)
+    # The host's several GPUs have a model each.
+    others = extra_args["model_options"].get("multigpu_clones", {}).values()
+    models = {id(model): model for model in (guider.inner_model, *(other.model for other in others))}
+    run = _Run(list(models.values()), loras, [float(sigma) for sigma in sigmas])
     comfy.patcher_extension.add_wrapper(
         WrappersMP.APPLY_MODEL, run.apply_model, extra_args["model_options"], True
     )
@@ -249,9 +358,10 @@ class BareParameters:
 class _Run:
     """One sampling run: sets the strengths of each step."""
 
-    def __init__(self, model: nn.Module, loras: Sequence[ScheduledLora], sigmas: list[float]):
+    def __init__(self, models: Sequence[nn.Module], loras: Sequence[ScheduledLora], sigmas: list[float]):
         self.loras = [ActiveLora(*lora) for lora in loras]
-        self.carriers = (HookedWeights(model, self.loras), BareParameters(model, self.loras))
+        kinds = (HookedWeights, BareParameters)
+        self.carriers = [kind(model, self.loras) for model in models for kind in kinds]
         self.sigmas = sigmas
         self.strengths = [0.0] * len(loras)
 
