@@ -216,19 +216,12 @@ class _AtUse:
         """The host's, with the patches that a run works in merged into what is saved."""
         patcher = cast(ModelPatcher, self)
         keys = _unmerged(patcher)
-        layers = {comfy.utils.get_attr(patcher.model, key.rpartition(".")[0]) for key in keys}
-        done = [layer for layer in layers if getattr(layer, "comfy_patched_weights", False)]
-        for layer in done:
-            layer.comfy_patched_weights = False  # the host then merges each weight as it writes it
-        try:
-            saved = super().model_state_dict_for_saving(model, prefix)  # pyright: ignore[reportAttributeAccessIssue]
-        finally:
-            for layer in done:
-                layer.comfy_patched_weights = True
+        saved = super().model_state_dict_for_saving(model, prefix)  # pyright: ignore[reportAttributeAccessIssue]
         for key in keys:
-            if _is_bare(patcher.model, key.removeprefix(PREFIX)):
-                weight: Any = patcher.patch_weight_to_device(key, patcher.load_device, return_weight=True)
-                saved[key.removeprefix(prefix)] = weight.cpu()
+            weight: Any = patcher.patch_weight_to_device(key, patcher.load_device, return_weight=True)
+            name = key.removeprefix(prefix)
+            parts = weight.state_dict(name) if isinstance(weight, QuantizedTensor) else {name: weight}
+            saved |= {part: tensor.cpu() for part, tensor in parts.items()}
         return saved
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
