@@ -10,6 +10,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import CoreModelPatcher, ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy.supported_models_base import BASE
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from ..wan.config import detect_config
 from ..wan.dit import WanModel
 from ..wan.files.gguf import BLOCKS, dequantize, read_gguf
 from ..wan.refusal import Refusal
-from .model import Wan21
+from .model import Wan21, refuse_replaced
 from .operations import GGUFOperations, casting_operations, fp8_operations
 from .progress import tell
 from .quantised import quantised_layers, tell_unpacked, with_formats
@@ -67,6 +68,7 @@ def load_model(
     model.device = offload_device
     patcher_class = ModelPatcher if disable_dynamic or is_gguf else CoreModelPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "wan21", refuse_replaced)
     file.fill(model, patcher)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
