@@ -231,7 +231,31 @@ def _read(path: Path) -> dict[str, Packed]:
         reader = gguf.GGUFReader(path)
     except Exception as error:  # the package reports damage with many types
         raise Refusal(f"a damaged GGUF file ({error})", AGAIN) from error
-    return {tensor.name: _packed(reader, tensor, size) for tensor in reader.tensors}
+    _refuse_foreign(reader)
+    return _unfolded({tensor.name: _packed(reader, tensor, size) for tensor in reader.tensors})
+
+
+def _refuse_foreign(reader) -> None:
+    """Refuses a file that says it is of another family, unless its tensors are Wan's all the same."""
+    field = reader.get_field("general.architecture")
+    family = "" if field is None else bytes(field.parts[field.data[0]]).decode(errors="replace")
+    is_wan = any(".self_attn.q." in t.name or ".attn1.to_q." in t.name for t in reader.tensors)
+    if family and not is_wan and not family.lower().startswith("wan"):
+        raise Refusal(
+            f"a GGUF file of another family: its general.architecture is {family[:40]!r}",
+            "Pick a Wan2.1 file, or load this one with a loader of its own family",
+        )
+
+
+def _unfolded(tensors: dict[str, Packed]) -> dict[str, Packed]:
+    """The patch embedding with its five axes: GGUF holds four, and some tools fold it without a note."""
+    for key, weight in tensors.items():
+        bias = tensors.get(key.removesuffix("weight") + "bias")
+        if key.endswith("patch_embedding.weight") and bias is not None and len(weight.shape) == 4:
+            dim, (height, width) = bias.shape[0], weight.shape[2:]
+            channels = math.prod(weight.shape) // (dim * height * width)
+            return tensors | {key: weight._replace(shape=(dim, channels, 1, height, width))}
+    return tensors
 
 
 def _packed(reader, tensor, size: int) -> Packed:
