@@ -11,7 +11,7 @@ from helpers import relative
 from helpers_nodes import host_euler
 from safetensors.torch import load_file, save_file
 from wan21 import host
-from wan21.nodes.load import Wan21ModelLoader, Wan21TextEncoderLoader, Wan21VAELoader, file_names
+from wan21.nodes.load import Wan21ModelLoader, Wan21TextEncoderLoader, Wan21VAELoader, file_names, model_names
 
 
 @pytest.fixture
@@ -324,3 +324,34 @@ def test_nothing_is_left_of_a_failed_load(files, folders, models, prompts, sampl
         Wan21ModelLoader.execute("bad.safetensors", "default")
     assert torch.equal(sample(models["t2v"], *prompts, latent)[0]["samples"], before)
     assert host.is_ours(models["t2v"])
+
+
+def test_extra_keys_are_left_out_and_named(files, folders, models, caplog):
+    extra = {"fps_embedding.weight": torch.zeros(2, 4), "rope.freqs_cos": torch.zeros(3)}
+    save_file(load_file(files["t2v"]) | extra, folders["diffusion_models"] / "sky.safetensors", METADATA)
+    save_file(load_file(files["vae"]) | {"scale": torch.zeros(16)}, folders["vae"] / "buffer.safetensors")
+    with caplog.at_level("INFO"):
+        model = Wan21ModelLoader.execute("sky.safetensors", "default").result[0]
+        Wan21VAELoader.execute("buffer.safetensors", "fp32")
+    assert same_weights(model, models["t2v"])
+    words = "keys are no part of the model and are left out:"
+    assert f"sky.safetensors: 2 {words} fps_embedding.weight, rope.freqs_cos" in caplog.text
+    assert f"buffer.safetensors: 1 {words} scale" in caplog.text
+
+
+def test_models_are_listed_by_the_hosts_rules(files, folders, models, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "A.GGUF").touch()
+    (folders["diffusion_models"] / "linked").symlink_to(elsewhere)
+    assert [n.replace("\\", "/") for n in model_names() if "linked" in n] == ["linked/A.GGUF"]
+    (elsewhere / "b.gguf").touch()
+    assert sum("linked" in n for n in model_names()) == 2
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    folder_paths.add_model_folder_path("checkpoints", str(checkpoints), is_default=True)
+    whole = {f"model.diffusion_model.{k}": v for k, v in load_file(files["t2v"]).items()}
+    save_file(whole, checkpoints / "all-in-one.safetensors", METADATA)
+    assert "all-in-one.safetensors" in model_names()
+    model = Wan21ModelLoader.execute("all-in-one.safetensors", "default").result[0]
+    assert same_weights(model, models["t2v"])
