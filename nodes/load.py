@@ -102,7 +102,7 @@ class Wan21ModelLoader(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=model_names(),
-                    tooltip="A file in models/diffusion_models or models/checkpoints: ComfyUI's, diffusers' or "
+                    tooltip="A file in models/diffusion_models or checkpoints: ComfyUI's, diffusers' or "
                     "the release's layout, sharded sets by their first shard, or GGUF.",
                 ),
                 io.Combo.Input(
