@@ -134,9 +134,9 @@ class Wan21TextEncoderLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "text_encoder_name",
-                    options=file_names("text_encoders"),
-                    tooltip="A umT5 file in models/text_encoders. Files without a tokenizer inside need "
-                    "spiece.model beside them.",
+                    options=file_names("text_encoders") + gguf_names("text_encoders"),
+                    tooltip="A umT5 file in models/text_encoders, GGUF too. Files without a tokenizer inside "
+                    "need spiece.model beside them.",
                 ),
                 io.Combo.Input(
                     "device",

@@ -11,7 +11,16 @@ from helpers import relative
 from helpers_nodes import host_euler
 from safetensors.torch import load_file, save_file
 from wan21 import host
-from wan21.nodes.load import Wan21ModelLoader, Wan21TextEncoderLoader, Wan21VAELoader, file_names, model_names
+from wan21.nodes.load import (
+    Wan21ModelLoader,
+    Wan21TextEncoderLoader,
+    Wan21VAELoader,
+    file_names,
+    gguf_names,
+    model_names,
+)
+from wan21.wan.files.umt5 import LAST_NORM
+from wan21.wan.files.umt5_gguf import _MODULES
 
 
 @pytest.fixture
@@ -355,3 +364,41 @@ def test_models_are_listed_by_the_hosts_rules(files, folders, models, tmp_path):
     assert "all-in-one.safetensors" in model_names()
     model = Wan21ModelLoader.execute("all-in-one.safetensors", "default").result[0]
     assert same_weights(model, models["t2v"])
+
+
+def llama_cpp_umt5(state, path):
+    """The layout of city96's umt5-xxl-encoder GGUF files, tokenizer in the metadata."""
+    import gguf
+    import sentencepiece
+
+    spm = sentencepiece.SentencePieceProcessor(model_proto=state.pop("spiece_model").numpy().tobytes())
+    writer, count = gguf.GGUFWriter(str(path), "t5encoder"), spm.vocab_size()
+    writer.add_tokenizer_model("t5")
+    writer.add_token_list([spm.id_to_piece(i) for i in range(count)])
+    writer.add_token_scores([spm.get_score(i) for i in range(count)])
+    kinds = [(spm.is_unknown, 2), (spm.is_control, 3), (spm.is_byte, 6)]
+    writer.add_token_types([next((n for ask, n in kinds if ask(i)), 1) for i in range(count)])
+    writer.add_eos_token_id(spm.eos_id())
+    writer.add_pad_token_id(spm.pad_id())
+    writer.add_add_space_prefix(True)
+    writer.add_remove_extra_whitespaces(True)
+    names = {v: k for k, v in _MODULES.items()}
+    for key, weight in state.items():
+        block, _, module = key.removeprefix("encoder.block.").partition(".")
+        name = f"enc.blk.{block}.{names.get(module.removesuffix('.weight'))}.weight"
+        name = {"shared.weight": "token_embd.weight", LAST_NORM: "enc.output_norm.weight"}.get(key, name)
+        kind = gguf.GGMLQuantizationType.Q8_0 if weight.ndim == 2 and "relative" not in key else None
+        array = weight.float().numpy()
+        writer.add_tensor(name, array if kind is None else gguf.quants.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_text_encoder_from_gguf_with_its_own_tokenizer(files, folders, prompts):
+    llama_cpp_umt5(load_file(files["umt5"]), folders["text_encoders"] / "umt5-Q8_0.GGUF")
+    assert "umt5-Q8_0.GGUF" in gguf_names("text_encoders")
+    clip = Wan21TextEncoderLoader.execute("umt5-Q8_0.GGUF", "default").result[0]
+    cond = clip.encode_from_tokens_scheduled(clip.tokenize("a cat walks through the grass"))
+    assert 0 < relative(cond[0][0], prompts[0][0][0]) < 0.05
