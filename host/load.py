@@ -10,6 +10,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import CoreModelPatcher, ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy.supported_models_base import BASE
 from torch import Tensor, nn
 
@@ -18,9 +19,9 @@ from ..wan.config import detect_config
 from ..wan.dit import WanModel
 from ..wan.files.gguf import BLOCKS, dequantize, read_gguf
 from ..wan.refusal import Refusal
-from .model import Wan21
+from .model import Wan21, refuse_replaced
 from .operations import GGUFOperations, casting_operations, fp8_operations
-from .progress import tell
+from .progress import tell, tell_left_out
 from .quantised import quantised_layers, tell_unpacked, with_formats
 from .stored import PackedPatcher, kept_dtype, unpacked_shapes
 
@@ -55,7 +56,10 @@ def load_model(
     config = detect_config(file.shapes, file.metadata)
     with torch.device("meta"):
         expected = {k: tuple(v.shape) for k, v in WanModel(config, nn).state_dict().items()}
-    files.check_keys(expected, file.shapes)
+    left_out = files.check_keys(expected, file.shapes)
+    tell_left_out(path.name, left_out)
+    for key in left_out:
+        file.leave_out(key)
     host_config = comfy.model_detection.model_config_from_unet(file.detected, "", metadata=file.metadata)
     assert host_config is not None  # the host knows every model that `detect_config` lets through
     management = comfy.model_management
@@ -69,6 +73,7 @@ def load_model(
     if is_gguf:
         patcher_class = PackedPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "wan21", refuse_replaced)
     file.fill(model, patcher)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
@@ -136,6 +141,11 @@ class _Safetensors:
         # The host's quantised layers load onto the device they were built on, so meta would not do.
         self.built_on = None if self.formats else torch.device("meta")
 
+    def leave_out(self, key: str) -> None:
+        """Forgets a tensor that the model has no place for."""
+        self.detected.pop(key)
+        self.shapes.pop(key)
+
     def operations(self, load_device: torch.device) -> type | None:
         """The classes of the layers; None for those the host has for its quantised formats."""
         tell_unpacked(set(self.formats.values()), load_device)
@@ -195,6 +205,11 @@ class _GGUFFile:
         by_tensor = {id(named[key]): packed[key] for key in packed}
         self.detected = self.shapes = files.to_wan_dit_keys(named)
         self.packed = {key: by_tensor[id(tensor)] for key, tensor in self.shapes.items()}
+
+    def leave_out(self, key: str) -> None:
+        """As of `_Safetensors`."""
+        self.detected.pop(key)
+        self.packed.pop(key)
 
     def operations(self, load_device: torch.device) -> type:
         """The classes of layers that hold packed matrices."""

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from ..wan.attention import best_kernels
 from ..wan.chunked import block_executor
-from ..wan.config import CLIP_TOKENS, WanConfig
+from ..wan.config import CLIP_TOKENS, PATCH_SIZE, WanConfig
 from ..wan.dit import WanModel
 from ..wan.memory import StepSize, step_bytes
 from ..wan.option import Call
 from ..wan.refusal import Refusal
 from .attention import attention_of
-from .patches import patch_inside_blocks, scaled_frequencies
-from .runner import composed_runner, untraced
+from .patches import patch_inside_blocks, replaced_inside, scaled_frequencies
+from .runner import composed_runner, pass_name, untraced
 from .stored import matrix_bytes, store_as
 
 # Keys in transformer_options.
@@ -56,6 +56,11 @@ class HostWanModel(WanModel):
         fp8 = dtype if dtype is not None and dtype.itemsize == 1 else None
         super().__init__(config, operations, device, dtype if fp8 is None else compute_dtype)
         self.dtype = dtype
+        self.dim, self.num_heads, self.patch_size = (
+            config.dim,
+            config.num_heads,
+            PATCH_SIZE,
+        )  # packs read them
         if fp8 is not None:
             for layer in self.blocks.modules():
                 if isinstance(layer, torch.nn.Linear):
@@ -110,7 +115,7 @@ class HostWanModel(WanModel):
         height, width = x.shape[-2:]
         x = comfy.ldm.common_dit.pad_to_patch_size(x, (1, 2, 2))
         chunks = transformer_options.get("cond_or_uncond") or [0]
-        names = tuple({0: "cond", 1: "uncond"}.get(c, f"cond{c}") for c in chunks)
+        names = tuple(pass_name(chunk) for chunk in chunks)
         call = transformer_options.get(CALL) or Call(names)
         attention = attention_of(transformer_options) if call.attention is None else call.attention.function
         with best_kernels(x.device):
@@ -229,6 +234,17 @@ class Wan21(comfy.model_base.WAN21):
         return self.diffusion_model(
             x, timestep, context, transformer_options=transformer_options, **conds
         ).float()
+
+
+def refuse_replaced(executor: Any, model: ModelPatcher, *args: Any, **kwargs: Any) -> Any:
+    """A wrapper of the host's preparation of a run: refuses, before anything is loaded, what would not act.
+
+    Raises:
+        Refusal: another node replaced a part of the model that our DiT does not call.
+    """
+    if refusal := replaced_inside(model):
+        raise refusal
+    return executor(model, *args, **kwargs)
 
 
 def is_ours(model: ModelPatcher) -> bool:

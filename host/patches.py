@@ -1,5 +1,7 @@
 """What other nodes put on a MODEL: what our DiT and our sampler honour, refuse or leave out."""
 
+import re
+
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -7,6 +9,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from torch import Tensor
 
+from ..wan.files.bad_file import listed
 from ..wan.refusal import Refusal
 from ..wan.rope import axis_frequencies
 from .stored import kept_dtype
@@ -36,6 +39,44 @@ def patch_inside_blocks(transformer_options: dict) -> Refusal | None:
     )
 
 
+# What our DiT calls in the form in which the host's Wan model calls it: a replacement acts. All else below
+# `diffusion_model` is called in another form (both attentions, blocks, head), or not at all (forward_orig).
+_ACTS = re.compile(
+    r"(forward|_forward"
+    r"|(patch_embedding|text_embedding|time_embedding|time_projection|img_emb)(\..+)?"
+    r"|blocks\.\d+(\.modulation|\.(ffn|norm3)(\..+)?"
+    r"|\.(self_attn|cross_attn)\.(q|k|v|o|norm_q|norm_k|k_img|v_img|norm_k_img)(\..+)?)"
+    r"|head\.(head(\..+)?|modulation))"
+)
+_INSTEAD = (
+    (r"rope_embedder|rope_encode", "set riflex on Wan21Sampler in place of the pack's RIFLEx"),
+    (r"blocks\.\d+\.self_attn\.forward", "choose attention on Wan21Sampler for another attention kernel"),
+)
+
+
+def replaced_inside(model: ModelPatcher) -> Refusal | None:
+    """The refusal of parts below `diffusion_model` that a node replaced and that our DiT would not call."""
+    paths = [
+        key.removeprefix("diffusion_model.")
+        for key in model.object_patches
+        if "." in key and key.startswith("diffusion_model.")
+    ]
+    unread = [path for path in paths if not _acts(model, path)]
+    if not unread:
+        return None
+    instead = next((f", or {fix}" for pattern, fix in _INSTEAD if re.fullmatch(pattern, unread[0])), "")
+    return Refusal(
+        f"another node replaced {listed((f'diffusion_model.{path}' for path in unread), 3)}, which this "
+        "MODEL does not call in the host's form, so that it would not act",
+        f"Remove that node{instead}; or load the model with the host's Load Diffusion Model",
+    )
+
+
+def _acts(model: ModelPatcher, path: str) -> bool:
+    compiled = hasattr(model.object_patches[f"diffusion_model.{path}"], "_orig_mod")  # by torch.compile
+    return compiled or _ACTS.fullmatch(path) is not None
+
+
 def refused_patch(model: ModelPatcher) -> Refusal | None:
     """The refusal of what would make our sampler's result wrong, or None."""
     options = model.model_options
@@ -49,7 +90,7 @@ def refused_patch(model: ModelPatcher) -> Refusal | None:
             "the MODEL carries Context Windows, which act on the host's own steps",
             "Remove them, or sample with the host's KSampler",
         )
-    return patch_inside_blocks(options["transformer_options"])
+    return replaced_inside(model) or patch_inside_blocks(options["transformer_options"])
 
 
 def refuse_compiled_fp8(model: ModelPatcher) -> None:

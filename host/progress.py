@@ -18,6 +18,8 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
+from ..wan.files.bad_file import listed
+
 PREVIEW_FRAMES = 5
 TINY_DECODERS = ("taew2_1", "lighttaew2_1")  # file names of TAEHV for Wan2.1 begin with these
 
@@ -50,6 +52,12 @@ def tell(sentence: str) -> None:
 
         server = PromptServer.instance
         server.send_progress_text(sentence, context.node_id, server.client_id)
+
+
+def tell_left_out(name: str, keys: list[str]) -> None:
+    """Says which keys of a file the model has no place for, if there are any."""
+    if keys:
+        tell(f"{name}: {len(keys)} keys are no part of the model and are left out: {listed(keys)}")
 
 
 class Progress:

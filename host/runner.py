@@ -24,6 +24,9 @@ class _Untraced(Protocol):
 untraced = cast(_Untraced, partial(torch.compiler.disable, recursive=False))
 
 
+ONE_A_PASS = ("cond_or_uncond", "uuids")  # lists in transformer_options
+
+
 @untraced
 def runner_of(transformer_options: dict) -> BlockRunner:
     """The joint walk over the blocks that stops on cancel and honours the host's block replacements."""
@@ -33,21 +36,35 @@ def runner_of(transformer_options: dict) -> BlockRunner:
         call = untraced(call)
         transformer_options["total_blocks"] = num_blocks
         transformer_options["block_type"] = "double"
+        told = {key: transformer_options[key] for key in ONE_A_PASS if transformer_options.get(key)}
+        names = [pass_name(chunk) for chunk in told.get("cond_or_uncond", [0])]
         for i in range(num_blocks):
             transformer_options["block_index"] = i
             for p in passes:
                 check_cancelled()
+                # A replaced block and the host's attention get one pass, and are told of that one.
+                at = names.index(p.name)
+                transformer_options.update({key: [values[at]] for key, values in told.items()})
                 patch = replace.get(("double_block", i))
                 p.x = call(i, p) if patch is None else _replaced(patch, i, p, call, transformer_options)
+        transformer_options.update(told)
 
     return run
 
 
+def pass_name(chunk: int) -> str:
+    """The name of a pass by its number in the host's `cond_or_uncond`."""
+    return {0: "cond", 1: "uncond"}.get(chunk, f"cond{chunk}")
+
+
 def _replaced(patch: Callable, i: int, p: Pass, call: ApplyBlock, transformer_options: dict) -> Tensor:
-    """Tokens of a pass after a block that another node replaced, called as the host's Wan model calls it."""
+    """Tokens of a pass after a block that another node replaced, called as the host's Wan model calls it.
+
+    What the node is given stays as it is: some compare it with what the block made of it.
+    """
 
     def original_block(args: dict) -> dict:
-        p.x = args["img"]
+        p.x = args["img"].clone()  # ours works in place, and a patch may compare what it gave with what came
         return {"img": call(i, p)}
 
     args = {"img": p.x, "txt": p.text, "vec": p.modulation, "pe": None}

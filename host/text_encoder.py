@@ -12,6 +12,7 @@ import torch
 
 from ..wan import files
 from ..wan.files.umt5 import tokenizer_beside
+from ..wan.files.umt5_gguf import read_umt5_gguf
 from .quantised import with_formats
 
 
@@ -25,7 +26,11 @@ def load_text_encoder(path: str | Path, device: str = "default") -> comfy.sd.CLI
     Raises:
         Refusal: the file is damaged or something else, or there is no tokenizer for it.
     """
-    state_dict, metadata = files.read_checkpoint(path)
+    if Path(path).suffix.lower() == ".gguf":
+        # Unpacked once: the encoder runs twice a job, and the host's umT5 has no layers for packed matrices.
+        state_dict, metadata = read_umt5_gguf(Path(path), torch.float16), {}
+    else:
+        state_dict, metadata = files.read_checkpoint(path)
     state_dict, _ = with_formats(state_dict, metadata)
     state_dict = files.to_umt5_keys(state_dict)
     files.refuse_loose_scales(state_dict)

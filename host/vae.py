@@ -20,7 +20,7 @@ from ..wan.vae.fallback import decode_within_memory, on_cpu
 from ..wan.vae.memory import choose_tile, decode_bytes, encode_bytes
 from .load import DTYPES
 from .memory import need_host_bytes
-from .progress import Progress, check_cancelled
+from .progress import Progress, check_cancelled, tell_left_out
 
 Device: TypeAlias = torch.device | str | None
 
@@ -98,7 +98,9 @@ def load_vae(path: str | Path, precision: str = "auto") -> comfy.sd.VAE:
         dtype=vae.vae_dtype,
     ).eval()
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    files.check_keys(expected, state_dict)
+    left_out = files.check_keys(expected, state_dict)
+    tell_left_out(Path(path).name, left_out)
+    state_dict = {key: value for key, value in state_dict.items() if key not in left_out}
     comfy.model_management.archive_model_dtypes(model)
     patcher = comfy.model_patcher.CoreModelPatcher(
         model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()

@@ -1,9 +1,9 @@
 """Loaders: a file becomes a standard MODEL, CLIP or VAE."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import folder_paths
@@ -32,10 +32,25 @@ def file_names(folder: str) -> list[str]:
 
 
 def model_names() -> list[str]:
-    """Diffusion models, GGUF files among them, which the host does not list."""
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths("diffusion_models")]
-    found = [path.relative_to(folder).as_posix() for folder in folders for path in folder.rglob("*.gguf")]
-    return file_names("diffusion_models") + sorted(set(found))
+    """Diffusion models, GGUF files among them, and whole-pipeline checkpoints; each name once."""
+    names = file_names("diffusion_models") + gguf_names("diffusion_models")
+    return list(dict.fromkeys(names + file_names("checkpoints")))
+
+
+_gguf_names: dict[str, tuple[list[str], dict[str, float]]] = {}  # names below a root, its folders' times
+
+
+def gguf_names(folder: str) -> list[str]:
+    """GGUF files, which the host does not list, by its rules: links are followed, .GGUF counts as .gguf."""
+    names: set[str] = set()
+    for root in folder_paths.get_folder_paths(folder):
+        found, folders = _gguf_names.get(root, ([], {}))
+        if not folders or any(not os.path.isdir(f) or os.path.getmtime(f) != t for f, t in folders.items()):
+            every, folders = folder_paths.recursive_search(root, excluded_dir_names=[".git"])
+            found = [name for name in every if name.lower().endswith(".gguf")]
+            _gguf_names[root] = found, folders
+        names.update(found)
+    return sorted(names)
 
 
 @contextmanager
@@ -58,16 +73,18 @@ def about_file(name: str) -> Iterator[None]:
         raise error.about(name) from error
 
 
-def load(folder: str, name: str, build: Callable[..., Any], *args: str) -> io.NodeOutput:
+def load(folders: str | tuple[str, ...], name: str, build: Callable[..., Any], *args: str) -> io.NodeOutput:
     """What `build(path, *args)` makes of a file; the file's name stands in front of its refusals.
 
     Args:
-        folder: one of the host's model folders.
-        name: of the file in it.
+        folders: the host's model folders in which it may lie, the first before the others.
+        name: of the file in them.
         build: from the host's side.
         args: of `build`, after the path.
     """
-    path = folder_paths.get_full_path_or_raise(folder, name)
+    folders = (folders,) if isinstance(folders, str) else folders
+    found = (path for folder in folders if (path := folder_paths.get_full_path(folder, name)))
+    path = next(found, None) or folder_paths.get_full_path_or_raise(folders[0], name)
     with about_file(name):
         return io.NodeOutput(build(path, *args))
 
@@ -85,8 +102,8 @@ class Wan21ModelLoader(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=model_names(),
-                    tooltip="A file in models/diffusion_models: ComfyUI's, diffusers' or the release's "
-                    "layout, sharded sets by their first shard, or GGUF.",
+                    tooltip="A file in models/diffusion_models or checkpoints: ComfyUI's, diffusers' or "
+                    "the release's layout, sharded sets by their first shard, or GGUF.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -102,7 +119,7 @@ class Wan21ModelLoader(io.ComfyNode):
     @classmethod
     @named("Wan21ModelLoader")
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
-        return load("diffusion_models", model_name, host.load_model, weight_dtype)
+        return load(("diffusion_models", "checkpoints"), model_name, host.load_model, weight_dtype)
 
 
 class Wan21TextEncoderLoader(io.ComfyNode):
@@ -117,9 +134,9 @@ class Wan21TextEncoderLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "text_encoder_name",
-                    options=file_names("text_encoders"),
-                    tooltip="A umT5 file in models/text_encoders. Files without a tokenizer inside need "
-                    "spiece.model beside them.",
+                    options=file_names("text_encoders") + gguf_names("text_encoders"),
+                    tooltip="A umT5 file in models/text_encoders, GGUF too. Files without a tokenizer inside "
+                    "need spiece.model beside them.",
                 ),
                 io.Combo.Input(
                     "device",

@@ -11,7 +11,16 @@ from helpers import relative
 from helpers_nodes import host_euler
 from safetensors.torch import load_file, save_file
 from wan21 import host
-from wan21.nodes.load import Wan21ModelLoader, Wan21TextEncoderLoader, Wan21VAELoader, file_names
+from wan21.nodes.load import (
+    Wan21ModelLoader,
+    Wan21TextEncoderLoader,
+    Wan21VAELoader,
+    file_names,
+    gguf_names,
+    model_names,
+)
+from wan21.wan.files.umt5 import LAST_NORM
+from wan21.wan.files.umt5_gguf import _MODULES
 
 
 @pytest.fixture
@@ -324,3 +333,72 @@ def test_nothing_is_left_of_a_failed_load(files, folders, models, prompts, sampl
         Wan21ModelLoader.execute("bad.safetensors", "default")
     assert torch.equal(sample(models["t2v"], *prompts, latent)[0]["samples"], before)
     assert host.is_ours(models["t2v"])
+
+
+def test_extra_keys_are_left_out_and_named(files, folders, models, caplog):
+    extra = {"fps_embedding.weight": torch.zeros(2, 4), "rope.freqs_cos": torch.zeros(3)}
+    save_file(load_file(files["t2v"]) | extra, folders["diffusion_models"] / "sky.safetensors", METADATA)
+    save_file(load_file(files["vae"]) | {"scale": torch.zeros(16)}, folders["vae"] / "buffer.safetensors")
+    with caplog.at_level("INFO"):
+        model = Wan21ModelLoader.execute("sky.safetensors", "default").result[0]
+        Wan21VAELoader.execute("buffer.safetensors", "fp32")
+    assert same_weights(model, models["t2v"])
+    words = "keys are no part of the model and are left out:"
+    assert f"sky.safetensors: 2 {words} fps_embedding.weight, rope.freqs_cos" in caplog.text
+    assert f"buffer.safetensors: 1 {words} scale" in caplog.text
+
+
+def test_models_are_listed_by_the_hosts_rules(files, folders, models, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "A.GGUF").touch()
+    (folders["diffusion_models"] / "linked").symlink_to(elsewhere)
+    assert [n.replace("\\", "/") for n in model_names() if "linked" in n] == ["linked/A.GGUF"]
+    (elsewhere / "b.gguf").touch()
+    assert sum("linked" in n for n in model_names()) == 2
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    folder_paths.add_model_folder_path("checkpoints", str(checkpoints), is_default=True)
+    whole = {f"model.diffusion_model.{k}": v for k, v in load_file(files["t2v"]).items()}
+    save_file(whole, checkpoints / "all-in-one.safetensors", METADATA)
+    assert "all-in-one.safetensors" in model_names()
+    model = Wan21ModelLoader.execute("all-in-one.safetensors", "default").result[0]
+    assert same_weights(model, models["t2v"])
+
+
+def llama_cpp_umt5(state, path):
+    """The layout of city96's umt5-xxl-encoder GGUF files, tokenizer in the metadata."""
+    import gguf
+    import sentencepiece
+
+    spm = sentencepiece.SentencePieceProcessor(model_proto=state.pop("spiece_model").numpy().tobytes())
+    writer, count = gguf.GGUFWriter(str(path), "t5encoder"), spm.vocab_size()
+    writer.add_tokenizer_model("t5")
+    writer.add_token_list([spm.id_to_piece(i) for i in range(count)])
+    writer.add_token_scores([spm.get_score(i) for i in range(count)])
+    kinds = [(spm.is_unknown, 2), (spm.is_control, 3), (spm.is_byte, 6)]
+    writer.add_token_types([next((n for ask, n in kinds if ask(i)), 1) for i in range(count)])
+    writer.add_eos_token_id(spm.eos_id())
+    writer.add_pad_token_id(spm.pad_id())
+    writer.add_add_space_prefix(True)
+    writer.add_remove_extra_whitespaces(True)
+    names = {v: k for k, v in _MODULES.items()}
+    for key, weight in state.items():
+        block, _, module = key.removeprefix("encoder.block.").partition(".")
+        name = f"enc.blk.{block}.{names.get(module.removesuffix('.weight'))}.weight"
+        name = {"shared.weight": "token_embd.weight", LAST_NORM: "enc.output_norm.weight"}.get(key, name)
+        kind = gguf.GGMLQuantizationType.Q8_0 if weight.ndim == 2 and "relative" not in key else None
+        array = weight.float().numpy()
+        writer.add_tensor(name, array if kind is None else gguf.quants.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_text_encoder_from_gguf_with_its_own_tokenizer(files, folders, prompts):
+    llama_cpp_umt5(load_file(files["umt5"]), folders["text_encoders"] / "umt5-Q8_0.GGUF")
+    assert "umt5-Q8_0.GGUF" in gguf_names("text_encoders")
+    clip = Wan21TextEncoderLoader.execute("umt5-Q8_0.GGUF", "default").result[0]
+    cond = clip.encode_from_tokens_scheduled(clip.tokenize("a cat walks through the grass"))
+    assert 0 < relative(cond[0][0], prompts[0][0][0]) < 0.05

@@ -392,4 +392,5 @@ def test_check_keys_lists_ten_of_each():
     assert "12 of the wrong shape: layer.00.weight (3, 2) instead of (2, 3)" in message
     assert "and 2 more" in message
     assert "layer.22.weight" not in message and "other.10.bias" not in message
-    ck.check_keys({"a": (2,)}, {"a": torch.zeros(2)}, "fits")
+    assert ck.check_keys({"a": (2,)}, {"a": torch.zeros(2)}, "fits") == []
+    assert ck.check_keys({"a": (2,)}, {"a": torch.zeros(2), "fps.b": torch.zeros(1)}) == ["fps.b"]

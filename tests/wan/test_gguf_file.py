@@ -6,9 +6,9 @@ import pytest
 from wan21.wan.files.gguf import dequantize, read_gguf
 
 
-def write(path, tensors, orig_shapes=()):
+def write(path, tensors, orig_shapes=(), family="wan"):
     """A GGUF file as city96's tool writes it: {name: (array, type or None)}."""
-    writer = gguf.GGUFWriter(str(path), "wan")
+    writer = gguf.GGUFWriter(str(path), family)
     for name, shape in dict(orig_shapes).items():
         writer.add_array(f"comfy.gguf.orig_shape.{name}", shape)
     for name, (array, kind) in tensors.items():
@@ -68,3 +68,19 @@ def test_the_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match="pip install gguf"):
         read_gguf(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("folded", [(16, 1, 2, 2), (2, 8, 2, 2)])
+def test_a_patch_embedding_of_four_axes_is_unfolded(tmp_path, folded):
+    weight = np.arange(64, dtype=np.float32).reshape(folded)
+    tensors = {"patch_embedding.weight": (weight, None), "patch_embedding.bias": (weight[0, 0, 0], None)}
+    read = read_gguf(write(tmp_path / "folded.gguf", tensors))["patch_embedding.weight"]
+    assert read.shape == (2, 8, 1, 2, 2)
+    assert np.array_equal(dequantize(*read).numpy().ravel(), weight.ravel())
+
+
+@pytest.mark.parametrize("family", ["hunyuan", "flux", "ltxv"])
+def test_another_family_is_named_by_its_metadata(tmp_path, family):
+    tensors = {"double_blocks.0.weight": (np.zeros((2, 4), np.float32), None)}
+    with pytest.raises(ValueError, match=rf"general\.architecture is '{family}'.* Pick a Wan2\.1 file"):
+        read_gguf(write(tmp_path / "other.gguf", tensors, family=family))

@@ -129,7 +129,7 @@ def check_head(head: bytes) -> None:
 
 def check_keys(
     expected: Mapping[str, tuple[int, ...]], state_dict: Mapping[str, Tensor], name: str = "this file"
-) -> None:
+) -> list[str]:
     """Compares a state dict with what a model needs.
 
     Bookkeeping keys of quantised checkpoints (`is_quantization_key`) are not compared.
@@ -139,8 +139,11 @@ def check_keys(
         state_dict: tensors in the model's own key names.
         name: what to call the file in the refusal.
 
+    Returns:
+        Keys that the model does not have, where that is all: it can be loaded without them.
+
     Raises:
-        Refusal: one with the missing, unexpected and wrongly shaped keys, ten of each.
+        Refusal: keys are missing or wrongly shaped; names ten of each, and of those that are unexpected.
     """
     missing = sorted(expected.keys() - state_dict.keys())
     unexpected = sorted(k for k in state_dict.keys() - expected.keys() if not is_quantization_key(k))
@@ -154,11 +157,12 @@ def check_keys(
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", reshaped))
         if keys
     ]
-    if problems:
+    if missing or reshaped:
         raise Refusal(
             f"the keys of {name} do not fit the model. " + "; ".join(problems),
             "It is incomplete, or made for another model: download it again or pick another one",
         )
+    return unexpected
 
 
 # --- sharded sets -------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def not_safetensors(head: bytes, size: int) -> Refusal:
         )
     if head.startswith(b"GGUF"):
         return Refusal(
-            "a GGUF file; only diffusion models are read as GGUF, under .gguf names",
+            "a GGUF file; only diffusion models and umT5 are read as GGUF, under .gguf names",
             "Pick a safetensors file",
         )
     if head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")):

@@ -202,18 +202,22 @@ class Packed(NamedTuple):
 # --- the container ---------------------------------------------------------------------------------------
 
 
-def read_gguf(path: str | Path) -> dict[str, Packed]:
+def read_gguf(path: str | Path, family: str = "wan") -> dict[str, Packed]:
     """Tensors by name of a GGUF file in the layout of city96's conversions, mapped from the file, not copied.
+
+    Args:
+        path: of the file.
+        family: how its `general.architecture` begins.
 
     Raises:
         BadFile: the `gguf` package is missing, or the file is damaged, truncated or of unknown types.
     """
     path = Path(path)
     with naming(path.name):
-        return _read(path)
+        return _read(path, family)
 
 
-def _read(path: Path) -> dict[str, Packed]:
+def _read(path: Path, family: str) -> dict[str, Packed]:
     try:
         import gguf
     except ImportError as error:
@@ -231,7 +235,31 @@ def _read(path: Path) -> dict[str, Packed]:
         reader = gguf.GGUFReader(path)
     except Exception as error:  # the package reports damage with many types
         raise Refusal(f"a damaged GGUF file ({error})", AGAIN) from error
-    return {tensor.name: _packed(reader, tensor, size) for tensor in reader.tensors}
+    _refuse_foreign(reader, family)
+    return _unfolded({tensor.name: _packed(reader, tensor, size) for tensor in reader.tensors})
+
+
+def _refuse_foreign(reader, expected: str) -> None:
+    """Refuses a file that says it is of another family, unless its tensors are Wan's all the same."""
+    field = reader.get_field("general.architecture")
+    family = "" if field is None else bytes(field.parts[field.data[0]]).decode(errors="replace")
+    is_wan = any(".self_attn.q." in t.name or ".attn1.to_q." in t.name for t in reader.tensors)
+    if family and not (is_wan and expected == "wan") and not family.lower().startswith(expected):
+        raise Refusal(
+            f"a GGUF file of another family: its general.architecture is {family[:40]!r}",
+            "Pick a Wan2.1 file, or load this one with a loader of its own family",
+        )
+
+
+def _unfolded(tensors: dict[str, Packed]) -> dict[str, Packed]:
+    """The patch embedding with its five axes: GGUF holds four, and some tools fold it without a note."""
+    for key, weight in tensors.items():
+        bias = tensors.get(key.removesuffix("weight") + "bias")
+        if key.endswith("patch_embedding.weight") and bias is not None and len(weight.shape) == 4:
+            dim, (height, width) = bias.shape[0], weight.shape[2:]
+            channels = math.prod(weight.shape) // (dim * height * width)
+            return tensors | {key: weight._replace(shape=(dim, channels, 1, height, width))}
+    return tensors
 
 
 def _packed(reader, tensor, size: int) -> Packed:

@@ -52,7 +52,7 @@ WAN22_DIT = Kind("wan22_dit", "a Wan2.2 5B diffusion model (48 latent channels)"
 WAN22_VAE = Kind("wan22_vae", "the Wan2.2 VAE (48 latent channels)", _VAE)
 OTHER_VAE = Kind("vae", "a VAE of another model", _VAE)
 CLIP_VISION = Kind("clip_vision", "a CLIP vision model", "load it as a CLIP vision model")
-FUN_CONTROL = Kind("fun_control", "a Wan2.1 Fun-Control model", _VARIANT)
+FUN_CONTROL = Kind("fun_control", "a Fun-Control model (Wan2.1 or Wan2.2)", _VARIANT)
 
 # One pattern per kind, searched in the list of keys, one key a line. Any prefix may come first.
 RULES: tuple[tuple[Kind, str], ...] = (

@@ -1,0 +1,145 @@
+"""What nodes of other packs put below `diffusion_model` of our MODEL acts, or is refused by its name."""
+
+import importlib
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import relative
+from helpers_nodes import host_euler
+
+LATENT = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+SIGMAS = [1.0, 0.5, 0.0]
+
+
+def ksample(model, prompts, cfg=3.0):
+    return host_euler(model, *prompts, LATENT, SIGMAS, cfg, 5)
+
+
+def replaced_forward(model, path):
+    """As packs do it: a bound function in place of a module's `forward`, around the one that was there."""
+    patched = model.clone()
+    module = patched.get_model_object(f"diffusion_model.{path}")
+    before = module.forward
+    patched.add_object_patch(
+        f"diffusion_model.{path}.forward",
+        types.MethodType(lambda self, *args, **kwargs: before(*args, **kwargs) * 0.5, module),
+    )
+    return patched
+
+
+@pytest.mark.parametrize("path", ["blocks.0.ffn", "blocks.1.norm3", "text_embedding", "blocks.0.self_attn.v"])
+def test_a_replaced_forward_that_we_call_acts(models, prompts, sample, path):
+    plain, patched = models["t2v"], replaced_forward(models["t2v"], path)
+    assert relative(ksample(patched, prompts), ksample(plain, prompts)) > 1e-4
+    ours, expected = (sample(m, *prompts, LATENT)[0]["samples"] for m in (patched, plain))
+    assert relative(ours, expected) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "path, fix",
+    [
+        ("forward_orig", "Remove that node; or load"),
+        ("rope_embedder", "set riflex on Wan21Sampler"),
+        ("blocks.0.self_attn.forward", "choose attention on Wan21Sampler"),
+        ("blocks.1.cross_attn.forward", "Load Diffusion Model"),
+        ("blocks.1.forward", "Load Diffusion Model"),
+        ("blocks.0.cross_attn", "Load Diffusion Model"),
+        ("unpatchify", "Load Diffusion Model"),
+    ],
+)
+def test_one_that_would_not_act_is_refused_by_name(models, prompts, sample, path, fix, monkeypatch):
+    patched = models["t2v"].clone()
+    patched.add_object_patch(f"diffusion_model.{path}", torch.nn.Identity())
+    message = rf"another node replaced diffusion_model\.{path}, which .*{fix}"
+    with pytest.raises(ValueError, match=message):
+        sample(patched, *prompts, LATENT)
+    monkeypatch.setattr("comfy.model_management.load_models_gpu", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=message):
+        ksample(patched, prompts)
+
+
+def with_block(model, patch):
+    patched = model.clone()
+    patched.set_model_patch_replace(patch, "dit", "double_block", 0)
+    return patched
+
+
+def test_a_replaced_block_is_told_of_its_pass_and_keeps_its_input(models, prompts, sample):
+    seen = []
+
+    def patch(args, extra):
+        before = args["img"].clone()
+        out = extra["original_block"](args)
+        options = args["transformer_options"]
+        assert torch.equal(args["img"], before) and relative(out["img"], before) > 1e-3
+        assert len(options.get("uuids", [0])) == len(args["img"])
+        seen.append(tuple(options["cond_or_uncond"]))
+        return out
+
+    for run in (lambda m: ksample(m, prompts), lambda m: sample(m, *prompts, LATENT)[0]["samples"]):
+        seen.clear()
+        assert torch.equal(run(with_block(models["t2v"], patch)), run(models["t2v"]))
+        assert {(0,), (1,)} == set(seen)
+
+
+def test_a_rule_that_skips_the_negative_pass_leaves_the_positive_alone(models, prompts, sample):
+    def patch(args, extra):
+        only_positive = args["transformer_options"]["cond_or_uncond"] == [0]
+        return extra["original_block"](args) if only_positive else args
+
+    patched = with_block(models["t2v"], patch)
+    assert relative(ksample(patched, prompts), ksample(models["t2v"], prompts)) > 1e-4
+    ours, skipped = (
+        sample(m, *prompts, LATENT, **inputs)[0]["samples"]
+        for m, inputs in (
+            (patched, {}),
+            (
+                models["t2v"],
+                {"skip_layers": "0", "skip_layer_start_percent": 0, "skip_layer_end_percent": 100},
+            ),
+        )
+    )
+    assert torch.equal(ours, skipped)
+
+
+def test_an_attention_override_is_told_of_its_pass(models, prompts):
+    seen = []
+
+    def override(function, q, k, v, heads, **kwargs):
+        seen.append((len(q), tuple(kwargs["transformer_options"]["cond_or_uncond"])))
+        return function(q, k, v, heads, **kwargs)
+
+    patched = models["t2v"].clone()
+    patched.model_options["transformer_options"]["optimized_attention_override"] = override
+    ksample(patched, prompts)
+    assert set(seen) == {(1, (0,)), (1, (1,))}
+
+
+@pytest.fixture
+def kj():
+    """KJNodes' module of model nodes, where the pack lies: WAN21_TEST_PACKS names the folder of packs."""
+    folder = Path(os.environ.get("WAN21_TEST_PACKS", ".")) / "ComfyUI-KJNodes"
+    if not folder.is_dir():
+        pytest.skip("WAN21_TEST_PACKS names no folder with ComfyUI-KJNodes")
+    package = types.ModuleType("kjnodes")
+    package.__path__ = [str(folder)]
+    sys.modules["kjnodes"] = package
+    try:
+        return importlib.import_module("kjnodes.nodes.model_optimization_nodes")
+    except ImportError as error:
+        pytest.skip(f"ComfyUI-KJNodes does not import here: {error}")
+
+
+def test_kjnodes_own_nodes_are_refused_or_act(kj, models, prompts):
+    feta = kj.WanVideoEnhanceAVideoKJ().enhance(models["t2v"], 2.0, LATENT)[0]
+    with pytest.raises(ValueError, match=r"replaced diffusion_model\.blocks\.0\.self_attn\.forward"):
+        ksample(feta, prompts)
+    nag = kj.WanVideoNAG().patch(models["t2v"], prompts[1], 11.0, 0.25, 2.5)[0]
+    with pytest.raises(ValueError, match=r"replaced diffusion_model\.blocks\.0\.cross_attn\.forward"):
+        ksample(nag, prompts)
+    chunked = kj.WanChunkFeedForward.execute(models["t2v"], 2, 1).result[0]
+    assert relative(ksample(chunked, prompts), ksample(models["t2v"], prompts)) < 1e-5

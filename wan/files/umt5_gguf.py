@@ -1,0 +1,96 @@
+"""umT5 from GGUF: llama.cpp's key names, and the tokenizer that its metadata holds.
+
+The tokenizer is a SentencePiece model, written here in protobuf's wire format (sentencepiece_model.proto) so
+that the protobuf package is not needed.
+"""
+
+import re
+import struct
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .gguf import dequantize, read_gguf
+from .umt5 import LAST_NORM, TOKENIZER_KEY
+
+_MODULES = {
+    "attn_norm": "layer.0.layer_norm",
+    "attn_q": "layer.0.SelfAttention.q",
+    "attn_k": "layer.0.SelfAttention.k",
+    "attn_v": "layer.0.SelfAttention.v",
+    "attn_o": "layer.0.SelfAttention.o",
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "ffn_norm": "layer.1.layer_norm",
+    "ffn_gate": "layer.1.DenseReluDense.wi_0",
+    "ffn_up": "layer.1.DenseReluDense.wi_1",
+    "ffn_down": "layer.1.DenseReluDense.wo",
+}
+UNIGRAM, BYTE = 1, 6  # kinds of a model and of a piece
+
+
+def read_umt5_gguf(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A umT5 encoder under Hugging Face's names, unpacked into `dtype`; its tokenizer, where it holds one.
+
+    Raises:
+        BadFile: as `read_gguf`.
+    """
+    state_dict = {}
+    for name, packed in read_gguf(path, "t5").items():
+        # Norms and the table of positions stay exact: they are small, and the host adds them in float32.
+        kept = (
+            torch.float32 if packed.kind == "F32" and "weight" in name and len(packed.shape) == 1 else dtype
+        )
+        state_dict[_key(name)] = dequantize(*packed, kept)
+    tokenizer = _tokenizer(path)
+    if tokenizer:
+        state_dict[TOKENIZER_KEY] = torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
+    return state_dict
+
+
+def _key(name: str) -> str:
+    block = re.fullmatch(r"enc\.blk\.(\d+)\.(\w+)\.weight", name)
+    if block and block[2] in _MODULES:
+        return f"encoder.block.{block[1]}.{_MODULES[block[2]]}.weight"
+    return {"token_embd.weight": "shared.weight", "enc.output_norm.weight": LAST_NORM}.get(name, name)
+
+
+def _tokenizer(path: Path) -> bytes:
+    """The SentencePiece model that the metadata describes; empty where it holds none."""
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    value = {key.removeprefix("tokenizer.ggml."): f.contents for key, f in fields.items() if "ggml." in key}
+    if value.get("model", lambda: "")() != "t5" or "tokens" not in value:
+        return b""
+    pieces = zip(value["tokens"](), value["scores"](), value["token_type"](), strict=True)
+    model = b"".join(
+        _message(1, _message(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind))
+        for text, score, kind in pieces
+    )
+    ids = {"unknown_token_id": 40, "bos_token_id": 41, "eos_token_id": 42, "padding_token_id": 43}
+    trainer = _number(3, UNIGRAM) + _number(4, len(value["tokens"]()))
+    trainer += _number(35, int(BYTE in value["token_type"]()))  # byte_fallback
+    trainer += b"".join(_number(at, value[key]() if key in value else -1) for key, at in ids.items())
+    flags = {"add_space_prefix": 3, "remove_extra_whitespaces": 4}
+    normalizer = b"".join(_number(at, int(value[key]())) for key, at in flags.items() if key in value)
+    if "precompiled_charsmap" in value:
+        normalizer += _message(2, bytes(value["precompiled_charsmap"]()))
+    return model + _message(2, trainer) + _message(3, normalizer)
+
+
+def _varint(number: int) -> bytes:
+    number &= (1 << 64) - 1  # protobuf's form of negative numbers
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def _number(field: int, number: int) -> bytes:
+    return _varint(field << 3) + _varint(number)
+
+
+def _message(field: int, content: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(content)) + content
