@@ -100,9 +100,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.d
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
-    """Residual step x + y*gate; on the stream itself where it `may_overwrite`."""
-    if may_overwrite():
-        return x.add_(y) if gate is None else x.addcmul_(y.float(), gate)
+    """Residual step x + y*gate, in x's dtype; on the stream itself where it `may_overwrite`."""
+    if may_overwrite():  # y is widened while it is read: no float32 copy of it
+        return x.add_(y) if gate is None else x.addcmul_(y, gate)
     return x + y if gate is None else torch.addcmul(x, y.float(), gate)
 
 

@@ -136,7 +136,6 @@ def _block_bytes(size: StepSize, parts: int) -> int:
     config, e = size.config, size.itemsize
     row = e * config.dim  # a token in the compute dtype
     norm = 4 * config.dim + (row if e < 4 else 0)  # LayerNorm in float32, then cast
-    gated = row + (4 * config.dim if e < 4 else 0)  # a result, and its float32 copy for the residual step
     part = size.tokens / parts
     turned = 2 * 4 * config.dim * min(TOKENS_AT_ONCE, part)  # RoPE in float32, bytes
     project = max(norm * part, 4 * row * part, 3 * row * part + turned)
@@ -144,8 +143,8 @@ def _block_bytes(size: StepSize, parts: int) -> int:
         project += 3 * row * size.tokens
     copies = ATTENTION_COPIES.get(size.attention, 0)
     attend = (4 * row + 2 * copies * config.dim + 4 * config.num_heads) * size.tokens
-    output = row * size.tokens + gated * part
+    output = row * size.tokens + row * part
     cross = max(norm, 4 * row) * part
-    feed_forward = max(norm, 2 * row + e * config.ffn_dim, gated) * part
+    feed_forward = max(norm, 2 * row + e * config.ffn_dim) * part
     matrix = (size.matrix_bytes or e) * config.dim * config.ffn_dim
     return round(max(project, attend, output, cross, feed_forward) + matrix)

@@ -7,7 +7,7 @@ from helpers import relative
 from helpers_dit import FLF, I2V, KINDS, SMALL, T2V, inputs, ours
 from lib.random_weights import randomise
 from wan21.wan.config import WanConfig, detect_config
-from wan21.wan.dit import WanModel, run_blocks
+from wan21.wan.dit import WanModel, add_gated, run_blocks
 from wan21.wan.files import to_wan_dit_keys
 
 
@@ -117,3 +117,14 @@ def test_metadata_sets_the_head_count():
         state = WanModel(T2V, torch.nn).state_dict()
     config = detect_config(state, {"config": '{"transformer": {"num_heads": 4}}'})
     assert config.num_heads == 4 and config.head_dim == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_residual_step_widens_what_it_adds(dtype):
+    """Bit for bit what a float32 copy of y would give."""
+    x, y, gate = torch.randn(2, 70, 64), torch.randn(2, 70, 64).to(dtype), torch.randn(2, 1, 64)
+    expected = torch.addcmul(x, y.float(), gate)
+    with torch.no_grad():
+        stream = x.clone()
+        assert add_gated(stream, y, gate) is stream
+    assert torch.equal(stream, expected)
