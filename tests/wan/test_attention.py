@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 from wan21.wan import attention
-from wan21.wan.attention import BACKENDS, CHOICES, SDPA, best_kernels, choose_attention, sdpa
+from wan21.wan.attention import BACKENDS, CHOICES, FEW_KEYS, SDPA, best_kernels, choose_attention, sdpa
 
 CUDA = torch.device("cuda", 0)
 
@@ -46,7 +46,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.Tensor, "to", to_cpu)
-    monkeypatch.setattr(attention, "PROBE_TOKENS", 64)
+    monkeypatch.setattr(attention, "PROBE_TOKENS", FEW_KEYS + 1)
 
 
 def test_the_contract():
@@ -124,10 +124,17 @@ def test_an_explicit_choice_is_called_in_its_own_layout(hopper, monkeypatch):
     fake.sageattn = lambda q, k, v, **keywords: seen.update(keywords, shape=q.shape) or q
     monkeypatch.setitem(sys.modules, "sageattention", fake)
     chosen = choose_attention("sage", CUDA, torch.float16, 128)
-    q = torch.zeros(1, 5, 2, 128)
+    q = torch.zeros(1, FEW_KEYS + 1, 2, 128)
     chosen.function(q, q, q)
-    assert seen == {"tensor_layout": "NHD", "shape": (1, 5, 2, 128)}
+    assert seen == {"tensor_layout": "NHD", "shape": (1, FEW_KEYS + 1, 2, 128)}
     assert chosen.quantised and not SDPA.quantised
+
+
+@pytest.mark.parametrize("keys", [1, 257, 512, FEW_KEYS])
+def test_text_and_image_are_not_attended_to_in_8_bits(install, hopper, keys):
+    install("sage", lambda q, k, v: q / 0)
+    q, k, v = (torch.randn(1, n, 2, 16) for n in (1560, keys, keys))
+    assert torch.equal(choose_attention("sage", CUDA, torch.float16, 16).function(q, k, v), sdpa(q, k, v))
 
 
 def test_auto_takes_the_fastest_that_agrees(install, hopper, monkeypatch):
