@@ -4,10 +4,13 @@ import json
 import shutil
 
 import folder_paths
+import gguf
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from helpers import relative
+from helpers_gguf import write_umt5
 from helpers_nodes import host_euler
 from safetensors.torch import load_file, save_file
 from wan21 import host
@@ -19,8 +22,6 @@ from wan21.nodes.load import (
     gguf_names,
     model_names,
 )
-from wan21.wan.files.umt5 import LAST_NORM
-from wan21.wan.files.umt5_gguf import _MODULES
 
 
 @pytest.fixture
@@ -366,39 +367,27 @@ def test_models_are_listed_by_the_hosts_rules(files, folders, models, tmp_path):
     assert same_weights(model, models["t2v"])
 
 
-def llama_cpp_umt5(state, path):
-    """The layout of city96's umt5-xxl-encoder GGUF files, tokenizer in the metadata."""
-    import gguf
-    import sentencepiece
-
-    spm = sentencepiece.SentencePieceProcessor(model_proto=state.pop("spiece_model").numpy().tobytes())
-    writer, count = gguf.GGUFWriter(str(path), "t5encoder"), spm.vocab_size()
-    writer.add_tokenizer_model("t5")
-    writer.add_token_list([spm.id_to_piece(i) for i in range(count)])
-    writer.add_token_scores([spm.get_score(i) for i in range(count)])
-    kinds = [(spm.is_unknown, 2), (spm.is_control, 3), (spm.is_byte, 6)]
-    writer.add_token_types([next((n for ask, n in kinds if ask(i)), 1) for i in range(count)])
-    writer.add_eos_token_id(spm.eos_id())
-    writer.add_pad_token_id(spm.pad_id())
-    writer.add_add_space_prefix(True)
-    writer.add_remove_extra_whitespaces(True)
-    names = {v: k for k, v in _MODULES.items()}
-    for key, weight in state.items():
-        block, _, module = key.removeprefix("encoder.block.").partition(".")
-        name = f"enc.blk.{block}.{names.get(module.removesuffix('.weight'))}.weight"
-        name = {"shared.weight": "token_embd.weight", LAST_NORM: "enc.output_norm.weight"}.get(key, name)
-        kind = gguf.GGMLQuantizationType.Q8_0 if weight.ndim == 2 and "relative" not in key else None
-        array = weight.float().numpy()
-        writer.add_tensor(name, array if kind is None else gguf.quants.quantize(array, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_text_encoder_from_gguf_with_its_own_tokenizer(files, folders, prompts):
-    llama_cpp_umt5(load_file(files["umt5"]), folders["text_encoders"] / "umt5-Q8_0.GGUF")
+    write_umt5(load_file(files["umt5"]), folders["text_encoders"] / "umt5-Q8_0.GGUF")
     assert "umt5-Q8_0.GGUF" in gguf_names("text_encoders")
     clip = Wan21TextEncoderLoader.execute("umt5-Q8_0.GGUF", "default").result[0]
     cond = clip.encode_from_tokens_scheduled(clip.tokenize("a cat walks through the grass"))
     assert 0 < relative(cond[0][0], prompts[0][0][0]) < 0.05
+
+
+def test_a_damaged_tokenizer_in_gguf_is_named(files, folders):
+    write_umt5(load_file(files["umt5"]), folders["text_encoders"] / "umt5.gguf", scores=False)
+    with pytest.raises(ValueError, match=r"^Wan21TextEncoderLoader: umt5\.gguf: the tokenizer .* is damaged"):
+        Wan21TextEncoderLoader.execute("umt5.gguf", "default")
+
+
+def test_a_diffusion_model_in_gguf_is_no_text_encoder(folders):
+    path = folders["text_encoders"] / "flux.gguf"
+    writer = gguf.GGUFWriter(str(path), "flux")
+    writer.add_tensor("double_blocks.0.weight", np.zeros((2, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"general\.architecture is 'flux'.* Pick a umT5 file"):
+        Wan21TextEncoderLoader.execute("flux.gguf", "default")

@@ -13,7 +13,7 @@ import sys
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ BLOCKS = {
     "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
 }  # fmt: skip
 MAX_TENSORS = 100_000
+NAMES = {"wan": "Wan2.1", "t5": "umT5"}  # of the families read here, by how `general.architecture` begins
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -207,17 +208,25 @@ def read_gguf(path: str | Path, family: str = "wan") -> dict[str, Packed]:
 
     Args:
         path: of the file.
-        family: how its `general.architecture` begins.
+        family: how its `general.architecture` begins, a key of `NAMES`.
 
     Raises:
         BadFile: the `gguf` package is missing, or the file is damaged, truncated or of unknown types.
     """
     path = Path(path)
     with naming(path.name):
-        return _read(path, family)
+        return packed_tensors(open_gguf(path, family), path)
 
 
-def _read(path: Path, family: str) -> dict[str, Packed]:
+def open_gguf(path: Path, family: str) -> Any:
+    """The `gguf.GGUFReader` of a file: its metadata is read, its tensors are mapped.
+
+    Args:
+        path, family: as of `read_gguf`.
+
+    Raises:
+        Refusal: as `read_gguf`, but for what is wrong with a tensor.
+    """
     try:
         import gguf
     except ImportError as error:
@@ -225,7 +234,6 @@ def _read(path: Path, family: str) -> dict[str, Packed]:
             "GGUF files are read with the gguf package, which is not installed",
             f"Run `{sys.executable} -m pip install gguf`, or pick a safetensors file",
         ) from error
-    size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(24)
     count = int.from_bytes(head[8:16], "little")
@@ -236,6 +244,16 @@ def _read(path: Path, family: str) -> dict[str, Packed]:
     except Exception as error:  # the package reports damage with many types
         raise Refusal(f"a damaged GGUF file ({error})", AGAIN) from error
     _refuse_foreign(reader, family)
+    return reader
+
+
+def packed_tensors(reader: Any, path: Path) -> dict[str, Packed]:
+    """All tensors by name of the file at `path`, which `open_gguf` opened.
+
+    Raises:
+        Refusal: one is truncated, damaged or of an unknown type.
+    """
+    size = path.stat().st_size
     return _unfolded({tensor.name: _packed(reader, tensor, size) for tensor in reader.tensors})
 
 
@@ -247,7 +265,7 @@ def _refuse_foreign(reader, expected: str) -> None:
     if family and not (is_wan and expected == "wan") and not family.lower().startswith(expected):
         raise Refusal(
             f"a GGUF file of another family: its general.architecture is {family[:40]!r}",
-            "Pick a Wan2.1 file, or load this one with a loader of its own family",
+            f"Pick a {NAMES[expected]} file, or load this one with a loader of its own family",
         )
 
 

@@ -6,12 +6,16 @@ that the protobuf package is not needed.
 
 import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .gguf import dequantize, read_gguf
+from ..refusal import Refusal
+from .bad_file import AGAIN, naming
+from .gguf import dequantize, open_gguf, packed_tensors
 from .umt5 import LAST_NORM, TOKENIZER_KEY
 
 _MODULES = {
@@ -35,17 +39,29 @@ def read_umt5_gguf(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     Raises:
         BadFile: as `read_gguf`.
     """
-    state_dict = {}
-    for name, packed in read_gguf(path, "t5").items():
-        # Norms and the table of positions stay exact: they are small, and the host adds them in float32.
-        kept = (
-            torch.float32 if packed.kind == "F32" and "weight" in name and len(packed.shape) == 1 else dtype
-        )
-        state_dict[_key(name)] = dequantize(*packed, kept)
-    tokenizer = _tokenizer(path)
-    if tokenizer:
-        state_dict[TOKENIZER_KEY] = torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
+    with naming(path.name):
+        reader = open_gguf(path, "t5")
+        state_dict = {}
+        for name, packed in packed_tensors(reader, path).items():
+            is_norm = packed.kind == "F32" and len(packed.shape) == 1  # small, and stays exact
+            state_dict[_key(name)] = dequantize(*packed, torch.float32 if is_norm else dtype)
+        if tokenizer := _tokenizer(reader):
+            state_dict[TOKENIZER_KEY] = torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
     return state_dict
+
+
+def umt5_gguf_shapes(path: Path) -> dict[str, Tensor]:
+    """What `read_umt5_gguf` gives, without data: nothing is unpacked.
+
+    Raises:
+        BadFile: as `read_gguf`.
+    """
+    with naming(path.name):
+        reader = open_gguf(path, "t5")
+        found = {_key(name): packed.shape for name, packed in packed_tensors(reader, path).items()}
+        if tokenizer := _tokenizer(reader):
+            found[TOKENIZER_KEY] = (len(tokenizer),)
+    return {key: torch.empty(shape, device="meta") for key, shape in found.items()}
 
 
 def _key(name: str) -> str:
@@ -55,11 +71,19 @@ def _key(name: str) -> str:
     return {"token_embd.weight": "shared.weight", "enc.output_norm.weight": LAST_NORM}.get(name, name)
 
 
-def _tokenizer(path: Path) -> bytes:
-    """The SentencePiece model that the metadata describes; empty where it holds none."""
-    import gguf
+def _tokenizer(reader: Any) -> bytes:
+    """The SentencePiece model that the metadata describes; empty where it holds none.
 
-    fields = gguf.GGUFReader(path).fields
+    Raises:
+        Refusal: what the metadata says of it does not fit together.
+    """
+    try:
+        return _sentencepiece_model(reader.fields)
+    except Exception as error:  # metadata of any type and length may stand there
+        raise Refusal(f"the tokenizer in its metadata is damaged ({error})", AGAIN) from error
+
+
+def _sentencepiece_model(fields: Mapping[str, Any]) -> bytes:
     value = {key.removeprefix("tokenizer.ggml."): f.contents for key, f in fields.items() if "ggml." in key}
     if value.get("model", lambda: "")() != "t5" or "tokens" not in value:
         return b""
