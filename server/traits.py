@@ -31,6 +31,7 @@ from ..wan.files import (
 from ..wan.files.gguf import read_gguf
 from ..wan.files.keys import TWO_A_BYTE
 from ..wan.files.umt5 import TOKENIZER_KEY, tokenizer_beside
+from ..wan.files.umt5_gguf import umt5_gguf_shapes
 from ..wan.refusal import Refusal
 from ..wan.vae import WanVAE
 
@@ -110,7 +111,10 @@ def _read_model(path: Path, formats: Collection[str] | None) -> Traits:
 
 
 def _read_text_encoder(path: Path, formats: Collection[str] | None) -> Traits:
-    state_dict, metadata = read_shapes(path)
+    if path.suffix.lower() == ".gguf":
+        state_dict, metadata = umt5_gguf_shapes(path), {}
+    else:
+        state_dict, metadata = read_shapes(path)
     found = _formats(state_dict, metadata)
     state_dict = to_umt5_keys(state_dict | {f"{layer}{MARK}": torch.empty(0) for layer in found})
     _check_formats(state_dict, found, formats)

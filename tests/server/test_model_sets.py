@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_checkpoint import write_sparse
+from helpers_gguf import write_umt5
 from helpers_models import (
     EXPERT,
     FLF2V,
@@ -23,6 +24,7 @@ from helpers_models import (
 )
 from helpers_server import serve
 from inferencesh import APIError
+from safetensors.torch import load_file
 from wan21.server import installed
 from wan21.server.installed import Installed
 from wan21.server.problems import Problem
@@ -360,6 +362,18 @@ def test_gguf_heads_are_looked_at(shelf):
     path.write_bytes(path.read_bytes()[:-5000])
     names, log = choose(shelf)
     assert names == TINY and f"would not load: {path.name} (a damaged GGUF file" in log
+
+
+def test_a_text_encoder_in_gguf_is_looked_at(tmp_path):
+    state_dict = load_file(installed.BUNDLED / "text_encoders" / TINY["text_encoder"])
+    path = tmp_path / "umt5.GGUF"
+    write_umt5(state_dict, path)
+    expected = read_traits("text_encoder", installed.BUNDLED / "text_encoders" / TINY["text_encoder"], None)
+    assert read_traits("text_encoder", path, None) == expected and not expected.refusal
+    write_umt5(state_dict, path, vocabulary=False)
+    assert "holds no tokenizer" in read_traits("text_encoder", path, None).refusal
+    write_umt5(state_dict, path, scores=False)
+    assert "the tokenizer in its metadata is damaged" in read_traits("text_encoder", path, None).refusal
 
 
 # --- files that the client names ---------------------------------------------------------------------------
