@@ -40,10 +40,12 @@ def runner_of(transformer_options: dict) -> BlockRunner:
         names = [pass_name(chunk) for chunk in told.get("cond_or_uncond", [0])]
         for i in range(num_blocks):
             transformer_options["block_index"] = i
+            at = -1
             for p in passes:
                 check_cancelled()
-                # A replaced block and the host's attention get one pass, and are told of that one.
-                at = names.index(p.name)
+                # A replaced block and the host's attention get one pass, and are told of that one. Several
+                # prompts of a side are passes of one name, in the order of the lists.
+                at = names.index(p.name, at + 1)
                 transformer_options.update({key: [values[at]] for key, values in told.items()})
                 patch = replace.get(("double_block", i))
                 p.x = call(i, p) if patch is None else _replaced(patch, i, p, call, transformer_options)
@@ -64,7 +66,7 @@ def _replaced(patch: Callable, i: int, p: Pass, call: ApplyBlock, transformer_op
     """
 
     def original_block(args: dict) -> dict:
-        p.x = args["img"].clone()  # ours works in place, and a patch may compare what it gave with what came
+        p.x = args["img"].clone()  # our block works in place
         return {"img": call(i, p)}
 
     args = {"img": p.x, "txt": p.text, "vec": p.modulation, "pe": None}

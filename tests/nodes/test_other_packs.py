@@ -119,6 +119,24 @@ def test_an_attention_override_is_told_of_its_pass(models, prompts):
     assert set(seen) == {(1, (0,)), (1, (1,))}
 
 
+def test_two_prompts_of_a_side_are_told_apart(models, prompts):
+    """Their passes have one name in our walk, and a number of their own in `uuids`."""
+    (features, extras), seen = prompts[0][0], {}
+    both = [[features, dict(extras)], [features * 0.5, dict(extras)]]
+
+    def patch(args, extra):
+        options = args["transformer_options"]
+        seen.setdefault(options["uuids"][0], []).append(
+            (options["cond_or_uncond"][0], args["txt"].norm().item())
+        )
+        return extra["original_block"](args)
+
+    ksample(with_block(models["t2v"], patch), (both, prompts[1]))
+    assert sorted({side for told in seen.values() for side, _ in told}) == [0, 1] and len(seen) == 3
+    assert all(len({side for side, _ in told}) == 1 for told in seen.values())
+    assert all(len({round(text, 2) for _, text in told}) == 1 for told in seen.values())
+
+
 @pytest.fixture
 def kj():
     """KJNodes' module of model nodes, where the pack lies: WAN21_TEST_PACKS names the folder of packs."""
