@@ -170,14 +170,15 @@ def _unmerged(model: ModelPatcher) -> list[str]:
 
 
 def _loras_at_use(model: ModelPatcher) -> tuple[ScheduledLora, ...]:
-    """All that a run works in: of the patch list, one for each place in a chain, and under a schedule."""
-    by_strength: dict[float, list[tuple[str, Patch]]] = {}
+    """All that a run works in: those of the patch list in the order of their nodes, then those under a
+    schedule."""
+    chain: dict[tuple[int, float], list[tuple[str, Patch]]] = {}  # by place in the list, and strength
     for key in _unmerged(model):
-        for strength, patch, *_ in model.patches[key]:
+        for place, (strength, patch, *_) in enumerate(model.patches[key]):
             if isinstance(patch, HostPatch):
-                changes = by_strength.setdefault(strength, [])
+                changes = chain.setdefault((place, strength), [])
                 changes.append((key.removeprefix(PREFIX), Patch(*patch.weights)))
-    constant = [ScheduledLora(patches, [strength]) for strength, patches in by_strength.items()]
+    constant = [ScheduledLora(chain[at], [at[1]]) for at in sorted(chain, key=lambda at: at[0])]
     return (*constant, *_scheduled_loras(model))
 
 

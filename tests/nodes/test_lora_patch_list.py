@@ -7,6 +7,7 @@ from helpers import relative
 from safetensors.torch import load_file, save_file
 from test_lora import load, loras, low_rank  # noqa: F401 (fixtures)
 from wan21 import host
+from wan21.host.lora import _loras_at_use
 from wan21.wan import lora as wl
 
 QUERY = "diffusion_model.blocks.0.self_attn.q"
@@ -92,3 +93,13 @@ def test_a_clone_of_its_own_weights_has_the_lora(files, prompts, sample, lora):
         other = patched.deepclone_multigpu()
     assert other.model is not patched.model
     assert torch.equal(sample(other, *rest)[0]["samples"], one)
+
+
+def test_a_chain_is_worked_in_by_its_order(files, lora):
+    """Two of one strength are not drawn together past the one between them, which may be a DoRA."""
+    model = host.load_model(files["t2v"], "fp8_e4m3fn")
+    for strength in (0.7, 0.4, 0.7):
+        model = load(model, lora[0], strength)[0]
+    key = KEY.removeprefix("diffusion_model.")
+    at_use = [x.values for x in _loras_at_use(model) if key in dict(x.patches)]
+    assert at_use == [[0.7], [0.4], [0.7]]
