@@ -69,9 +69,7 @@ def load_model(
         host_config.custom_operations = operations  # pyright: ignore[reportAttributeAccessIssue]
     model = Wan21(host_config, config, path, file.metadata, file.built_on, file.stored(host_config))
     model.device = offload_device
-    patcher_class = ModelPatcher if disable_dynamic else CoreModelPatcher
-    if is_gguf:
-        patcher_class = PackedPatcher
+    patcher_class = PackedPatcher if is_gguf else ModelPatcher if disable_dynamic else CoreModelPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "wan21", refuse_replaced)
     file.fill(model, patcher)

@@ -56,11 +56,8 @@ class HostWanModel(WanModel):
         fp8 = dtype if dtype is not None and dtype.itemsize == 1 else None
         super().__init__(config, operations, device, dtype if fp8 is None else compute_dtype)
         self.dtype = dtype
-        self.dim, self.num_heads, self.patch_size = (
-            config.dim,
-            config.num_heads,
-            PATCH_SIZE,
-        )  # packs read them
+        # Packs read these.
+        self.dim, self.num_heads, self.patch_size = config.dim, config.num_heads, PATCH_SIZE
         if fp8 is not None:
             for layer in self.blocks.modules():
                 if isinstance(layer, torch.nn.Linear):

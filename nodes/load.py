@@ -47,7 +47,7 @@ def gguf_names(folder: str) -> list[str]:
         found, folders = _gguf_names.get(root, ([], {}))
         if not folders or any(not os.path.isdir(f) or os.path.getmtime(f) != t for f, t in folders.items()):
             every, folders = folder_paths.recursive_search(root, excluded_dir_names=[".git"])
-            found = [name for name in every if name.lower().endswith(".gguf")]
+            found = folder_paths.filter_files_extensions(every, [".gguf"])
             _gguf_names[root] = found, folders
         names.update(found)
     return sorted(names)

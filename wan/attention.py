@@ -106,8 +106,8 @@ BACKENDS = {
     ),
 }  # fmt: skip
 PROBE_TOKENS = 4099  # enough to time a kernel; no multiple of 128, as real lengths are not
-# Keys up to which a quantised backend is left aside: a text has 512, an image 257. On an H200, SageAttention
-# 1.0.6 errs by 0.13 with 257 keys and by less than 0.1 with 1560.
+# Keys up to which a quantised backend is left aside: a text has 512, a first and a last image 2 x 257. On an
+# H200, SageAttention 1.0.6 errs by 0.13 with 257 keys and by less than 0.1 with 1560.
 FEW_KEYS = 514
 CHOICES = ("auto", "sdpa", *BACKENDS)
 SDPA = Attention("sdpa", sdpa)
