@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.sd
@@ -29,13 +29,20 @@ def check_cancelled() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-_speaker = ContextVar("speaker", default="Wan2.1:")
+class _Speaker(NamedTuple):
+    """Who speaks, and what was said since its node began."""
+
+    name: str
+    said: list[str]
+
+
+_speaker: ContextVar[_Speaker | None] = ContextVar("speaker", default=None)
 
 
 @contextmanager
 def speaking_as(node: str) -> Iterator[None]:
-    """Inside, the log has the node's name before what `tell` says."""
-    token = _speaker.set(node)
+    """Inside, the log has the node's name before what `tell` says, and the node shows all of it."""
+    token = _speaker.set(_Speaker(node, []))
     try:
         yield
     finally:
@@ -43,15 +50,23 @@ def speaking_as(node: str) -> Iterator[None]:
 
 
 def tell(sentence: str) -> None:
-    """Puts a sentence on the node that runs, in the editor, and into the host's log."""
-    logging.info("%s %s", _speaker.get(), sentence)
+    """Puts a sentence on the node that runs, below those it said before, and into the host's log.
+
+    What one run of a node has said is not said again.
+    """
+    name, said = _speaker.get() or _Speaker("Wan2.1:", [])
+    if sentence in said:
+        return
+    said.append(sentence)
+    logging.info("%s %s", name, sentence)
     context = get_executing_context()
     if context is not None:
         # Imported here: scripts call nodes without a server.
         from server import PromptServer  # pyright: ignore[reportAttributeAccessIssue] (not our server/)
 
         server = PromptServer.instance
-        server.send_progress_text(sentence, context.node_id, server.client_id)
+        # The editor puts the text in place of the last one.
+        server.send_progress_text("\n".join(said), context.node_id, server.client_id)
 
 
 def tell_left_out(name: str, keys: list[str]) -> None:

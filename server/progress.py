@@ -68,7 +68,7 @@ class JobProgress:
         if kind == "progress_state":
             return self._update(data["nodes"])
         if kind == "progress_text" and data["node"] in self._graph:
-            return News(said=self._sentence(data["node"], data["text"]))
+            return News(said=self._sentences(data["node"], data["text"]))
         if kind == "executed":
             return News(said=tuple(self._of_reports(data["node"], data.get("output") or {})))
         return News()
@@ -79,14 +79,15 @@ class JobProgress:
         weights = {i: WEIGHTS.get(kind, OTHER_WEIGHT) for i, kind in self._classes.items()}
         return round(100 * sum(weights[i] * self._done[i] for i in weights) / sum(weights.values()), 1)
 
-    def _sentence(self, node_id: str, text: str) -> tuple[str]:
-        line = of_node(self._classes[node_id], " ".join(text.split()))
+    def _sentences(self, node_id: str, text: str) -> tuple[str, ...]:
+        """One a line: a node's text holds all that it has said in this run."""
+        told = (" ".join(line.split()) for line in text.splitlines())
+        found = tuple(of_node(self._classes[node_id], line) for line in told if line)
         lines = self._said.setdefault(self._identity(node_id), [])
-        if line not in lines:
-            lines.append(line)
+        lines += [line for line in found if line not in lines]
         while len(self._said) > MAX_SAID:
             del self._said[next(iter(self._said))]
-        return (line,)
+        return found
 
     def _identity(self, node_id: str) -> str:
         """What decides whether the host runs a node again: its class and inputs, and those of its sources."""

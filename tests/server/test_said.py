@@ -43,15 +43,16 @@ def test_sentences_of_nodes_are_lines_once_each(api, job):
     [prompt_id] = api.host.queue
     api.do(api.host.start, prompt_id)
     api.do(api.host.step, prompt_id, 1)
-    for _ in range(2):
-        say(api, prompt_id, "Sampler", "goes on in halves\nof the tokens")
+    say(api, prompt_id, "Sampler", "goes on  in halves")
+    say(api, prompt_id, "Sampler", "goes on  in halves\nkeeps the latent")
     say(api, prompt_id, "Decode", "Wan21VAEDecode: decodes whole frames")
     api.do(
         api.host.tell, "progress_text", {"prompt_id": prompt_id, "node": "999", "text": "of another graph"}
     )
     told = [line for line in lines(api, task) if line.startswith("Wan21")]
     assert told == [
-        "Wan21Sampler: goes on in halves of the tokens",
+        "Wan21Sampler: goes on in halves",
+        "Wan21Sampler: keeps the latent",
         "Wan21VAEDecode: decodes whole frames",
     ]
 
