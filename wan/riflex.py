@@ -61,25 +61,23 @@ class Riflex(Option):
             riflex(axis_frequencies(run.config.head_dim), run.shape[2])
 
     def idle(self, run: Run) -> str | None:
+        latents = run.shape[2]
         if not self._is_wanted(run):
-            return None
+            return f"riflex auto acts from {AUTO_FRAMES} frames on; this video has {pixel_frames(latents)}"
         least = riflex_least_frames(axis_frequencies(run.config.head_dim))
-        if run.shape[2] >= least:
+        if latents >= least:
             return None
         return (
-            f"riflex has no effect on {run.shape[2]} latent frames: it lowers a frequency from {least} on "
+            f"riflex has no effect on {latents} latent frames: it lowers a frequency from {least} on "
             f"({pixel_frames(least)} frames), and never raises one"
         )
 
     def begin(self, run: Run, embed_time: EmbedTime, record: SampleRecord) -> EditCall | None:
-        if not self._is_wanted(run):
-            return None
         frequencies = riflex(axis_frequencies(run.config.head_dim), run.shape[2])
         return lambda call: replace(call, frequencies=frequencies)
 
     def report(self, run: Run, record: SampleRecord) -> Iterable[str]:
-        if self._is_wanted(run):
-            yield "riflex: one temporal frequency lowered"
+        yield "riflex: one temporal frequency lowered"
 
     def _is_wanted(self, run: Run) -> bool:
         return self.mode == "on" or pixel_frames(run.shape[2]) >= AUTO_FRAMES

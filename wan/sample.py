@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .config import WanConfig
 from .guidance import cfg
+from .inpaint import Kept
 from .option import Call, Denoiser, GuidanceRule, Option, Run, SampleRecord
-from .sigmas import partial_sigmas, timestep, timesteps
+from .sigmas import is_full_run, partial_sigmas, timestep, timesteps
 from .solvers import SOLVERS
 
 OnStep = Callable[[int, Tensor], None]
@@ -26,7 +27,7 @@ class SampleJob:
         flow_shift: shift of the flow schedule (the release: 3 for image-to-video at 480p, else 5;
             16 for first-last-frame).
         solver: unipc, dpm++ or euler.
-        denoise: part of the schedule to run, in (0, 1]; below 1 the given latent is the start.
+        denoise: part of the schedule to run, in (0, 1]; the given latent is the start of all but a full run.
         options: those that take part, in the order in which they act.
     """
 
@@ -57,13 +58,22 @@ class SampleJob:
         zero_steps = max((option.zero_steps for option in self.options), default=0)
         return Run(config, tuple(shape), told, self.pass_names, zero_steps)
 
+    def idle_options(self, run: Run) -> list[str]:
+        """Why the others have none, one sentence each."""
+        return [why for option in self.options if (why := option.idle(run)) is not None]
+
     def active(self, run: Run) -> list[Option]:
         """The options that have an effect on this run."""
         return [option for option in self.options if option.idle(run) is None]
 
 
 def sample(
-    job: SampleJob, denoiser: Denoiser, noise: Tensor, latent: Tensor | None, on_step: OnStep | None = None
+    job: SampleJob,
+    denoiser: Denoiser,
+    noise: Tensor,
+    latent: Tensor | None,
+    on_step: OnStep | None = None,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, SampleRecord]:
     """Runs one job.
 
@@ -71,9 +81,10 @@ def sample(
         job: what to sample.
         denoiser: the model with its prompts.
         noise: standard normal [B, 16, T, h, w], float32.
-        latent: normalised latent of the same shape to start from; read only when `job.denoise` < 1,
-            since the release starts a full run from noise alone.
+        latent: normalised latent of the same shape to start from; not read in a full run, which the release
+            starts from noise alone.
         on_step: `on_step(i, x0)` after each step, with the current estimate of the clean latent.
+        kept: the part that is not sampled, if any.
 
     Returns:
         The clean normalised latent, and what was done.
@@ -92,10 +103,11 @@ def sample(
             on_step(i, x0)
 
     x = noise
-    if job.denoise <= 0.9999:
+    if not is_full_run(job.denoise):
         assert latent is not None
         x = sigmas[0] * noise + (1 - sigmas[0]) * latent
-    return SOLVERS[job.solver](velocity, x, sigmas, after_step), record
+    ask = velocity if kept is None else kept.around(velocity)
+    return SOLVERS[job.solver](ask, x, sigmas, after_step), record
 
 
 class _Velocity:
@@ -107,7 +119,7 @@ class _Velocity:
         self.denoiser = denoiser
         self.record = record
         self.options = job.active(run)
-        record.notes += [why for option in job.options if (why := option.idle(run)) is not None]
+        record.notes += job.idle_options(run)
         begun = [option.begin(run, denoiser.embed_time, record) for option in self.options]
         self.edits = [edit for edit in begun if edit is not None]
 

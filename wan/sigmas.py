@@ -62,6 +62,11 @@ def timesteps(sigmas: list[float], solver: str) -> list[float]:
     return [timestep(sigma, solver) for sigma in sigmas[:-1]]
 
 
+def is_full_run(denoise: float) -> bool:
+    """Whether a run of this share of the schedule is all of it, by the host's own limit."""
+    return denoise > 0.9999
+
+
 def partial_sigmas(steps: int, shift: float, solver: str, denoise: float) -> list[float]:
     """The schedule of a run that starts part way, from a latent that is only partly noise.
 
@@ -71,7 +76,7 @@ def partial_sigmas(steps: int, shift: float, solver: str, denoise: float) -> lis
         steps: number of model evaluations, at least 1.
         shift: as in `flow_sigmas`.
         solver: "unipc", "dpm++" or "euler".
-        denoise: share of the longer run that is done, in (0, 1]; above 0.9999 it is all of it.
+        denoise: share of the longer run that is done, in (0, 1]; see `is_full_run`.
 
     Returns:
         steps + 1 strictly decreasing sigmas in [0, 1]; the last is exactly 0.
@@ -85,7 +90,7 @@ def partial_sigmas(steps: int, shift: float, solver: str, denoise: float) -> lis
             f"denoise is {denoise!r}; it must be above 0 and at most 1 (the smallest is 0.0001)",
             "Use 1 to start from pure noise",
         )
-    full_steps = steps if denoise > 0.9999 else int(steps / denoise)
+    full_steps = steps if is_full_run(denoise) else int(steps / denoise)
     return flow_sigmas(full_steps, shift, solver)[-(steps + 1) :]
 
 
