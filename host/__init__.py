@@ -10,6 +10,7 @@ from comfy.sd import VAE
 from .attention import choose_attention_for
 from .coefficients import measured_coefficients
 from .conditioning import Conditioning, describe_conditioning, trim_clip_vision
+from .guide import GUIDE, has_guide, with_guide
 from .latent_file import KeptLatent
 from .load import DTYPES, WEIGHT_DTYPES, load_model
 from .lora import add_lora, other_family, packed_by_another_pack, read_lora
@@ -17,7 +18,7 @@ from .memory import MemoryWatch, need_host_bytes, plan_memory
 from .model import checkpoint_name, config_of, is_ours
 from .patches import ignored_patches, refused_patch
 from .progress import Progress, StepProgress, check_cancelled, speaking_as, tell
-from .sampling import Prepared, run_sampling
+from .sampling import Prepared, as_video_latent, run_sampling
 from .text_encoder import load_text_encoder
 from .upsample import (
     InterpolationModel,
@@ -31,6 +32,7 @@ from .vae import decode_video, encode_video, latent_device, load_vae, vae_shape
 
 __all__ = [
     "DTYPES",
+    "GUIDE",
     "VAE",
     "WEIGHT_DTYPES",
     "Conditioning",
@@ -42,6 +44,7 @@ __all__ = [
     "Progress",
     "StepProgress",
     "add_lora",
+    "as_video_latent",
     "check_cancelled",
     "check_upscale_model",
     "checkpoint_name",
@@ -51,6 +54,7 @@ __all__ = [
     "describe_conditioning",
     "encode_video",
     "fill_spans_with_model",
+    "has_guide",
     "ignored_patches",
     "is_ours",
     "latent_device",
@@ -72,4 +76,5 @@ __all__ = [
     "upscale_lanczos",
     "upscale_with_model",
     "vae_shape",
+    "with_guide",
 ]

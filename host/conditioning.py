@@ -6,9 +6,27 @@ import node_helpers
 import torch
 
 from ..wan.config import CLIP_TOKENS, WanConfig
+from .guide import GUIDE
 
 # Keys by which other nodes ask for what our sampler does not do.
-UNSUPPORTED = ("area", "mask", "control", "gligen", "hooks", "start_percent", "end_percent")
+UNSUPPORTED = (
+    "area", "mask", "control", "gligen", "hooks", "start_percent", "end_percent", "context_latents",
+)  # fmt: skip
+NEUTRAL = {"start_percent": 0.0, "end_percent": 1.0}
+# Keys that are read, by the host's Wan2.1 and by our sampler.
+READ = (
+    "concat_latent_image",
+    "concat_mask",
+    "concat_mask_index",
+    "clip_vision_output",
+    "time_dim_concat",
+    GUIDE,
+)
+# Keys of the host's own that say nothing to a Wan2.1 model.
+OF_HOST = (
+    "pooled_output", "attention_mask", "strength", "mask_strength", "set_area_to_bounds", "default", "uuid",
+    "clip_start_percent", "clip_end_percent",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,6 +41,8 @@ class Conditioning:
         mask: [B, 4, T, h, w].
         clip: CLIP features [B, I, 1280].
         unsupported: keys by which other nodes ask for what our sampler does not do.
+        unread: keys of other nodes that no Wan2.1 model of this kind reads, the host's neither.
+        frames_beside: latent frames that the model reads behind the video's and does not denoise.
     """
 
     name: str
@@ -32,6 +52,8 @@ class Conditioning:
     mask: tuple[int, ...] | None
     clip: tuple[int, ...] | None
     unsupported: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    frames_beside: int = 0
 
 
 def describe_conditioning(name: str, conditioning: list) -> Conditioning:
@@ -46,7 +68,11 @@ def describe_conditioning(name: str, conditioning: list) -> Conditioning:
         image_latent=shape.get("concat_latent_image"),
         mask=shape.get("concat_mask"),
         clip=None if clip is None else tuple(clip.penultimate_hidden_states.shape),
-        unsupported=tuple(key for key in UNSUPPORTED if key in options),
+        unsupported=tuple(k for k in UNSUPPORTED if k in options and options[k] != NEUTRAL.get(k)),
+        unread=tuple(
+            k for k in options if k not in (*UNSUPPORTED, *READ, *OF_HOST) and options[k] is not None
+        ),
+        frames_beside=shape["time_dim_concat"][2] if "time_dim_concat" in shape else 0,
     )
 
 

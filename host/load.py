@@ -19,7 +19,8 @@ from ..wan.config import detect_config
 from ..wan.dit import WanModel
 from ..wan.files.gguf import BLOCKS, dequantize, read_gguf
 from ..wan.refusal import Refusal
-from .model import Wan21, refuse_replaced
+from .guide import sample_with_guide
+from .model import Wan21, refuse_unread
 from .operations import GGUFOperations, casting_operations, fp8_operations
 from .progress import tell, tell_left_out
 from .quantised import quantised_layers, tell_unpacked, with_formats
@@ -71,7 +72,8 @@ def load_model(
     model.device = offload_device
     patcher_class = PackedPatcher if is_gguf else ModelPatcher if disable_dynamic else CoreModelPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
-    patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "wan21", refuse_replaced)
+    patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "wan21", refuse_unread)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "wan21", sample_with_guide)
     file.fill(model, patcher)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)

@@ -32,6 +32,12 @@ TEXTS = "wan21_texts"  # text features by pass name, of passes that do not run
 NEED = "wan21_need"  # key in a conditioning: bytes of a step of our sampler
 
 
+IN_CONTEXT = Refusal(
+    "the conditioning carries context_latents (Bernini), which this MODEL does not read",
+    "Load the model with the host's Load Diffusion Model",
+)
+
+
 class HostWanModel(WanModel):
     """Our DiT behind the call that the host's samplers make.
 
@@ -84,7 +90,10 @@ class HostWanModel(WanModel):
             timestep: [B], in [0, 1000].
             context: text [B, L, D].
             clip_fea: CLIP features [B, I, 1280].
-            time_dim_concat: of another Wan family; refused.
+            time_dim_concat: further latent frames [B, C, T', h, w] that are read and not denoised, as of
+                Phantom: they stand behind the video's.
+            kwargs: what the host makes of other conditioning; as in its own Wan2.1, `reference_latent` is
+                not read.
             transformer_options: the host's: wrappers, patches, names of the passes; our sampler's `Call`.
 
         Returns:
@@ -100,17 +109,16 @@ class HostWanModel(WanModel):
 
     @untraced
     def _forward(self, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
-        foreign = kwargs | {"time_dim_concat": time_dim_concat}
-        for name in ("time_dim_concat", "reference_latent", "context_latents"):
-            if foreign.get(name) is not None:
-                raise Refusal(
-                    f"the conditioning carries {name} of another Wan family, which this MODEL does not read",
-                    "Load the model with the host's Load Diffusion Model",
-                )
+        if kwargs.get("context_latents") is not None:
+            raise IN_CONTEXT
         if refusal := patch_inside_blocks(transformer_options):
             raise refusal
-        height, width = x.shape[-2:]
-        x = comfy.ldm.common_dit.pad_to_patch_size(x, (1, 2, 2))
+        frames, height, width = x.shape[-3:]
+        x = comfy.ldm.common_dit.pad_to_patch_size(x, PATCH_SIZE)
+        if time_dim_concat is not None:
+            beside = comfy.ldm.common_dit.pad_to_patch_size(time_dim_concat.to(x), PATCH_SIZE)
+            _check_beside(x, beside)
+            x = torch.cat([x, beside], dim=2)
         chunks = transformer_options.get("cond_or_uncond") or [0]
         names = tuple(pass_name(chunk) for chunk in chunks)
         call = transformer_options.get(CALL) or Call(names)
@@ -129,7 +137,16 @@ class HostWanModel(WanModel):
                 context_attention=call.context_attention,
                 contexts={name: c.to(context) for name, c in transformer_options.get(TEXTS, {}).items()},
             )
-        return v[..., :height, :width]
+        return v[:, :, :frames, :height, :width]
+
+
+def _check_beside(x: Tensor, beside: Tensor) -> None:
+    if x.shape[1] != beside.shape[1] or x.shape[3:] != beside.shape[3:]:
+        raise Refusal(
+            f"time_dim_concat in the conditioning is {list(beside.shape)} and the model's input "
+            f"{list(x.shape)}: channels and sides are the same (a text-to-video model, such as Phantom)",
+            "Set the video's size on the node that made it, and load the model that belongs to it",
+        )
 
 
 class Wan21(comfy.model_base.WAN21):
@@ -168,19 +185,22 @@ class Wan21(comfy.model_base.WAN21):
 
     def extra_conds_shapes(self, **conditioning: Any) -> dict[str, list]:
         """What the host hands to `memory_required` of a conditioning."""
-        return {NEED: [conditioning[NEED]]} if NEED in conditioning else {}
+        beside = conditioning.get("time_dim_concat")
+        shapes = {} if beside is None else {"time_dim_concat": list(beside.shape)}
+        return shapes | ({NEED: [conditioning[NEED]]} if NEED in conditioning else {})
 
     def memory_required(self, input_shape: Sequence[int], cond_shapes: dict | None = None) -> int | float:
         """Bytes of one step beside the weights: what our sampler told, or for the host's own samplers.
 
         These stack the passes in the batch, and our DiT walks them one after the other through each block.
         """
-        told = (cond_shapes or {}).get(NEED)
-        if told:
+        cond_shapes = cond_shapes or {}
+        if told := cond_shapes.get(NEED):
             return max(need for (need,) in told)
-        batch, *sides = input_shape
+        batch, channels, frames, *sides = input_shape
         passes = 1 if batch % 2 else 2
-        return step_bytes(self.step_size((batch // passes, *sides), passes))
+        frames += max((shape[2] for shape in cond_shapes.get("time_dim_concat", ())), default=0)
+        return step_bytes(self.step_size((batch // passes, channels, frames, *sides), passes))
 
     def step_size(self, latent: tuple[int, ...], passes: int) -> StepSize:
         """What the memory of a step depends on, by the attention and weights as they are now.
@@ -233,15 +253,20 @@ class Wan21(comfy.model_base.WAN21):
         ).float()
 
 
-def refuse_replaced(executor: Any, model: ModelPatcher, *args: Any, **kwargs: Any) -> Any:
+def refuse_unread(
+    executor: Any, model: ModelPatcher, noise_shape: Any, conds: dict[str, list], *args: Any, **kwargs: Any
+) -> Any:
     """A wrapper of the host's preparation of a run: refuses, before anything is loaded, what would not act.
 
     Raises:
-        Refusal: another node replaced a part of the model that our DiT does not call.
+        Refusal: another node replaced a part of the model that our DiT does not call, or the conditioning
+            carries what it does not read and the host's Wan2.1 would.
     """
     if refusal := replaced_inside(model):
         raise refusal
-    return executor(model, *args, **kwargs)
+    if any(options.get("context_latents") is not None for cond in conds.values() for options in cond or ()):
+        raise IN_CONTEXT
+    return executor(model, noise_shape, conds, *args, **kwargs)
 
 
 def is_ours(model: ModelPatcher) -> bool:

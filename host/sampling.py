@@ -11,6 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..wan.inpaint import Kept
 from ..wan.option import Call
 from .memory import make_room, tell_out_of_memory
 from .model import CALL, NEED, TEXTS
@@ -87,7 +88,7 @@ def _shapes(part):
     return {k: tuple(v.shape) for k, v in part.items()}
 
 
-Run = Callable[[HostDenoiser, Tensor, Tensor], tuple[Tensor, Any]]
+Run = Callable[[HostDenoiser, Tensor, Tensor, Kept | None], tuple[Tensor, Any]]
 
 
 class _Sampler(comfy.samplers.Sampler):
@@ -102,8 +103,36 @@ class _Sampler(comfy.samplers.Sampler):
     ):
         options = extra_args["model_options"]["transformer_options"]
         denoiser = HostDenoiser(guider, options, noise.device)
-        samples, self.beside = self.run(denoiser, noise, latent_image)
+        kept = None
+        if denoise_mask is not None:
+            mask = _mask_by_sigma(guider, sigmas, denoise_mask, extra_args["model_options"])
+            kept = Kept(latent_image, noise, mask)
+        samples, self.beside = self.run(denoiser, noise, latent_image, kept)
         return samples
+
+
+def _mask_by_sigma(guider, sigmas, mask, model_options) -> Callable[[float], Tensor]:
+    """The noise mask at a noise level: another one where a node such as DifferentialDiffusion makes it."""
+    change = model_options.get("denoise_mask_function")
+    if change is None:
+        return lambda sigma: mask
+    told = {"model": guider, "sigmas": sigmas}
+    return lambda sigma: change(sigmas.new_full((mask.shape[0],), sigma), mask, extra_options=told)
+
+
+def as_video_latent(model: ModelPatcher, latent: dict) -> tuple[dict, str | None]:
+    """A LATENT as the host's samplers take it: an empty one of another kind, or a picture's, is made ours.
+
+    Returns:
+        (LATENT, a sentence if it was changed)
+    """
+    samples = latent["samples"]
+    ratios = (latent.get(f"downscale_ratio_{axis}") for axis in ("spacial", "temporal"))
+    fitted = comfy.sample.fix_empty_latent_channels(model, samples, *ratios)
+    if fitted.shape == samples.shape:
+        return latent, None
+    said = f"the latent {list(samples.shape)} of another kind is taken as {list(fitted.shape)}"
+    return latent | {"samples": fitted}, said
 
 
 def run_sampling(
@@ -114,9 +143,10 @@ def run_sampling(
     Args:
         model: a MODEL of ours.
         prepared: the job.
-        latent: LATENT to start from, and for the shape of the noise.
+        latent: LATENT to start from, and for the shape of the noise; where it has a noise mask, this part
+            alone is sampled.
         seed: of the noise.
-        run: `run(denoiser, noise, latent)` -> samples and anything beside; latents are normalised.
+        run: `run(denoiser, noise, latent, kept)` -> samples and anything beside; latents are normalised.
 
     Returns:
         The samples in the VAE's own space, where the host keeps latents, and what `run` gave beside them.
@@ -136,7 +166,10 @@ def run_sampling(
         conds["negative"] = prepared.negative
     guider.inner_set_conds(conds)
     sampler = _Sampler(run)
-    samples = guider.sample(noise, samples, sampler, torch.tensor(prepared.sigmas), seed=seed)
+    mask = latent.get("noise_mask")
+    samples = guider.sample(
+        noise, samples, sampler, torch.tensor(prepared.sigmas), denoise_mask=mask, seed=seed
+    )
     management = comfy.model_management
     samples = samples.to(management.intermediate_device(), management.intermediate_dtype())
     return samples, sampler.beside

@@ -127,13 +127,8 @@ def check_vae(latent_channels: int, latent_dim: int, compression: int) -> None:
         )
 
 
-def check_latent(samples: Tensor, multiple: int = 16) -> None:
-    """Whether a latent is Wan2.1's.
-
-    Args:
-        samples: the LATENT's tensor.
-        multiple: of pixels that its sides must be: 16 for the DiT, 8 for the VAE.
-    """
+def check_latent(samples: Tensor) -> None:
+    """Whether a latent is Wan2.1's."""
     shape = tuple(samples.shape)
     if len(shape) != 5 or shape[1] != LATENT_CHANNELS:
         channels = shape[1] if len(shape) > 1 else 0
@@ -145,11 +140,6 @@ def check_latent(samples: Tensor, multiple: int = 16) -> None:
         )
     if 0 in shape:
         raise Refusal(f"the latent is empty, {list(shape)}", "Connect a latent with frames")
-    if shape[3] * 8 % multiple or shape[4] * 8 % multiple:
-        raise Refusal(
-            f"the latent is {shape[4] * 8}x{shape[3] * 8} pixels; sides are multiples of 16",
-            "Choose the nearest multiple of 16",
-        )
     if not torch.isfinite(samples).all():
         raise Refusal(f"the latent holds NaN or infinite numbers ({_broken(samples)})", BROKEN_LATENT)
 
@@ -168,6 +158,7 @@ def check_conditioning(config: WanConfig, latent_shape: Sequence[int], cond: hos
         )
     _check_text(config, cond)
     _check_image_latent(config, latent_shape, cond)
+    _check_frames_beside(config, cond)
     _check_clip(config, cond)
 
 
@@ -181,22 +172,30 @@ def _check_text(config: WanConfig, cond: host.Conditioning) -> None:
 
 
 def _check_image_latent(config: WanConfig, latent_shape: Sequence[int], cond: host.Conditioning) -> None:
-    if config.takes_image and cond.image_latent is None and not config.empty_start:
-        raise Refusal(
-            f"the model is image-to-video (36 channels) and {cond.name} carries no image",
-            "Put Wan21ImageToVideo between the prompts and the sampler, or load a t2v model",
-        )
     if not config.takes_image and cond.image_latent is not None:
         raise Refusal(
             f"the model is text-to-video (16 channels) and {cond.name} carries an image",
             "Load an i2v model, or connect the prompts to the sampler directly",
         )
-    for shape, what in ((cond.image_latent, "image"), (cond.mask, "mask")):
-        if shape is not None and tuple(shape[-3:]) != tuple(latent_shape[-3:]):
-            raise Refusal(
-                f"the {what} in {cond.name} is {_size(shape)} and the latent is {_size(latent_shape)}",
-                "Take latent and conditioning from the same Wan21ImageToVideo",
-            )
+    frames = latent_shape[-3]
+    for what, shape in (("image", cond.image_latent), ("mask", cond.mask)):
+        if shape is None or shape[-3] == frames:
+            continue
+        if what == "mask" and shape[-3] < frames:
+            continue  # filled up with unknown frames, as the host does
+        raise Refusal(
+            f"the {what} in {cond.name} is {_size(shape)} and the latent is {_size(latent_shape)}",
+            "Take latent and conditioning from the same Wan21ImageToVideo, or give both the same length",
+        )
+
+
+def _check_frames_beside(config: WanConfig, cond: host.Conditioning) -> None:
+    if cond.frames_beside and config.takes_image:
+        raise Refusal(
+            f"{cond.name} carries time_dim_concat (frames of subjects, as of Phantom) and the model is "
+            "image-to-video",
+            "Load the text-to-video model that belongs to it",
+        )
 
 
 def _check_clip(config: WanConfig, cond: host.Conditioning) -> None:
@@ -209,6 +208,29 @@ def _check_clip(config: WanConfig, cond: host.Conditioning) -> None:
             f"{CLIP_TOKENS} (one image) or {2 * CLIP_TOKENS} (start and end) x {config.image_dim}",
             "Encode the image with CLIP ViT-H/14 (clip_vision_h.safetensors)",
         )
+
+
+def notes_on_conditioning(
+    config: WanConfig, latent_shape: Sequence[int], cond: host.Conditioning
+) -> list[str]:
+    """What the model is given otherwise than it may look, all as with the host's own Wan2.1."""
+    notes = []
+    if config.takes_image and cond.image_latent is None and not config.empty_start:
+        notes.append(
+            f"the model is image-to-video and {cond.name} carries no image: it is given an empty one. For a "
+            "picture put Wan21ImageToVideo between the prompts and the sampler"
+        )
+    if cond.image_latent is not None and cond.image_latent[-2:] != tuple(latent_shape[-2:]):
+        notes.append(
+            f"the image in {cond.name} is {_size(cond.image_latent)}: it is resized to the latent, "
+            f"{_size(latent_shape)}"
+        )
+    if cond.unread:
+        notes.append(
+            f"{cond.name} carries {', '.join(cond.unread)}, which this model does not read; the host's "
+            "loader gives one that does not either"
+        )
+    return notes
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -135,13 +135,22 @@ class Wan21ImageToVideo(io.ComfyNode):
         if end is not None and alone:
             image_latent = torch.cat([image_latent, host.encode_video(vae, end[None], tile_size)], dim=2)
         mask = known_mask(num_frames, height, width, end is not None, alone)
-        values = {"concat_latent_image": image_latent, "concat_mask": 1 - mask}  # the host's 0 is known
+        values: dict[str, Any] = {
+            "concat_latent_image": image_latent,
+            "concat_mask": 1 - mask,
+        }  # the host's 0 is known
         clip = join_clip_vision(clip_vision_start, clip_vision_end)
         if clip is not None:
             values["clip_vision_output"] = clip
         latent: dict[str, Any] = {"samples": empty_latent(num_frames, height, width, alone)}
         if alone:
-            latent[END_LATENT_ALONE] = True
+            latent[END_LATENT_ALONE] = latent["samples"].shape[2]
+            values[host.GUIDE] = True
+            host.tell(
+                f"the end image is latent frame {latent['samples'].shape[2]}, behind the video: a MODEL of "
+                "Wan21ModelLoader leaves it out of the result; with another loader's MODEL decode with "
+                "Wan21VAEDecode, which drops it too"
+            )
         return io.NodeOutput(
             node_helpers.conditioning_set_values(positive, values),
             node_helpers.conditioning_set_values(negative, values),

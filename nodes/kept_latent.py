@@ -3,10 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
 from .. import host
 
 # Keys of a LATENT beside its samples.
-END_LATENT_ALONE = "wan21_end_latent_alone"  # True: the last latent is the end image, which gives no frame
+# How many latent frames there are with the end image as the last, which gives no frame of the video; once it
+# is dropped there are fewer, and the key says nothing.
+END_LATENT_ALONE = "wan21_end_latent_alone"
 SAMPLING_SECONDS = "wan21_sampling_seconds"  # how long the sampling took
 
 WORTH_KEEPING = 60  # seconds of sampling; a latent that took longer is kept
@@ -24,6 +28,13 @@ class LatentKept(RuntimeError):
         return LatentKept(f"{what}: {self.problem}", self.fix)
 
 
+def video_latent(latent: dict) -> Tensor:
+    """The samples of a LATENT without an end image that is no frame of the video."""
+    samples = latent["samples"]
+    ends_in_guide = latent.get(END_LATENT_ALONE) == samples.shape[2]
+    return samples[:, :, :-1] if ends_in_guide else samples
+
+
 @contextmanager
 def kept_until_done(latent: dict, resume: str) -> Iterator[None]:
     """Keeps a latent that took long in a file until the block has succeeded; an error names the file.
@@ -34,12 +45,10 @@ def kept_until_done(latent: dict, resume: str) -> Iterator[None]:
         latent: LATENT; one that took up to a minute is not kept.
         resume: what to do with the file once it is loaded, such as "decode it".
     """
-    samples, seconds = latent["samples"], latent.get(SAMPLING_SECONDS, 0)
+    samples, seconds = video_latent(latent), latent.get(SAMPLING_SECONDS, 0)
     if seconds <= WORTH_KEEPING:
         yield
         return
-    if latent.get(END_LATENT_ALONE):
-        samples = samples[:, :, :-1]  # the file cannot mark the end image, which is no frame
     try:
         kept = host.KeptLatent(samples)
     except OSError as error:

@@ -35,7 +35,7 @@ def sampling_report(
         f"model: {config.kind}, {config.num_layers} blocks, width {config.dim}",
         f"size: {width * VAE_STRIDE[2]}x{height * VAE_STRIDE[1]}, {pixel_frames(frames - end_alone)} frames"
         + (f", batch {batch}" if batch > 1 else ""),
-        f"latent: {frames} frames of {width}x{height}, {frames * height * width // 4} tokens",
+        f"latent: {frames} frames of {width}x{height}, {frames * -(-height // 2) * -(-width // 2)} tokens",
         f"seed: {seed}",
         f"solver: {job.solver}, {len(seconds)} steps, guidance {job.guidance_scale:g}, "
         f"shift {job.flow_shift:g}, denoise {job.denoise:g}",

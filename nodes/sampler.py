@@ -20,11 +20,12 @@ from ..wan.refusal import Refusal
 from ..wan.retry import FiniteOrSdpa, NotFinite, WithinMemory
 from ..wan.riflex import MODES, Riflex
 from ..wan.sample import SampleJob, sample
+from ..wan.sigmas import is_full_run
 from ..wan.skip_layer import SkipLayers, parse_layers
 from ..wan.solvers import SOLVERS
 from ..wan.teacache import PROFILES, Profile, TeaCache, choose_profile
 from . import checks
-from .kept_latent import END_LATENT_ALONE, SAMPLING_SECONDS, kept_until_done
+from .kept_latent import SAMPLING_SECONDS, kept_until_done
 from .load import CATEGORY
 from .named import named
 from .report import sampling_report
@@ -52,7 +53,7 @@ def option_inputs() -> list[Any]:
             min=0,
             max=100,
             optional=True,
-            tooltip="This share of the steps is always computed; higher keeps more of the motion.",
+            tooltip="The first steps, of this share, are all computed; higher keeps more of the motion.",
         ),
         io.Boolean.Input(
             "cfg_star",
@@ -218,11 +219,14 @@ class Wan21Sampler(io.ComfyNode):
     ) -> io.NodeOutput:
         """`options` are the inputs of `options_of`."""
         job = SampleJob(steps, guidance_scale, flow_shift, solver, denoise)
-        with kept_until_done(latent, "refine or decode it") if denoise < 1 else nullcontext():
+        with nullcontext() if is_full_run(denoise) else kept_until_done(latent, "refine or decode it"):
             checks.check_model(model)
+            latent, note = host.as_video_latent(model, latent)
+            latent = host.with_guide(latent, positive)
             check_start(latent, denoise)
             job = replace(job, options=options_of(model, latent["samples"].shape, **options))
             prepared = prepare(model, positive, negative, latent, job, joint_pass, attention)
+            prepared.warnings[:0] = [note] if note else []
             return cls._sampled(model, prepared, latent, seed)
 
     @classmethod
@@ -233,12 +237,19 @@ class Wan21Sampler(io.ComfyNode):
         if seed == -1:
             seed = secrets.randbelow(2**32)
         on_step = host.StepProgress(model, job.steps)
-        adjusted: list[str] = []
+        notes: list[str] = []
 
-        def run(denoiser, noise, start):
-            inner = WithinMemory(denoiser, prepared.plans, denoiser.make_room, adjusted.append)
+        def note(sentence: str) -> None:
+            notes.append(sentence)
+            host.tell(sentence)
+
+        for sentence in (*prepared.warnings, *job.idle_options(prepared.run)):
+            note(sentence)
+
+        def run(denoiser, noise, start, kept):
+            inner = WithinMemory(denoiser, prepared.plans, denoiser.make_room, note)
             try:
-                return sample(job, FiniteOrSdpa(inner, adjusted.append), noise, start, on_step)
+                return sample(job, FiniteOrSdpa(inner, note), noise, start, on_step, kept)
             except NotFinite as error:
                 raise Refusal(error.problem, checks.BROKEN_LATENT) from error
 
@@ -251,10 +262,10 @@ class Wan21Sampler(io.ComfyNode):
             record,
             seed,
             f"{prepared.memory}; {memory.said}",
-            END_LATENT_ALONE in latent,
-            [*prepared.warnings, *record.notes, *adjusted],
+            prepared.has_guide,
+            notes,
         )
-        earlier = latent.get(SAMPLING_SECONDS, 0) if job.denoise < 1 else 0  # what this one refined
+        earlier = 0 if is_full_run(job.denoise) else latent.get(SAMPLING_SECONDS, 0)  # what this one refined
         seconds = {SAMPLING_SECONDS: earlier + sum(record.seconds)}
         return io.NodeOutput(latent | {"samples": samples} | seconds, report)
 
@@ -314,6 +325,7 @@ class Prepared(host.Prepared):
         run: the same on this model and latent.
         plans: memory plans, the first to begin with.
         memory: one sentence on them.
+        has_guide: whether the last latent frame is the end image, which is dropped when the run is done.
         warnings: sentences on what was adjusted or left out.
     """
 
@@ -321,6 +333,7 @@ class Prepared(host.Prepared):
     run: Run
     plans: Sequence[MemoryPlan]
     memory: str
+    has_guide: bool
     warnings: list[str]
 
 
@@ -353,16 +366,21 @@ def prepare(
     conds = {"positive": positive}
     if "uncond" in (*job.pass_names, *job.contexts):
         conds["negative"] = negative
+    beside = 0
     for name, cond in conds.items():
         conds[name], note = host.trim_clip_vision(cond, config)
-        checks.check_conditioning(config, shape, host.describe_conditioning(name, conds[name]))
+        about = host.describe_conditioning(name, conds[name])
+        checks.check_conditioning(config, shape, about)
+        warnings += checks.notes_on_conditioning(config, shape, about)
         warnings += [f"{name}: {note}"] if note else []
-    warnings += warnings_on_images(config, positive, latent)
+        beside = max(beside, about.frames_beside)
+    warnings += warnings_on_images(config, positive) + warnings_on_start(latent, job.denoise)
     execution = Execution(joint, host.choose_attention_for(model, attention))
     job = replace(job, options=(*job.options, execution))
     passes = len(job.pass_names)
     plans = plans_from(joint, passes)
-    plans, need, memory = host.plan_memory(model, shape, plans, passes, job.active(run))
+    walked = (*shape[:2], shape[2] + beside, *shape[3:])
+    plans, need, memory = host.plan_memory(model, walked, plans, passes, job.active(run))
     return Prepared(
         positive=conds["positive"],
         negative=conds.get("negative"),
@@ -372,6 +390,7 @@ def prepare(
         run=run,
         plans=plans,
         memory=memory,
+        has_guide=host.has_guide(positive),
         warnings=warnings,
     )
 
@@ -379,22 +398,24 @@ def prepare(
 def check_start(latent: dict, denoise: float) -> None:
     """Whether the LATENT is one of Wan2.1 that this sampler can start from."""
     checks.check_latent(latent["samples"])
-    if "noise_mask" in latent:
-        raise Refusal(
-            "the latent carries a noise mask, which this sampler does not apply",
-            "Remove SetLatentNoiseMask, or sample with the host's KSampler",
-        )
-    if denoise < 1 and not latent["samples"].any():
+    if not is_full_run(denoise) and not latent["samples"].any():
         raise Refusal(
             f"denoise is {denoise:g} and the latent is empty; there is no video to start from",
             "Set denoise to 1, or connect an encoded video (VAEEncode)",
         )
 
 
-def warnings_on_images(config: WanConfig, positive: list, latent: dict) -> list[str]:
+def warnings_on_start(latent: dict, denoise: float) -> list[str]:
+    """What a full run does not take from a latent."""
+    if not is_full_run(denoise) or "noise_mask" in latent or not latent["samples"].any():
+        return []
+    return ["the latent holds a video, and at denoise 1 nothing of it is used; below 1 it is the start"]
+
+
+def warnings_on_images(config: WanConfig, positive: list) -> list[str]:
     """What is unusual about images and this model, and can be run all the same."""
     warnings = []
-    if latent.get(END_LATENT_ALONE) and config.image_tokens:
+    if host.has_guide(positive) and config.image_tokens:
         warnings.append(
             "add_frames_for_end_image is on and the model is first-last-frame, which was trained with it off"
         )

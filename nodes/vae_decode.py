@@ -5,7 +5,7 @@ from comfy_api.latest import io
 
 from .. import host
 from . import checks
-from .kept_latent import END_LATENT_ALONE, kept_until_done
+from .kept_latent import kept_until_done, video_latent
 from .load import CATEGORY
 from .named import named
 
@@ -38,11 +38,9 @@ class Wan21VAEDecode(io.ComfyNode):
     @classmethod
     @named(NODE)
     def execute(cls, vae: host.VAE, latent: dict, tile_size: str) -> io.NodeOutput:
-        samples = latent["samples"]
-        checks.check_latent(samples, multiple=8)
-        if latent.get(END_LATENT_ALONE):
-            samples = samples[:, :, :-1]  # the end image itself: a guide, not a frame
-            checks.check_latent(samples, multiple=8)
+        checks.check_latent(latent["samples"])
+        samples = video_latent(latent)
+        checks.check_latent(samples)
         with kept_until_done(latent, "decode it with tile_size 128"):
             checks.check_vae(*host.vae_shape(vae))
             images = host.decode_video(vae, samples, tile_size, host.tell)

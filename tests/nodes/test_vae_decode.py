@@ -132,7 +132,7 @@ def test_an_error_names_the_file_that_resumes(vae, decode, samples, output):
 
     longer = torch.cat([samples, samples[:, :, :1]], 2)
     with before_block(vae, fails(torch.OutOfMemoryError("no more."))), pytest.raises(RuntimeError) as caught:
-        decode(samples=longer, **{END_LATENT_ALONE: True, SAMPLING_SECONDS: 7200})
+        decode(samples=longer, **{END_LATENT_ALONE: longer.shape[2], SAMPLING_SECONDS: 7200})
     [path] = output.rglob("*.latent")
     for words in ("Wan21VAEDecode: no more. ", "120 min", str(path), "LoadLatent", "tile_size 128"):
         assert words in str(caught.value)
