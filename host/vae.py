@@ -20,7 +20,7 @@ from ..wan.vae.fallback import decode_within_memory, on_cpu
 from ..wan.vae.memory import choose_tile, decode_bytes, encode_bytes
 from .load import DTYPES
 from .memory import need_host_bytes
-from .progress import Progress, check_cancelled, tell_left_out
+from .progress import Progress, check_cancelled, tell, tell_left_out
 
 Device: TypeAlias = torch.device | str | None
 
@@ -34,7 +34,7 @@ class HostWanVAE(WanVAE):
         return not (conv.weight_function or conv.bias_function)  # patches that act inside forward()
 
     def encode(self, x: Tensor, device: Device = None, **options: Any) -> Tensor:
-        return super().encode(x, device, **_watched(options))
+        return super().encode(whole_latents(x), device, **_watched(options))
 
     def decode(self, z: Tensor, output_buffer: Tensor | None = None, **options: Any) -> Tensor:
         return super().decode(z, output_buffer, **_watched(options))
@@ -55,6 +55,7 @@ class HostWanVAE(WanVAE):
             tile_t, overlap_t: ignored. Time is streamed exactly, in bounded memory, and a cut without the
                 causal past would begin a new clip.
         """
+        x = whole_latents(x)
         return super().encode_tiled(x, tile_x, tile_y, overlap, **_watched(options))
 
     def decode_tiled(
@@ -74,6 +75,22 @@ class HostWanVAE(WanVAE):
             tile_t, overlap_t: ignored, as for `encode_tiled`.
         """
         return super().decode_tiled(z, tile_x, tile_y, **_watched(options))
+
+
+def whole_latents(x: Tensor) -> Tensor:
+    """Pixels [B, 3, F, H, W] without the last frames that do not fill a latent, as the native class encodes.
+
+    What is left out is told: of F frames 4n+1 are left, at most three fewer.
+    """
+    frames = x.shape[2] if x.ndim == 5 else 1
+    rest = (frames - 1) % 4 if frames else 0
+    if not rest:
+        return x
+    tell(
+        f"the VAE encodes 4n+1 frames: of {frames} the last {rest} {'is' if rest == 1 else 'are'} left out, "
+        f"{frames - rest} remain"
+    )
+    return x[:, :, : frames - rest]
 
 
 def _watched(options: dict[str, Any]) -> dict[str, Any]:

@@ -81,3 +81,39 @@ def test_encode_goes_on_in_tiles_when_memory_runs_out(vae):
     handle.remove()
     assert seen[0] == 640 and 0 < max(seen[1:]) < 640
     assert torch.equal(latent, tiled)
+
+
+@pytest.mark.parametrize("frames", [2, 4, 6, 8])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_frames_that_fill_no_latent_are_left_out_as_natively_and_said(
+    vae, native_vae, clip, frames, tiled, caplog
+):
+    images = clip[:frames, :61, :93]  # the host cuts sides to multiples of 8
+    with caplog.at_level("INFO"):
+        ours = vae.encode_tiled(images, 64, 64, 16) if tiled else vae.encode(images)
+    kept = (frames - 1) // 4 * 4 + 1
+    assert ours.shape == (1, 16, (kept + 3) // 4, 7, 11)
+    assert f"of {frames} the last {frames - kept}" in caplog.text and f"{kept} remain" in caplog.text
+    if not tiled:
+        assert relative(ours, native_vae.encode(images)) < 1e-5
+
+
+def test_host_nodes_encode_a_clip_of_any_length(vae, native_vae, clip, prompts):
+    from comfy_extras.nodes_wan import WanFirstLastFrameToVideo, WanImageToVideo
+
+    import nodes
+
+    for encode in (
+        lambda v: nodes.VAEEncode().encode(v, clip[:7])[0]["samples"],
+        lambda v: nodes.VAEEncodeForInpaint().encode(v, clip[:6], torch.zeros(1, 64, 96), 2)[0]["samples"],
+        lambda v: WanFirstLastFrameToVideo.execute(
+            *prompts, v, 96, 64, 8, 1, start_image=clip[:2], end_image=clip[:1]
+        ).result[0][0][1]["concat_latent_image"],
+        lambda v: WanImageToVideo.execute(*prompts, v, 100, 60, 8, 1, start_image=clip[:6]).result[0][0][1][
+            "concat_latent_image"
+        ],
+    ):
+        assert relative(encode(vae), encode(native_vae)) < 1e-5
+    assert nodes.VAEEncodeTiled().encode(vae, clip[:7], 64, 16)[0]["samples"].shape == (1, 16, 2, 8, 12)
+    batch = torch.stack([clip, clip.flip(2)])[:, :, :64]  # the host cuts the frames of a batch to 8
+    assert relative(vae.encode(batch), native_vae.encode(batch)) < 1e-5
