@@ -44,21 +44,23 @@ def check_num_frames(num_frames: int) -> None:
 
 
 def check_sides(width: int, height: int) -> None:
-    """Whether a video may be of this size, in pixels."""
+    """Whether a video may be of this size, in pixels; the model fills a side that is no multiple of 16 up."""
     for name, value in (("width", width), ("height", height)):
-        if value < 16 or value % 16:
-            lower = max(16, value // 16 * 16)
+        if value < 16 or value % 8:
+            lower = max(16, value // 8 * 8)
             raise Refusal(
-                f"{name} is {value}; sides are multiples of 16 pixels", f"Set {lower} or {lower + 16}"
+                f"{name} is {value}; sides are multiples of 8 pixels from 16 on",
+                f"Set {lower} or {lower + 8}",
             )
 
 
-def check_image(name: str, image: Tensor) -> None:
+def check_image(name: str, image: Tensor, several: bool = False) -> None:
     """Whether an IMAGE holds one picture.
 
     Args:
         name: of the input.
         image: [B, H, W, C] as the host hands it.
+        several: whether more than one may do.
     """
     shape = tuple(image.shape)
     if len(shape) != 4 or 0 in shape:
@@ -66,7 +68,7 @@ def check_image(name: str, image: Tensor) -> None:
             f"{name} has the shape {list(shape)}; it must hold an image [1, H, W, 3]",
             "Connect an image",
         )
-    if shape[0] != 1:
+    if shape[0] != 1 and not several:
         raise Refusal(
             f"{name} holds {shape[0]} images; it must be one",
             "Pick one with ImageFromBatch, or use video_to_video for a clip",

@@ -1,4 +1,4 @@
-"""Image(s) into the conditioning of an image-to-video model, and the empty latent to fill."""
+"""Images into the conditioning of an image-to-video model, and the empty latent to fill."""
 
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..wan.conditioning import (
     keep_aspect_size,
     known_mask,
     latent_frames,
+    pixel_frames,
     pixel_video,
 )
 from ..wan.config import LATENT_CHANNELS, VAE_STRIDE
@@ -42,7 +43,11 @@ class Wan21ImageToVideo(io.ComfyNode):
                 io.Conditioning.Input("positive"),
                 io.Conditioning.Input("negative"),
                 io.Vae.Input("vae"),
-                io.Image.Input("start_image"),
+                io.Image.Input(
+                    "start_image",
+                    tooltip="The first frame; or the last 5, 9, 13 ... frames of a clip to go on from, which "
+                    "the video then begins with.",
+                ),
                 io.Int.Input("width", default=832, min=16, max=MAX_SIDE, step=16),
                 io.Int.Input("height", default=480, min=16, max=MAX_SIDE, step=16),
                 io.Int.Input(
@@ -117,6 +122,7 @@ class Wan21ImageToVideo(io.ComfyNode):
     ) -> io.NodeOutput:
         check_sizes(width, height, num_frames)
         check_inputs(vae, start_image, end_image, clip_vision_start, clip_vision_end, num_frames)
+        start_image = known_frames(start_image)
         if resize_mode == "keep_aspect":
             width, height = keep_aspect_size(start_image.shape[2], start_image.shape[1], width, height)
         host.need_host_bytes(
@@ -127,14 +133,14 @@ class Wan21ImageToVideo(io.ComfyNode):
         for name, image in (("start_image", start_image), ("end_image", end_image)):
             if image is not None and image.shape[-1] > 3:
                 host.tell(f"{name} has transparency, which is left out")
-        start = fit_image(start_image[..., :3], width, height, resize_mode)[0]
+        start = fit_image(start_image[..., :3], width, height, resize_mode)
         end = None if end_image is None else fit_image(end_image[..., :3], width, height, resize_mode)[0]
         alone = end is not None and add_frames_for_end_image
         video = pixel_video(start, num_frames, None if alone else end)
         image_latent = host.encode_video(vae, video, tile_size)
         if end is not None and alone:
             image_latent = torch.cat([image_latent, host.encode_video(vae, end[None], tile_size)], dim=2)
-        mask = known_mask(num_frames, height, width, end is not None, alone)
+        mask = known_mask(num_frames, height, width, end is not None, alone, len(start))
         values: dict[str, Any] = {
             "concat_latent_image": image_latent,
             "concat_mask": 1 - mask,
@@ -183,12 +189,20 @@ def check_inputs(
 
     Args:
         vae: VAE.
-        start_image, end_image: IMAGE; no end image is None.
+        start_image: IMAGE of one or more frames.
+        end_image: IMAGE of one, or None.
         clip_start, clip_end: CLIP_VISION_OUTPUT of the images, or None.
         num_frames: of the video.
     """
     checks.check_vae(*host.vae_shape(vae))
-    checks.check_image("start_image", start_image)
+    checks.check_image("start_image", start_image, several=True)
+    known = pixel_frames(latent_frames(len(start_image)))
+    if known > 1 and known >= num_frames:
+        raise Refusal(
+            f"start_image holds {len(start_image)} frames and num_frames is {num_frames}; the known frames "
+            "are fewer than those of the video",
+            f"Set num_frames to {known + 4} or more, or take the clip's last frames with ImageFromBatch",
+        )
     if end_image is not None:
         checks.check_image("end_image", end_image)
         if num_frames < 5:
@@ -200,6 +214,35 @@ def check_inputs(
             "clip_vision_end is connected and clip_vision_start is not; the start image comes first",
             "Connect clip_vision_start too, or neither",
         )
+    if clip_end is not None:
+        check_clip_pair(clip_start, clip_end)
+
+
+def check_clip_pair(start: Any, end: Any) -> None:
+    """Whether CLIP_VISION_OUTPUTs of the start and the end image can be read as one."""
+    (starts, _, width), (ends, _, end_width) = (o.penultimate_hidden_states.shape for o in (start, end))
+    if starts != ends:
+        raise Refusal(
+            f"clip_vision_start holds features of {starts} image(s) and clip_vision_end of {ends}; they go "
+            "together one by one",
+            "Encode one start image and one end image, each picked with ImageFromBatch",
+        )
+    if width != end_width:
+        raise Refusal(
+            f"clip_vision_start is {width} wide and clip_vision_end {end_width}; one model reads both",
+            "Encode both images with the same CLIP vision model, CLIP ViT-H/14 (clip_vision_h.safetensors)",
+        )
+
+
+def known_frames(start_image: Tensor) -> Tensor:
+    """The last 4n+1 of the start frames [F, H, W, C], those that fill latents; what is left out is said."""
+    frames = len(start_image)
+    known = pixel_frames(latent_frames(frames))
+    if known < frames:
+        host.tell(
+            f"start_image holds {frames} frames and 4n+1 can be known: the video begins with the last {known}"
+        )
+    return start_image[-known:]
 
 
 def empty_latent(num_frames: int, height: int, width: int, end_alone: bool) -> Tensor:
@@ -217,6 +260,9 @@ def empty_latent(num_frames: int, height: int, width: int, end_alone: bool) -> T
 
 def join_clip_vision(start: Any, end: Any) -> Any:
     """Features of both images, 257 + 257 tokens, as first-last-frame models read them."""
+    images = 1 if start is None else len(start.penultimate_hidden_states)
+    if images > 1:  # as often when a whole clip was encoded
+        host.tell(f"the CLIP vision features are of {images} images: a single video reads those of the first")
     if start is None or end is None:
         return start
     joined = type(start)()

@@ -90,24 +90,30 @@ def _resize(image: Tensor, width: int, height: int) -> Tensor:
 
 
 def pixel_video(start: Tensor, num_frames: int, end: Tensor | None = None) -> Tensor:
-    """Start image, mid-grey, and the end image as last frame when given.
+    """Start frames, mid-grey, and the end image as last frame when given.
 
     Args:
-        start, end: [H, W, 3] in [0, 1].
+        start: [S, H, W, 3] in [0, 1], S <= F.
         num_frames: F, of the video.
+        end: [H, W, 3] in [0, 1].
 
     Returns:
         [F, H, W, 3] in [0, 1].
     """
-    video = start.new_full((num_frames, *start.shape), 0.5)
-    video[0] = start
+    video = start.new_full((num_frames, *start.shape[1:]), 0.5)
+    video[: len(start)] = start
     if end is not None:
         video[-1] = end
     return video
 
 
 def known_mask(
-    num_frames: int, height: int, width: int, end: bool = False, end_alone: bool = False
+    num_frames: int,
+    height: int,
+    width: int,
+    end: bool = False,
+    end_alone: bool = False,
+    start_frames: int = 1,
 ) -> Tensor:
     """Which frames the model is told to keep: 1 = known.
 
@@ -120,12 +126,13 @@ def known_mask(
         height, width: in pixels.
         end: whether there is an end image.
         end_alone: whether it is a latent of its own.
+        start_frames: pixel frames known at the start, 4n+1.
 
     Returns:
         [1, 4, T, H/8, W/8], T = n+1, or n+2 with `end_alone`.
     """
     known = torch.zeros(latent_frames(num_frames) + end_alone, MASK_CHANNELS)
-    known[0] = 1
+    known[: latent_frames(start_frames)] = 1
     if end_alone:
         known[-1] = 1
     elif end:

@@ -45,6 +45,84 @@ def test_end_image_as_last_frame_equals_the_native_node(models, prompts, vae, pi
     assert features[0].shape[1] == 514 and torch.equal(*features)
 
 
+@pytest.fixture
+def clip(picture):
+    return torch.cat([picture.roll(3 * i, 2) for i in range(9)])
+
+
+@pytest.mark.parametrize("frames", [5, 9])
+@pytest.mark.parametrize("size", [(96, 64), (104, 56)])
+def test_several_start_frames_equal_the_native_nodes(
+    models, prompts, vae, clip, image_to_video, frames, size
+):
+    from comfy_extras.nodes_wan import WanFirstLastFrameToVideo, WanImageToVideo
+
+    width, height = size
+    start, end = fit_image(clip[-frames:], width, height, "crop"), fit_image(clip[:1], width, height, "crop")
+    options = dict(start_image=clip[-frames:], width=width, height=height, num_frames=17)
+    native = (*prompts, vae, width, height, 17, 1)
+    for node, inputs, ours in (
+        (WanImageToVideo, {}, image_to_video(**options)),
+        (WanFirstLastFrameToVideo, {"end_image": end}, image_to_video(**options, end_image=clip[:1])),
+    ):
+        theirs = node.execute(*native, start_image=start, **inputs).result
+        assert torch.equal(
+            model_input(models["i2v"], ours[0], ours[2]), model_input(models["i2v"], theirs[0], theirs[2])
+        )
+        assert torch.equal(ours[2]["samples"], theirs[2]["samples"])
+
+
+@pytest.mark.parametrize("frames, known", [(2, 1), (4, 1), (7, 5), (8, 5)])
+def test_start_frames_that_fill_no_latent_are_left_out_in_front(clip, image_to_video, caplog, frames, known):
+    with caplog.at_level("INFO"):
+        ours = image_to_video(start_image=clip[-frames:])
+    assert (
+        f"start_image holds {frames} frames and 4n+1 can be known: the video begins with the last {known}"
+        in (caplog.text)
+    )
+    expected = image_to_video(start_image=clip[-known:])
+    for key in ("concat_latent_image", "concat_mask"):
+        assert torch.equal(ours[0][0][1][key], expected[0][0][1][key])
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad", "stretch", "keep_aspect"])
+def test_each_start_frame_is_resized(vae, clip, image_to_video, mode):
+    got = image_to_video(start_image=clip[:5], width=64, height=64, num_frames=9, resize_mode=mode)
+    width, height = (80, 48) if mode == "keep_aspect" else (64, 64)
+    assert got[2]["samples"].shape[-2:] == (height // 8, width // 8)
+    known = vae.encode(fit_image(clip[:5], width, height, mode))
+    assert relative(got[0][0][1]["concat_latent_image"][:, :, :2], known) < 1e-5
+
+
+def test_one_feature_of_several_is_read_and_that_is_said(image_to_video, caplog):
+    several = clip_vision()
+    several.penultimate_hidden_states = several.penultimate_hidden_states.repeat(5, 1, 1)
+    with caplog.at_level("INFO"):
+        image_to_video(clip_vision_start=several)
+    assert "features are of 5 images: a single video reads those of the first" in caplog.text
+
+
+def features(images=1, width=1280):
+    import comfy.clip_vision
+
+    output = comfy.clip_vision.Output()
+    output.penultimate_hidden_states = torch.zeros(images, 257, width)
+    return output
+
+
+@pytest.mark.parametrize(
+    "start, end, message",
+    [
+        (features(1), features(2), r"of 1 image\(s\) and clip_vision_end of 2"),
+        (features(5), features(1), r"of 5 image\(s\) and clip_vision_end of 1"),
+        (features(), features(width=1664), "clip_vision_start is 1280 wide and clip_vision_end 1664"),
+    ],
+)
+def test_clip_features_that_do_not_go_together_are_named(image_to_video, picture, start, end, message):
+    with pytest.raises(ValueError, match="^Wan21ImageToVideo: .*" + message):
+        image_to_video(end_image=picture, clip_vision_start=start, clip_vision_end=end)
+
+
 def test_added_end_frame_is_a_latent_of_its_own(models, vae, picture, image_to_video):
     end = picture.flip(2)
     positive, _, latent = image_to_video(end_image=end, add_frames_for_end_image=True)
@@ -102,9 +180,10 @@ def test_alpha_channel_is_left_out_and_that_is_said(picture, image_to_video, cap
     "inputs, message",
     [
         ({"num_frames": 80}, r"num_frames is 80; Wan2.1 makes 4n\+1 frames. Set 77 or 81"),
-        ({"width": 100}, "width is 100; sides are multiples of 16 pixels. Set 96 or 112"),
+        ({"width": 100}, "width is 100; sides are multiples of 8 pixels from 16 on. Set 96 or 104"),
         ({"height": 8}, "height is 8"),
-        ({"start_image": torch.zeros(2, 64, 64, 3)}, "start_image holds 2 images; it must be one"),
+        ({"start_image": torch.zeros(11, 64, 64, 3)}, "holds 11 frames and num_frames is 9.*to 13 or more"),
+        ({"end_image": torch.zeros(2, 64, 64, 3)}, "end_image holds 2 images; it must be one"),
         ({"start_image": torch.zeros(0, 64, 64, 3)}, r"start_image has the shape \[0, 64, 64, 3\]"),
         ({"start_image": torch.full((1, 64, 64, 3), float("nan"))}, "start_image holds NaN"),
         ({"end_image": torch.zeros(1, 64, 64, 1)}, "end_image has 1 channel"),
@@ -130,7 +209,7 @@ def test_wrong_vae_is_named(image_to_video):
 
 def test_sizes_are_refused_when_queued():
     assert "Set 77 or 81" in Wan21ImageToVideo.validate_inputs(832, 480, 80)
-    assert "multiples of 16" in Wan21ImageToVideo.validate_inputs(830, 480, 81)
+    assert "multiples of 8" in Wan21ImageToVideo.validate_inputs(830, 480, 81)
     assert "the most is" in Wan21ImageToVideo.validate_inputs(100000, 480, 81)
     assert Wan21ImageToVideo.validate_inputs(832, None, None) is True
 

@@ -26,6 +26,12 @@ def test_start_mask(num_frames):
     assert torch.equal(known_mask(num_frames, 32, 48), released_mask(num_frames, [0], 32, 48))
 
 
+@pytest.mark.parametrize("start_frames", [5, 9, 77])
+def test_mask_of_several_start_frames(start_frames):
+    expected = released_mask(81, [*range(start_frames)], 32, 48)
+    assert torch.equal(known_mask(81, 32, 48, start_frames=start_frames), expected)
+
+
 @pytest.mark.parametrize("num_frames", [5, 81])
 def test_end_mask(num_frames):
     mask = known_mask(num_frames, 32, 48, end=True)
@@ -105,9 +111,11 @@ def test_unknown_mode_is_named(image):
 
 
 def test_pixel_video(image):
-    start, end = image[0], image[0].flip(0)
+    start, end = image, image[0].flip(0)
     video = pixel_video(start, 9, end)
     assert video.shape == (9, 40, 60, 3)
-    assert torch.equal(video[0], start) and torch.equal(video[-1], end)
+    assert torch.equal(video[:1], start) and torch.equal(video[-1], end)
     assert video[1:-1].eq(0.5).all()
     assert pixel_video(start, 9)[1:].eq(0.5).all()
+    several = pixel_video(torch.cat([start] * 5), 9)
+    assert torch.equal(several[4:5], start) and several[5:].eq(0.5).all()
