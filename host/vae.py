@@ -11,6 +11,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import torch
+from comfy.cli_args import args
 from comfy.model_prefetch import cleanup_prefetched_modules
 from torch import Tensor
 
@@ -26,18 +27,29 @@ Device: TypeAlias = torch.device | str | None
 
 
 class HostWanVAE(WanVAE):
-    """Our VAE as the host's `comfy.sd.VAE` calls it, with the host's progress and cancel."""
+    """Our VAE as the host's `comfy.sd.VAE` calls it, with the host's progress and cancel.
+
+    Args:
+        dim: as for `WanVAE`.
+        encode_dtype, decode_dtype: what each way is computed in, whatever dtype its input has.
+    """
 
     comfy_has_chunked_io = True  # the host gives decode() the final image's buffer, encode() a device
+
+    def __init__(self, dim: int, encode_dtype: torch.dtype, decode_dtype: torch.dtype):
+        super().__init__(dim, operations=comfy.ops.disable_weight_init, dtype=decode_dtype)
+        self.encode_dtype, self.decode_dtype = encode_dtype, decode_dtype
+        self.encoder.to(encode_dtype)
+        self.conv1.to(encode_dtype)
 
     def is_plain(self, conv: Any) -> bool:
         return not (conv.weight_function or conv.bias_function)  # patches that act inside forward()
 
     def encode(self, x: Tensor, device: Device = None, **options: Any) -> Tensor:
-        return super().encode(whole_latents(x), device, **_watched(options))
+        return super().encode(whole_latents(x).to(self.encode_dtype), device, **_watched(options))
 
     def decode(self, z: Tensor, output_buffer: Tensor | None = None, **options: Any) -> Tensor:
-        return super().decode(z, output_buffer, **_watched(options))
+        return super().decode(z.to(self.decode_dtype), output_buffer, **_watched(options))
 
     def encode_tiled(
         self,
@@ -55,7 +67,7 @@ class HostWanVAE(WanVAE):
             tile_t, overlap_t: ignored. Time is streamed exactly, in bounded memory, and a cut without the
                 causal past would begin a new clip.
         """
-        x = whole_latents(x)
+        x = whole_latents(x).to(self.encode_dtype)
         return super().encode_tiled(x, tile_x, tile_y, overlap, **_watched(options))
 
     def decode_tiled(
@@ -74,7 +86,7 @@ class HostWanVAE(WanVAE):
             overlap: ignored, since each tile is computed from all it depends on.
             tile_t, overlap_t: ignored, as for `encode_tiled`.
         """
-        return super().decode_tiled(z, tile_x, tile_y, **_watched(options))
+        return super().decode_tiled(z.to(self.decode_dtype), tile_x, tile_y, **_watched(options))
 
 
 def whole_latents(x: Tensor) -> Tensor:
@@ -102,18 +114,19 @@ def load_vae(path: str | Path, precision: str = "auto") -> comfy.sd.VAE:
 
     Args:
         path: see `wan.files.read_checkpoint`.
-        precision: auto is the host's choice for the device; or a name of `DTYPES`.
+        precision: auto encodes in float32, as the release does, and decodes in the host's choice for the
+            device; or a name of `DTYPES`, or the host's own flag, for both.
 
     Raises:
         Refusal: the file is damaged or something else.
     """
     state_dict = files.to_wan_vae_keys(files.read_checkpoint(path).state_dict)
     vae: Any = comfy.sd.VAE(sd=dict(state_dict), dtype=DTYPES.get(precision))
-    model = HostWanVAE(
-        dim=state_dict["decoder.head.0.gamma"].shape[0],
-        operations=comfy.ops.disable_weight_init,
-        dtype=vae.vae_dtype,
-    ).eval()
+    decode_dtype = vae.vae_dtype
+    if precision == "auto" and not (args.bf16_vae or args.fp16_vae):
+        vae.vae_dtype = torch.float32  # what the host hands pixels and latents over in
+    dim = state_dict["decoder.head.0.gamma"].shape[0]
+    model = HostWanVAE(dim, encode_dtype=vae.vae_dtype, decode_dtype=decode_dtype).eval()
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     left_out = files.check_keys(expected, state_dict)
     tell_left_out(Path(path).name, left_out)
@@ -134,11 +147,11 @@ def _set_estimates(vae, model, device):
 
     def encode(shape, dtype):
         frames, height, width = shape[2:]
-        return encode_bytes(model, frames, height, width, device, dtype.itemsize)
+        return encode_bytes(model, frames, height, width, device, model.encode_dtype.itemsize)
 
     def decode(shape, dtype):
         height, width = shape[3:]
-        return decode_bytes(model, height, width, device, itemsize=dtype.itemsize)
+        return decode_bytes(model, height, width, device, itemsize=model.decode_dtype.itemsize)
 
     vae.memory_used_encode, vae.memory_used_decode = encode, decode
 
@@ -162,7 +175,9 @@ def encode_video(vae: comfy.sd.VAE, video: Tensor, tile_size: str) -> Tensor:
     vae.throw_exception_if_invalid()
     device = vae.device
     frames, height, width = video.shape[:3]
-    needed = encode_bytes(model, frames, min(tile, height), min(tile, width), device, vae.vae_dtype.itemsize)
+    needed = encode_bytes(
+        model, frames, min(tile, height), min(tile, width), device, model.encode_dtype.itemsize
+    )
     comfy.model_management.load_models_gpu(
         [vae.patcher], memory_required=needed, force_full_load=vae.disable_offload
     )
@@ -207,7 +222,7 @@ def _decode_ours(
         need_host_bytes(math.prod(shape) * dtype.itemsize, what, "Close other programs or add swap")
     h, w = samples.shape[-2:]
     tile = None if tile_size == "auto" else int(tile_size)
-    itemsize = vae.vae_dtype.itemsize
+    itemsize = model.decode_dtype.itemsize
     held = samples.shape[2] if vae.output_device.type == device.type else 0
     needed = decode_bytes(model, h, w, device, tile, itemsize, held)
     management.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=vae.disable_offload)
@@ -226,7 +241,7 @@ def _decode_ours(
 
     decode_within_memory(
         model,
-        samples.to(device, vae.vae_dtype),
+        samples.to(device, model.decode_dtype),
         out,
         tile,
         retreat,

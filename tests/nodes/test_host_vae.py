@@ -55,6 +55,66 @@ def test_precision(files, vae, picture, precision):
     assert error == 0 if precision == "fp32" else 0 < error < 0.05
 
 
+@pytest.fixture
+def fast_dtype(monkeypatch):
+    """The host's choice on a GPU."""
+    import comfy.model_management as management
+
+    monkeypatch.setattr(management, "vae_dtype", lambda device=None, allowed_dtypes=[]: torch.bfloat16)
+    return torch.bfloat16
+
+
+def computed_in(vae, run):
+    """Dtypes that the convolutions of each way see in `run`."""
+    seen = {"encoder": set(), "decoder": set()}
+    model = vae.first_stage_model
+    parts = {"encoder": model.encoder.downsamples[0], "decoder": model.decoder.middle[0]}
+    handles = [
+        part.register_forward_pre_hook(lambda _, given, way=way: seen[way].add(given[0].dtype))
+        for way, part in parts.items()
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_auto_encodes_in_float32_and_decodes_in_the_hosts_choice(files, vae, clip, fast_dtype):
+    auto = host.load_vae(files["vae"])
+    latent = auto.encode(clip)
+    assert torch.equal(latent, vae.encode(clip))  # the session's VAE is float32, as the CPU's is
+    assert torch.equal(host.encode_video(auto, clip, "128"), host.encode_video(vae, clip, "128"))
+    bf16 = host.load_vae(files["vae"], "bf16")
+    assert not torch.equal(bf16.encode(clip), latent)
+    assert torch.equal(auto.decode(latent), bf16.decode(latent))
+    say = [].append
+    for tile in ("auto", "0", "128"):
+        frames = [host.decode_video(v, latent, tile, say) for v in (auto, bf16)]
+        assert torch.equal(*frames)
+    ways = computed_in(auto, lambda: (auto.encode(clip), auto.encode_tiled(clip, 64, 64, 16)))
+    assert ways == {"encoder": {torch.float32}, "decoder": set()}
+    ways = computed_in(auto, lambda: (auto.decode(latent), auto.decode_tiled(latent, 4, 4, 2)))
+    assert ways == {"encoder": set(), "decoder": {fast_dtype}}
+
+
+def test_what_the_host_is_asked_for_follows_each_ways_dtype(files, vae, fast_dtype):
+    auto, bf16 = host.load_vae(files["vae"]), host.load_vae(files["vae"], "bf16")
+    pixels, latent = (1, 3, 9, 480, 832), (1, 16, 3, 60, 104)
+    asked = [v.memory_used_encode(pixels, v.vae_dtype) for v in (bf16, auto, vae)]
+    assert asked[0] < asked[1] == asked[2]
+    asked = [v.memory_used_decode(latent, v.vae_dtype) for v in (bf16, auto, vae)]
+    assert asked[0] == asked[1] < asked[2]
+
+
+def test_the_hosts_flag_for_the_vae_holds_for_both_ways(files, monkeypatch):
+    from comfy.cli_args import args
+
+    monkeypatch.setattr(args, "bf16_vae", True)
+    flagged = host.load_vae(files["vae"])
+    weights = {p.dtype for p in flagged.first_stage_model.parameters()}
+    assert weights == {torch.bfloat16} == {flagged.vae_dtype}
+
+
 def test_decode_stops_on_cancel(vae, clip):
     import comfy.model_management as management
 

@@ -70,7 +70,7 @@ def encode_bytes(
         device: where it is encoded.
         itemsize: bytes of a number; None is that of the weights.
     """
-    itemsize = itemsize or vae.conv2.weight.element_size()
+    itemsize = itemsize or vae.conv1.weight.element_size()
     chunk = frames_per_chunk(None, device)
     kept, widest, pixels = 0, 0, h * w
     for layers in vae.encoder.stages():
