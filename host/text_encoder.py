@@ -1,6 +1,7 @@
 """umT5 of any size inside a standard CLIP."""
 
 from pathlib import Path
+from typing import Any
 
 import comfy.sd
 import comfy.supported_models_base
@@ -13,7 +14,28 @@ import torch
 from ..wan import files
 from ..wan.files.umt5 import tokenizer_beside
 from ..wan.files.umt5_gguf import read_umt5_gguf
+from .progress import tell
 from .quantised import with_formats
+
+TRAINED_TOKENS = 512  # of the release, which cuts what is longer
+
+
+class UMT5Tokenizer(comfy.text_encoders.wan.WanT5Tokenizer):
+    """The host's, which cuts nothing; a text longer than the models were trained with is said.
+
+    The attention of a pass reads all the tokens, and all of them count.
+    """
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> Any:
+        tokens = super().tokenize_with_weights(text, return_word_ids, **kwargs)
+        count = max(len(part) for part in tokens[self.clip_name])
+        if count > TRAINED_TOKENS:
+            tell(
+                f"the prompt is {count} tokens long, and Wan2.1 was trained with up to {TRAINED_TOKENS}: all "
+                "are read, as with the host's CLIPLoader, where the release leaves out the last "
+                f"{count - TRAINED_TOKENS}"
+            )
+        return tokens
 
 
 def load_text_encoder(path: str | Path, device: str = "default") -> comfy.sd.CLIP:
@@ -43,9 +65,7 @@ def load_text_encoder(path: str | Path, device: str = "default") -> comfy.sd.CLI
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     detected = comfy.text_encoders.sd3_clip.t5_xxl_detect(state_dict)
     return comfy.sd.CLIP(
-        comfy.supported_models_base.ClipTarget(
-            comfy.text_encoders.wan.WanT5Tokenizer, comfy.text_encoders.wan.te(**detected)
-        ),
+        comfy.supported_models_base.ClipTarget(UMT5Tokenizer, comfy.text_encoders.wan.te(**detected)),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         tokenizer_data={"spiece_model": tokenizer},
         parameters=comfy.utils.calculate_parameters(state_dict),

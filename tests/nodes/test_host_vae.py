@@ -111,8 +111,8 @@ def test_the_hosts_flag_for_the_vae_holds_for_both_ways(files, monkeypatch):
 
     monkeypatch.setattr(args, "bf16_vae", True)
     flagged = host.load_vae(files["vae"])
-    weights = {p.dtype for p in flagged.first_stage_model.parameters()}
-    assert weights == {torch.bfloat16} == {flagged.vae_dtype}
+    model = flagged.first_stage_model
+    assert model.encode_dtype == model.decode_dtype == flagged.vae_dtype == torch.bfloat16
 
 
 def test_decode_stops_on_cancel(vae, clip):

@@ -8,10 +8,12 @@ import comfy.text_encoders.t5 as host_t5
 import pytest
 import torch
 import torch.nn.functional as F
+from comfy.text_encoders.wan import WanT5Tokenizer
 from helpers import relative
 from helpers_checkpoint import UMT5_SIZE, umt5_state_dict, with_prefix
 from lib.random_weights import randomise
 from transformers import UMT5Config, UMT5EncoderModel
+from wan21 import host
 from wan21.wan import files as ck
 
 XXL = json.loads(Path(host_t5.__file__).with_name("umt5_config_xxl.json").read_text())
@@ -97,3 +99,45 @@ def test_umt5_config_of_the_xxl_size_is_the_hosts():
     xxl = umt5_state_dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
     sizes = ck.umt5_config(ck.to_umt5_keys(xxl))
     assert sizes == {name: XXL[name] for name in sizes} and len(sizes) == 8
+
+
+@pytest.fixture(scope="module")
+def clip(files):
+    return host.load_text_encoder(files["umt5"])
+
+
+def words(clip, count):
+    """A text of so many tokens, the end's with them."""
+    text = "the cat walks slowly over a wet roof, " * 100
+    tokenizer = clip.tokenizer.clip_umt5xxl.tokenizer.tokenizer
+    text = tokenizer.decode(tokenizer.encode(text)[: count - 1])
+    assert len(tokenizer.encode(text)) == count
+    return text
+
+
+@pytest.mark.parametrize("count, left_out", [(512, None), (513, 1), (700, 188)])
+def test_a_prompt_longer_than_the_trained_length_is_read_as_natively_and_said(clip, caplog, count, left_out):
+    import nodes
+
+    text = words(clip, count)
+    native = clip.clone()
+    native.tokenizer = WanT5Tokenizer(tokenizer_data=clip.tokenizer.state_dict())
+    expected = nodes.CLIPTextEncode().encode(native, text)[0]
+    with caplog.at_level("INFO"):
+        got = nodes.CLIPTextEncode().encode(clip, text)[0]
+    assert got[0][0].shape[1] == count and torch.equal(got[0][0], expected[0][0])
+    said = f"is {count} tokens long, and Wan2.1 was trained with up to 512"
+    assert (said in caplog.text) == (left_out is not None)
+    assert left_out is None or f"leaves out the last {left_out}" in caplog.text
+
+
+def test_the_end_of_a_long_prompt_counts(models, clip, sample, image_to_video):
+    """All the tokens reach the model, where the release would have cut them."""
+    text = words(clip, 600)
+    ends = [clip.encode_from_tokens_scheduled(clip.tokenize(text + end)) for end in ("", "fog")]
+    inputs = [image_to_video(positive=end) for end in ends]
+    results = [
+        sample(models["i2v"], *given, guidance_scale=4.0, solver="euler", steps=2)[0]["samples"]
+        for given in inputs
+    ]
+    assert not torch.equal(*results)
