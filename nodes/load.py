@@ -172,8 +172,8 @@ class Wan21VAELoader(io.ComfyNode):
                     "precision",
                     options=["auto", *host.DTYPES],
                     default="auto",
-                    tooltip="auto encodes in float32, as the release does, and decodes in what the host chooses "
-                    "for the device: bf16, else fp16, else fp32 (the most exact, twice as large).",
+                    tooltip="auto encodes in float32, as the release does, and decodes in what the host "
+                    "chooses for the device: bf16, else fp16, else fp32 (the most exact, twice as large).",
                 ),
             ],
             outputs=[io.Vae.Output()],
