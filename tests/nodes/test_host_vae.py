@@ -177,3 +177,32 @@ def test_host_nodes_encode_a_clip_of_any_length(vae, native_vae, clip, prompts):
     assert nodes.VAEEncodeTiled().encode(vae, clip[:7], 64, 16)[0]["samples"].shape == (1, 16, 2, 8, 12)
     batch = torch.stack([clip, clip.flip(2)])[:, :, :64]  # the host cuts the frames of a batch to 8
     assert relative(vae.encode(batch), native_vae.encode(batch)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "tile, overlap, message",
+    [
+        (64, 64, "VAE tiles of 64 x 64 pixels with an overlap of 64: it must be at least 0 and smaller"),
+        (64, 96, "of 64 x 64 pixels with an overlap of 96"),
+        (64, -32, "with an overlap of -32"),
+        (0, 0, "VAE tiles of 0 x 0 pixels"),
+        (100, 32, "tile_x = 100 pixels"),
+    ],
+)
+def test_tiles_that_cannot_be_are_named_in_pixels(vae, clip, tile, overlap, message):
+    import nodes
+
+    with pytest.raises(ValueError, match=message):
+        nodes.VAEEncodeTiled().encode(vae, clip[:1], tile, overlap)
+
+
+def test_an_overlap_counts_only_where_there_are_several_tiles(vae, native_vae, clip):
+    import nodes
+
+    for tile, overlap in ((96, 96), (128, 256)):
+        got, expected = (
+            nodes.VAEEncodeTiled().encode(v, clip[:5], tile, overlap)[0]["samples"] for v in (vae, native_vae)
+        )
+        assert relative(got, expected) < 1e-5
+    with pytest.raises(ValueError, match="VAE tiles of 0 x 32 pixels: both sides must be at least 8"):
+        vae.decode_tiled(vae.encode(clip[:1]), tile_x=0, tile_y=4)

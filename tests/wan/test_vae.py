@@ -276,10 +276,10 @@ def test_memory_does_not_grow_with_the_frames(vae):
             lambda v: v.decode(torch.zeros(1, 16, 2, 2, 2), output_buffer=torch.zeros(1, 3, 5, 16, 8)),
             ["(1, 3, 5, 16, 8)", "(1, 3, 5, 16, 16)", "decode_output_shape"],
         ),
-        (lambda v: v.decode_tiled(torch.zeros(1, 16, 2, 2, 2), 8, 0), ["8 x 0", "at least 1", "32"]),
+        (lambda v: v.decode_tiled(torch.zeros(1, 16, 2, 2, 2), 8, 0), ["64 x 0 pixels", "at least 8", "256"]),
         (
-            lambda v: v.encode_tiled(torch.zeros(1, 3, 5, 16, 16), 64, 64, 64),
-            ["overlap 8", "smaller", "tile 32"],
+            lambda v: v.encode_tiled(torch.zeros(1, 3, 5, 16, 72), 64, 64, 64),
+            ["64 x 64 pixels", "overlap of 64", "smaller", "256"],
         ),
         (
             lambda v: v.encode_tiled(torch.zeros(1, 3, 5, 16, 16), tile_x=100),

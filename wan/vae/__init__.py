@@ -134,7 +134,8 @@ class WanVAE(nn.Module):
 
         Args:
             x, device: as for `encode`.
-            tile_x, tile_y, overlap: pixels, multiples of 8; the overlap is smaller than the tile.
+            tile_x, tile_y, overlap: pixels, multiples of 8; the overlap is smaller than a tile, where
+                there are several.
             progress: called as progress(done, total) with tiles; may raise.
             check: as for `encode`.
 

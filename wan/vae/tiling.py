@@ -37,19 +37,20 @@ def plan_tiles(h: int, w: int, tile_y: int, tile_x: int, overlap: int, scale: in
     """Overlapping tiles of one size that cover a frame, with weights that fall linearly where they overlap.
 
     Args:
-        h, w: of the frame.
-        tile_y, tile_x: of a tile; a tile is at most as large as the frame.
+        h, w: of the frame, in latent pixels (8 pixels of an image).
+        tile_y, tile_x: of a tile; one larger than the frame is the whole frame.
         overlap: rows and columns that neighbours share; the last two of a row or column may share more.
         scale: blended values per latent pixel and axis, 8 for RGB and 1 for latents.
 
     Raises:
-        Refusal: if the overlap leaves no step from tile to tile.
+        Refusal: if the overlap leaves no step from one tile to the next.
     """
-    if min(tile_y, tile_x) < 1 or not 0 <= overlap < min(tile_y, tile_x):
+    sides = ((h, tile_y), (w, tile_x))
+    if overlap < 0 or any(tile < 1 or overlap >= tile < side for side, tile in sides):
         raise Refusal(
-            f"VAE tiles of {tile_x} x {tile_y} latent pixels with overlap {overlap}: the overlap must be at "
-            f"least 0 and smaller than both sides of the tile",
-            "Use for example tile 32 and overlap 8",
+            f"VAE tiles of {tile_x * 8} x {tile_y * 8} pixels with an overlap of {overlap * 8}: it must be "
+            "at least 0 and smaller than a tile where there are several",
+            "Set for example tiles of 256 and an overlap of 64",
         )
     rows = list(zip(*_cut(h, tile_y, overlap, scale)))
     columns = list(zip(*_cut(w, tile_x, overlap, scale)))
@@ -83,8 +84,8 @@ def cut_windows(h: int, w: int, tile_y: int, tile_x: int) -> list[Window]:
     """
     if min(tile_y, tile_x) < 1:
         raise Refusal(
-            f"VAE tiles of {tile_x} x {tile_y} latent pixels: both sides must be at least 1",
-            "Use for example 32",
+            f"VAE tiles of {tile_x * 8} x {tile_y * 8} pixels: both sides must be at least 8",
+            "Set for example 256",
         )
     return [*product(even_spans(h, tile_y), even_spans(w, tile_x))]
 
