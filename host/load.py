@@ -10,7 +10,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import CoreModelPatcher, ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.supported_models_base import BASE
 from torch import Tensor, nn
 
@@ -20,7 +20,8 @@ from ..wan.dit import WanModel
 from ..wan.files.gguf import BLOCKS, dequantize, read_gguf
 from ..wan.refusal import Refusal
 from .guide import sample_with_guide
-from .model import Wan21, refuse_unread
+from .lora import carry_loras
+from .model import Wan21, refuse_replaced, refuse_unread
 from .operations import GGUFOperations, casting_operations, fp8_operations
 from .progress import tell, tell_left_out
 from .quantised import quantised_layers, tell_unpacked, with_formats
@@ -74,6 +75,8 @@ def load_model(
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "wan21", refuse_unread)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "wan21", sample_with_guide)
+    patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, "wan21", refuse_replaced)
+    carry_loras(patcher)
     file.fill(model, patcher)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)

@@ -7,8 +7,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
-import comfy.patcher_extension
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..wan import files
 from ..wan.lora import Lora, Patch, apply_patch, match_lora, scheduled, step_at
+from ..wan.refusal import Refusal
 from .model import CALL
 from .stored import kept_dtype, kept_shapes
 
@@ -127,8 +128,6 @@ def add_lora(
         model.set_attachments(KEY, (*_scheduled_loras(model), ScheduledLora(lora.patches, values)))
     if len(set(values)) > 1 or not all(is_merged.values()):
         _work_in_at_use(model)
-        wrappers = model.model_options["transformer_options"].setdefault("wrappers", {})
-        wrappers.setdefault(WrappersMP.SAMPLER_SAMPLE, {})[KEY] = [_sample_with_loras]
     return model
 
 
@@ -242,29 +241,54 @@ def _work_in_at_use(model: ModelPatcher) -> None:
     model.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
     # A clone without dynamic memory is of the host's plain class.
     model.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, lambda _, clone: _work_in_at_use(clone))
+    carry_loras(model)
 
 
 # --- while a run lasts --------------------------------------------------------------------------------
 
 
-def _sample_with_loras(executor, guider, sigmas: Tensor, extra_args: dict, *args, **kwargs) -> Any:
-    """Around a sampler's run, the host's or ours: the MODEL's LoRAs are on the model while it lasts.
+def carry_loras(model: ModelPatcher) -> None:
+    """Makes the host put a MODEL's LoRAs on the model below it for the time of a run, whoever samples.
 
-    No merged copy is kept and nothing is reloaded when a strength changes; the numbers are those of merging.
+    Also needed without any: where two MODELs share that model, it has the LoRAs of the last one prepared, as
+    it has its merged weights.
     """
-    loras = _loras_at_use(guider.model_patcher)
-    # The host's several GPUs have a model each.
-    others = extra_args["model_options"].get("multigpu_clones", {}).values()
-    models = {id(model): model for model in (guider.inner_model, *(other.model for other in others))}
-    run = _Run(list(models.values()), loras, [float(sigma) for sigma in sigmas])
-    comfy.patcher_extension.add_wrapper(
-        WrappersMP.APPLY_MODEL, run.apply_model, extra_args["model_options"], True
-    )
-    try:
+    for kind, function in ((CallbacksMP.ON_PRE_RUN, _attach), (CallbacksMP.ON_CLEANUP, _detach)):
+        model.remove_callbacks_with_key(kind, KEY)
+        model.add_callback_with_key(kind, KEY, function)
+    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _at_strength)
+
+
+# By the model below the MODELs: its LoRAs while a run lasts. No merged copy is kept and nothing is reloaded
+# when a strength changes; the numbers are those of merging.
+_runs: "WeakKeyDictionary[nn.Module, _Run]" = WeakKeyDictionary()
+
+
+def _attach(model: ModelPatcher) -> None:
+    _detach(model)
+    if loras := _loras_at_use(model):
+        _runs[model.model] = run = _Run(model.model, loras)
         run.attach()
-        return executor(guider, sigmas, extra_args, *args, **kwargs)
-    finally:
+
+
+def _detach(model: ModelPatcher) -> None:
+    if run := _runs.pop(model.model, None):
         run.detach()
+
+
+def _at_strength(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs) -> Tensor:
+    """Around each call of a model: its LoRAs have the strengths of the step."""
+    if run := _runs.get(executor.class_obj):
+        run.set_step(transformer_options)
+    return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+
+_UNKNOWN_STEP = Refusal(
+    "a LoRA has a strength_schedule, and what runs the MODEL here does not tell it the step",
+    "Clear strength_schedule on Wan21LoraLoader; if it is the second model of a DualModelGuider, load the "
+    "first with Wan21ModelLoader as well",
+)
 
 
 @dataclass
@@ -273,11 +297,15 @@ class ActiveLora:
 
     Attributes:
         patches, values: as of `ScheduledLora`.
-        strength: of the step under way, 0-D: compiled code would hold a number as a constant.
+        value: strength of the step under way; None before the first.
+        is_known: whether there is one: compiled code would be made anew for each `value`.
+        strength: the same, 0-D: compiled code would hold a number as a constant.
     """
 
     patches: list[tuple[str, Patch]]
     values: list[float]
+    value: float | None = None
+    is_known: bool = False
     strength: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
@@ -312,6 +340,8 @@ class HookedWeights:
 
 
 def _patched(lora: ActiveLora, patch: Patch, weight: Tensor) -> Tensor:
+    if not lora.is_known:
+        raise _UNKNOWN_STEP
     return apply_patch(patch, weight.clone(), lora.strength, weight.dtype)
 
 
@@ -350,34 +380,37 @@ class BareParameters:
 
 
 class _Run:
-    """One sampling run: sets the strengths of each step."""
+    """The LoRAs of one model in a sampling run: sets the strengths of each step."""
 
-    def __init__(self, models: Sequence[nn.Module], loras: Sequence[ScheduledLora], sigmas: list[float]):
+    def __init__(self, model: nn.Module, loras: Sequence[ScheduledLora]):
         self.loras = [ActiveLora(*lora) for lora in loras]
-        kinds = (HookedWeights, BareParameters)
-        self.carriers = [kind(model, self.loras) for model in models for kind in kinds]
-        self.sigmas = sigmas
-        self.strengths = [0.0] * len(loras)
+        self.carriers = [HookedWeights(model, self.loras), BareParameters(model, self.loras)]
 
     def attach(self) -> None:
         for carrier in self.carriers:
             carrier.attach()
+        self._set([lora.values[0] if len(lora.values) == 1 else None for lora in self.loras])
 
     def detach(self) -> None:
         for carrier in self.carriers:
             carrier.detach()
 
-    def apply_model(
-        self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs
-    ) -> Tensor:
-        """Around each call of the model."""
+    def set_step(self, transformer_options: dict) -> None:
+        """Takes the strengths of the step that a call with these options belongs to."""
+        if all(len(lora.values) == 1 for lora in self.loras):
+            return
+        if transformer_options.get("sample_sigmas") is None:
+            raise _UNKNOWN_STEP
+        sigmas = transformer_options["sample_sigmas"].tolist()
         call = transformer_options.get(CALL)
-        step = step_at(float(transformer_options["sigmas"][0]), self.sigmas) if call is None else call.step
-        strengths = [scheduled(lora.values, step, len(self.sigmas) - 1) for lora in self.loras]
-        if strengths != self.strengths:
-            self.strengths = strengths
-            for lora, strength in zip(self.loras, strengths):
-                lora.strength = torch.tensor(strength)
-            for carrier in self.carriers:
-                carrier.set()
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        step = step_at(float(transformer_options["sigmas"][0]), sigmas) if call is None else call.step
+        self._set([scheduled(lora.values, step, len(sigmas) - 1) for lora in self.loras])
+
+    def _set(self, strengths: list[float | None]) -> None:
+        if strengths == [lora.value for lora in self.loras]:
+            return
+        for lora, strength in zip(self.loras, strengths):
+            lora.value, lora.is_known = strength, strength is not None
+            lora.strength = torch.tensor(strength or 0.0)
+        for carrier in self.carriers:
+            carrier.set()

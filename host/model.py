@@ -253,6 +253,16 @@ class Wan21(comfy.model_base.WAN21):
         ).float()
 
 
+def refuse_replaced(model: ModelPatcher) -> None:
+    """Refuses parts that would not act, also of a MODEL that another's run takes along (DualModelGuider).
+
+    Raises:
+        Refusal: another node replaced a part of the model that our DiT does not call.
+    """
+    if refusal := replaced_inside(model):
+        raise refusal
+
+
 def refuse_unread(
     executor: Any, model: ModelPatcher, noise_shape: Any, conds: dict[str, list], *args: Any, **kwargs: Any
 ) -> Any:
@@ -262,8 +272,7 @@ def refuse_unread(
         Refusal: another node replaced a part of the model that our DiT does not call, or the conditioning
             carries what it does not read and the host's Wan2.1 would.
     """
-    if refusal := replaced_inside(model):
-        raise refusal
+    refuse_replaced(model)
     if any(options.get("context_latents") is not None for cond in conds.values() for options in cond or ()):
         raise IN_CONTEXT
     return executor(model, noise_shape, conds, *args, **kwargs)
