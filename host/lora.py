@@ -1,11 +1,10 @@
-"""LoRAs on a MODEL: the host's weight patches, and strengths that change over the steps."""
+"""LoRAs on a MODEL: the host's weight patches, and what of them a run works in."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
@@ -18,12 +17,10 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
 from ..wan import files
-from ..wan.lora import Lora, Patch, apply_patch, match_lora, scheduled, step_at
-from ..wan.refusal import Refusal
-from .model import CALL
+from ..wan.lora import Lora, Patch, apply_patch, match_lora
+from .lora_run import PREFIX, LoraRun, ScheduledLora, is_bare
 from .stored import kept_dtype, kept_shapes
 
-PREFIX = "diffusion_model."
 KEY = "wan21_loras"  # names our wrapper and our attachment on a MODEL
 
 
@@ -55,18 +52,6 @@ class HostPatch(WeightAdapterBase):
     ) -> Tensor:
         """The weight with the patch merged into it, in place."""
         return apply_patch(Patch(*self.weights), weight, strength, intermediate_dtype)
-
-
-class ScheduledLora(NamedTuple):
-    """What of a LoRA is worked in while a run lasts.
-
-    Attributes:
-        patches: (parameter of the model, Patch).
-        values: strengths, spread over the steps of the run.
-    """
-
-    patches: list[tuple[str, Patch]]
-    values: list[float]
 
 
 def other_family(model: ModelPatcher) -> str | None:
@@ -139,19 +124,13 @@ def _scheduled_loras(model: ModelPatcher) -> tuple[ScheduledLora, ...]:
 def changes_weights_at_use(model: ModelPatcher) -> bool:
     """Whether a LoRA on this MODEL is worked into matrices as they are used."""
     keys = [key for lora in _loras_at_use(model) for key, _ in lora.patches]
-    return not all(_is_bare(model.model, key) for key in keys)
+    return not all(is_bare(model.model, key) for key in keys)
 
 
 def _is_merged(model: nn.Module, key: str) -> bool:
     layer = comfy.utils.get_attr(model, (PREFIX + key).rpartition(".")[0])
     is_quantised = kept_dtype(layer, key.rpartition(".")[2]).itemsize == 1
-    return not (is_quantised or _is_bare(model, key))
-
-
-def _is_bare(model: nn.Module, key: str) -> bool:
-    """Whether a parameter belongs to no layer of the host's, so that no function can act as it is fetched."""
-    owner, _, name = (PREFIX + key).rpartition(".")
-    return not hasattr(comfy.utils.get_attr(model, owner), f"{name}_function")
+    return not (is_quantised or is_bare(model, key))
 
 
 # --- in the host's patch list, and not merged ----------------------------------------------------------
@@ -166,6 +145,23 @@ def _unmerged(model: ModelPatcher) -> list[str]:
         and all(patch[2] == 1 and not isinstance(patch[1], list) for patch in patches)
         and not _is_merged(model.model, key.removeprefix(PREFIX))
     ]
+
+
+def _merged_bare(model: ModelPatcher) -> dict[str, list[tuple]]:
+    """Patches of the parameters that belong to no layer, where one of ours came into them by a merge."""
+    at_use = set(_unmerged(model))
+    bare = {
+        key.removeprefix(PREFIX): patches
+        for key, patches in model.patches.items()
+        if key not in at_use and key.startswith(PREFIX) and is_bare(model.model, key.removeprefix(PREFIX))
+    }
+    return bare if any(map(_has_ours, bare.values())) else {}
+
+
+def _has_ours(patches: list[tuple]) -> bool:
+    """Whether a list has a patch of ours, or the list of a MODEL that was merged into this one has."""
+    changes = [patch[1] for patch in patches]
+    return any(isinstance(x, HostPatch) or (isinstance(x, list) and _has_ours(x[1:])) for x in changes)
 
 
 def _loras_at_use(model: ModelPatcher) -> tuple[ScheduledLora, ...]:
@@ -262,13 +258,14 @@ def carry_loras(model: ModelPatcher) -> None:
 
 # By the model below the MODELs: its LoRAs while a run lasts. No merged copy is kept and nothing is reloaded
 # when a strength changes; the numbers are those of merging.
-_runs: "WeakKeyDictionary[nn.Module, _Run]" = WeakKeyDictionary()
+_runs: "WeakKeyDictionary[nn.Module, LoraRun]" = WeakKeyDictionary()
 
 
 def _attach(model: ModelPatcher) -> None:
     _detach(model)
-    if loras := _loras_at_use(model):
-        _runs[model.model] = run = _Run(model.model, loras)
+    loras, merged = _loras_at_use(model), _merged_bare(model)
+    if loras or merged:
+        _runs[model.model] = run = LoraRun(model.model, loras, merged)
         run.attach()
 
 
@@ -282,135 +279,3 @@ def _at_strength(executor, x, t, c_concat, c_crossattn, control, transformer_opt
     if run := _runs.get(executor.class_obj):
         run.set_step(transformer_options)
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-
-
-_UNKNOWN_STEP = Refusal(
-    "a LoRA has a strength_schedule, and what runs the MODEL here does not tell it the step",
-    "Clear strength_schedule on Wan21LoraLoader; if it is the second model of a DualModelGuider, load the "
-    "first with Wan21ModelLoader as well",
-)
-
-
-@dataclass
-class ActiveLora:
-    """A LoRA in a run.
-
-    Attributes:
-        patches, values: as of `ScheduledLora`.
-        value: strength of the step under way; None before the first.
-        is_known: whether there is one: compiled code would be made anew for each `value`.
-        strength: the same, 0-D: compiled code would hold a number as a constant.
-    """
-
-    patches: list[tuple[str, Patch]]
-    values: list[float]
-    value: float | None = None
-    is_known: bool = False
-    strength: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-
-class HookedWeights:
-    """LoRAs on the weights and biases of layers: worked into each as its layer fetches it."""
-
-    def __init__(self, model: nn.Module, loras: list[ActiveLora]):
-        self.model = model
-        self.loras = loras
-        self.functions: list[tuple[nn.Module, str, Callable]] = []  # layer, name of its list, function
-
-    def attach(self) -> None:
-        """Gives each layer the functions that change what it fetches."""
-        for lora in self.loras:
-            for key, patch in lora.patches:
-                if _is_bare(self.model, key):
-                    continue
-                owner, _, name = (PREFIX + key).rpartition(".")
-                layer, name = comfy.utils.get_attr(self.model, owner), f"{name}_function"
-                function = partial(_patched, lora, patch)
-                # A new list: the host's default one is shared by all layers.
-                setattr(layer, name, [*getattr(layer, name), function])
-                self.functions.append((layer, name, function))
-
-    def set(self) -> None:
-        """Nothing to do: the functions read each strength when they are called."""
-
-    def detach(self) -> None:
-        """Takes the functions away."""
-        for layer, name, function in self.functions:
-            setattr(layer, name, [f for f in getattr(layer, name) if f is not function])
-
-
-def _patched(lora: ActiveLora, patch: Patch, weight: Tensor) -> Tensor:
-    if not lora.is_known:
-        raise _UNKNOWN_STEP
-    return apply_patch(patch, weight.clone(), lora.strength, weight.dtype)
-
-
-class BareParameters:
-    """LoRAs on parameters that no layer fetches, such as modulation: replaced when a strength changes."""
-
-    def __init__(self, model: nn.Module, loras: list[ActiveLora]):
-        self.model = model
-        self.loras = loras
-        self.values: dict[str, Tensor] = {}  # those without any LoRA
-
-    def attach(self) -> None:
-        """Keeps the values that the model has."""
-        for lora in self.loras:
-            for key, _ in lora.patches:
-                if _is_bare(self.model, key):
-                    value: Any = comfy.utils.get_attr(self.model, PREFIX + key)
-                    self.values[key] = value
-
-    def set(self) -> None:
-        """Gives each parameter the value of the step's strengths."""
-        for key, value in self.values.items():
-            changed = value.detach().clone()
-            if changed.dtype.itemsize == 1:  # torch does not add in fp8
-                changed = changed.float()
-            for lora in self.loras:
-                for target, patch in lora.patches:
-                    if target == key and lora.strength:
-                        apply_patch(patch, changed, lora.strength)
-            comfy.utils.set_attr_param(self.model, PREFIX + key, changed)
-
-    def detach(self) -> None:
-        """Puts the kept values back."""
-        for key, value in self.values.items():
-            comfy.utils.set_attr_param(self.model, PREFIX + key, value)
-
-
-class _Run:
-    """The LoRAs of one model in a sampling run: sets the strengths of each step."""
-
-    def __init__(self, model: nn.Module, loras: Sequence[ScheduledLora]):
-        self.loras = [ActiveLora(*lora) for lora in loras]
-        self.carriers = [HookedWeights(model, self.loras), BareParameters(model, self.loras)]
-
-    def attach(self) -> None:
-        for carrier in self.carriers:
-            carrier.attach()
-        self._set([lora.values[0] if len(lora.values) == 1 else None for lora in self.loras])
-
-    def detach(self) -> None:
-        for carrier in self.carriers:
-            carrier.detach()
-
-    def set_step(self, transformer_options: dict) -> None:
-        """Takes the strengths of the step that a call with these options belongs to."""
-        if all(len(lora.values) == 1 for lora in self.loras):
-            return
-        if transformer_options.get("sample_sigmas") is None:
-            raise _UNKNOWN_STEP
-        sigmas = transformer_options["sample_sigmas"].tolist()
-        call = transformer_options.get(CALL)
-        step = step_at(float(transformer_options["sigmas"][0]), sigmas) if call is None else call.step
-        self._set([scheduled(lora.values, step, len(sigmas) - 1) for lora in self.loras])
-
-    def _set(self, strengths: list[float | None]) -> None:
-        if strengths == [lora.value for lora in self.loras]:
-            return
-        for lora, strength in zip(self.loras, strengths):
-            lora.value, lora.is_known = strength, strength is not None
-            lora.strength = torch.tensor(strength or 0.0)
-        for carrier in self.carriers:
-            carrier.set()

@@ -354,7 +354,7 @@ def test_steps_that_share_a_timestep_are_told_apart(
         seen.append(step)
         return scheduled(values, step, count)
 
-    monkeypatch.setattr("wan21.host.lora.scheduled", watch)
+    monkeypatch.setattr("wan21.host.lora_run.scheduled", watch)
     patched = load(model, names[0], 1.0, "1, 0.5")[0]
     sample(patched, *rest, solver=solver, steps=steps, flow_shift=shift)
     assert list(dict.fromkeys(seen)) == [*range(steps)]

@@ -4,6 +4,7 @@ import comfy.sd
 import pytest
 import torch
 from helpers import relative
+from helpers_nodes import host_euler
 from safetensors.torch import load_file, save_file
 from test_lora import load, loras, low_rank  # noqa: F401 (fixtures)
 from wan21 import host
@@ -103,3 +104,17 @@ def test_a_chain_is_worked_in_by_its_order(files, lora):
     key = KEY.removeprefix("diffusion_model.")
     at_use = [x.values for x in _loras_at_use(model) if key in dict(x.patches)]
     assert at_use == [[0.7], [0.4], [0.7]]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn"])
+def test_a_lora_cut_out_and_added_again_acts_whole(files, prompts, lora, dtype):
+    """Also on modulation, which the host merges into what it saves and into no model that runs."""
+    from comfy_extras.nodes_model_merging import ModelAdd, ModelSubtract
+
+    model = host.load_model(files["t2v"], dtype)
+    latent, sigmas = {"samples": torch.zeros(1, 16, 2, 4, 4)}, [1.0, 0.5, 0.0]
+    patched = load(model, lora[0])[0]
+    added = ModelAdd().merge(model, ModelSubtract().merge(patched, model, 1.0)[0])[0]
+    plain, expected, ours = (host_euler(m, *prompts, latent, sigmas, 3.0, 5) for m in (model, patched, added))
+    assert relative(ours, expected) < 0.2 * relative(plain, expected)
+    assert torch.equal(host_euler(model, *prompts, latent, sigmas, 3.0, 5), plain)

@@ -1,0 +1,178 @@
+"""LoRAs on the model while a run lasts: worked into each parameter at its use, at the strength of a step."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import comfy.lora
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+from ..wan.lora import Patch, apply_patch, scheduled, step_at
+from ..wan.refusal import Refusal
+from .model import CALL
+
+PREFIX = "diffusion_model."
+
+
+class ScheduledLora(NamedTuple):
+    """What of a LoRA is worked in while a run lasts.
+
+    Attributes:
+        patches: (parameter of the model, Patch).
+        values: strengths, spread over the steps of the run.
+    """
+
+    patches: list[tuple[str, Patch]]
+    values: list[float]
+
+
+def is_bare(model: nn.Module, key: str) -> bool:
+    """Whether a parameter belongs to no layer of the host's, so that no function can act as it is fetched."""
+    owner, _, name = (PREFIX + key).rpartition(".")
+    return not hasattr(comfy.utils.get_attr(model, owner), f"{name}_function")
+
+
+_UNKNOWN_STEP = Refusal(
+    "a LoRA has a strength_schedule, and what runs the MODEL here does not tell it the step",
+    "Clear strength_schedule on Wan21LoraLoader; if it is the second model of a DualModelGuider, load the "
+    "first with Wan21ModelLoader as well",
+)
+
+
+@dataclass
+class ActiveLora:
+    """A LoRA in a run.
+
+    Attributes:
+        patches, values: as of `ScheduledLora`.
+        value: strength of the step under way; None before the first.
+        is_known: whether there is one: compiled code would be made anew for each `value`.
+        strength: the same, 0-D: compiled code would hold a number as a constant.
+    """
+
+    patches: list[tuple[str, Patch]]
+    values: list[float]
+    value: float | None = None
+    is_known: bool = False
+    strength: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+class HookedWeights:
+    """LoRAs on the weights and biases of layers: worked into each as its layer fetches it."""
+
+    def __init__(self, model: nn.Module, loras: list[ActiveLora]):
+        self.model = model
+        self.loras = loras
+        self.functions: list[tuple[nn.Module, str, Callable]] = []  # layer, name of its list, function
+
+    def attach(self) -> None:
+        """Gives each layer the functions that change what it fetches."""
+        for lora in self.loras:
+            for key, patch in lora.patches:
+                if is_bare(self.model, key):
+                    continue
+                owner, _, name = (PREFIX + key).rpartition(".")
+                layer, name = comfy.utils.get_attr(self.model, owner), f"{name}_function"
+                function = partial(_patched, lora, patch)
+                # A new list: the host's default one is shared by all layers.
+                setattr(layer, name, [*getattr(layer, name), function])
+                self.functions.append((layer, name, function))
+
+    def set(self) -> None:
+        """Nothing to do: the functions read each strength when they are called."""
+
+    def detach(self) -> None:
+        """Takes the functions away."""
+        for layer, name, function in self.functions:
+            setattr(layer, name, [f for f in getattr(layer, name) if f is not function])
+
+
+def _patched(lora: ActiveLora, patch: Patch, weight: Tensor) -> Tensor:
+    if not lora.is_known:
+        raise _UNKNOWN_STEP
+    return apply_patch(patch, weight.clone(), lora.strength, weight.dtype)
+
+
+class BareParameters:
+    """LoRAs on parameters that no layer fetches, such as modulation: replaced when a strength changes.
+
+    Args:
+        merged: the host's patches by key, where two MODELs are merged. The host merges them into what
+            it saves, and not into these parameters of a model that runs.
+    """
+
+    def __init__(self, model: nn.Module, loras: list[ActiveLora], merged: Mapping[str, list]):
+        self.model = model
+        self.loras = loras
+        self.merged = merged
+        self.values: dict[str, Tensor] = {}  # those without any LoRA
+
+    def attach(self) -> None:
+        """Keeps the values that the model has."""
+        keys = [key for lora in self.loras for key, _ in lora.patches if is_bare(self.model, key)]
+        for key in (*keys, *self.merged):
+            value: Any = comfy.utils.get_attr(self.model, PREFIX + key)
+            self.values[key] = value
+
+    def set(self) -> None:
+        """Gives each parameter the value of the step's strengths."""
+        for key, value in self.values.items():
+            changed = value.detach().clone()
+            if changed.dtype.itemsize == 1:  # torch does not add in fp8
+                changed = changed.float()
+            if key in self.merged:
+                changed = comfy.lora.calculate_weight(self.merged[key], changed, PREFIX + key)
+            for lora in self.loras:
+                for target, patch in lora.patches:
+                    if target == key and lora.strength:
+                        apply_patch(patch, changed, lora.strength)
+            comfy.utils.set_attr_param(self.model, PREFIX + key, changed)
+
+    def detach(self) -> None:
+        """Puts the kept values back."""
+        for key, value in self.values.items():
+            comfy.utils.set_attr_param(self.model, PREFIX + key, value)
+
+
+class LoraRun:
+    """The LoRAs of one model in a sampling run: sets the strengths of each step.
+
+    Args:
+        merged: as of `BareParameters`.
+    """
+
+    def __init__(self, model: nn.Module, loras: Sequence[ScheduledLora], merged: Mapping[str, list]):
+        self.loras = [ActiveLora(*lora) for lora in loras]
+        self.carriers = [HookedWeights(model, self.loras), BareParameters(model, self.loras, merged)]
+
+    def attach(self) -> None:
+        for carrier in self.carriers:
+            carrier.attach()
+        self._set([lora.values[0] if len(lora.values) == 1 else None for lora in self.loras], True)
+
+    def detach(self) -> None:
+        for carrier in self.carriers:
+            carrier.detach()
+
+    def set_step(self, transformer_options: dict) -> None:
+        """Takes the strengths of the step that a call with these options belongs to."""
+        if all(len(lora.values) == 1 for lora in self.loras):
+            return
+        if transformer_options.get("sample_sigmas") is None:
+            raise _UNKNOWN_STEP
+        sigmas = transformer_options["sample_sigmas"].tolist()
+        call = transformer_options.get(CALL)
+        step = step_at(float(transformer_options["sigmas"][0]), sigmas) if call is None else call.step
+        self._set([scheduled(lora.values, step, len(sigmas) - 1) for lora in self.loras])
+
+    def _set(self, strengths: list[float | None], is_first: bool = False) -> None:
+        if not is_first and strengths == [lora.value for lora in self.loras]:
+            return
+        for lora, strength in zip(self.loras, strengths):
+            lora.value, lora.is_known = strength, strength is not None
+            lora.strength = torch.tensor(strength or 0.0)
+        for carrier in self.carriers:
+            carrier.set()
