@@ -8,6 +8,8 @@ from typing import Any, cast
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
+import comfy.lora
+import comfy.lora_convert
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -17,7 +19,8 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
 from ..wan import files
-from ..wan.lora import Lora, Patch, apply_patch, match_lora
+from ..wan.lora import Lora, Patch, UnreadKind, apply_patch, match_lora
+from ..wan.refusal import Refusal
 from .lora_run import PREFIX, LoraRun, ScheduledLora, is_bare
 from .stored import kept_dtype, kept_shapes
 
@@ -79,7 +82,19 @@ def read_lora(path: str | Path, model: ModelPatcher) -> Lora:
         Refusal: the file cannot be read or is no LoRA.
     """
     file = files.read_checkpoint(path)
-    return match_lora(file.state_dict, kept_shapes(model.model.diffusion_model), file.metadata)
+    try:
+        return match_lora(file.state_dict, kept_shapes(model.model.diffusion_model), file.metadata)
+    except UnreadKind as error:
+        if not _host_reads(file.state_dict, model):
+            raise
+        fix = "Load it with the host's Load LoRA (LoraLoaderModelOnly), before or after this node"
+        raise Refusal(error.problem, fix) from None
+
+
+def _host_reads(state_dict: dict[str, Tensor], model: ModelPatcher) -> bool:
+    """Whether the host's own loader finds anything in a LoRA: it knows fewer names of layers than kinds."""
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    return bool(comfy.lora.load_lora(comfy.lora_convert.convert_lora(state_dict), names, log_missing=False))
 
 
 def add_lora(

@@ -26,12 +26,26 @@ KINDS = {
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
 }
-# Ends of keys of kinds that the host's own adapters read.
-HOST_ONLY = {".oft_blocks": "OFT or BOFT", ".oft_diag": "OFT or BOFT", ".a1.weight": "GLoRA"}
+# Ends of keys of kinds that are not read here.
+UNREAD_KINDS = {
+    ".oft_blocks": "OFT or BOFT",
+    ".oft_diag": "OFT or BOFT",
+    ".oft_R.weight": "OFT (PEFT's)",
+    ".oft_r": "OFT (PEFT's)",
+    ".a1.weight": "GLoRA",
+    ".vera_lambda_b": "VeRA",
+    ".ia3_l": "IA3",
+    ".on_input": "IA3",
+    ".set_weight": "whole weights (set_weight)",
+}
 OTHER_SIZE = "made for layers of another size"
 DIFFERENCES = ("diff", "diff_b", "diff_m", "up_bias")  # the tensor of these roles is itself the change
 Shapes = Mapping[str, tuple[int, ...]]  # by parameter of a model
 _IMAGE_BRANCH = re.compile(r"(^|\.)(img_emb|k_img|v_img|norm_k_img|image_embedder)(\.|$)")
+
+
+class UnreadKind(Refusal):
+    """A LoRA of a kind that is not read here."""
 
 
 class Patch(NamedTuple):
@@ -141,13 +155,13 @@ def match_lora(
 
     Raises:
         WrongKind: the file is no LoRA at all; says what it is.
-        Refusal: its kind is one that only the host reads, or its numbers are not finite.
+        UnreadKind: its kind is none of `KINDS`.
+        Refusal: its numbers are not finite.
     """
-    if kind := next((name for end, name in HOST_ONLY.items() for k in state_dict if k.endswith(end)), None):
-        raise Refusal(
-            f"a LoRA of the kind {kind}, which is not read here",
-            "Load it with the host's Load LoRA (LoraLoaderModelOnly), before or after this node",
-        )
+    if kind := next(
+        (name for end, name in UNREAD_KINDS.items() for k in state_dict if k.endswith(end)), None
+    ):
+        raise UnreadKind(f"a LoRA of the kind {kind}, which is not read here", "Pick a LoRA of another kind")
     lora, layers, origin = Lora(), {}, {}
     for key, tensor in state_dict.items():
         split = split_lora_key(key)

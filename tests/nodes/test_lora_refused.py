@@ -2,12 +2,17 @@
 
 import logging
 
+import comfy.sd
 import pytest
 import torch
+from helpers import relative
+from helpers_nodes import host_euler
 from safetensors.torch import save_file
 from test_gguf import pair  # noqa: F401 (fixtures)
 from test_lora import load, loras, low_rank  # noqa: F401 (fixtures)
 from wan21 import host
+
+from nodes import LoraLoaderModelOnly
 
 BLOCK = "diffusion_model.blocks.0.self_attn.q"
 
@@ -27,6 +32,12 @@ def broken(number):
             {f"{BLOCK}.{n}.weight": torch.zeros(4, 4) for n in ("a1", "a2", "b1", "b2")},
             "GLoRA.*LoraLoaderMod",
         ),
+        ({f"{BLOCK}.set_weight": torch.zeros(256, 256)}, "whole weights.*LoraLoaderModelOnly"),
+        # What the host's loader would pass over in silence is not sent there.
+        ({f"{BLOCK}.oft_diag": torch.zeros(4, 64, 64)}, "OFT or BOFT.*another kind"),
+        ({"lycoris_blocks_0_self_attn_q.oft_blocks": torch.zeros(4, 64, 64)}, "OFT or BOFT.*another kind"),
+        ({f"{BLOCK}.oft_R.weight": torch.zeros(8, 496)}, "OFT .PEFT.*another kind"),
+        ({f"{BLOCK}.vera_lambda_b": torch.zeros(256)}, "VeRA.*another kind"),
         (broken(float("nan")), r"self_attn\.q\.lora_A\.weight holds numbers that are NaN"),
         (broken(float("inf")), r"self_attn\.q\.lora_A\.weight holds numbers that are NaN or infinite"),
         (low_rank(BLOCK, 512, 512) | low_rank("diffusion_model.img_emb.proj.3", 256, 1280), "another size"),
@@ -83,3 +94,35 @@ def test_a_model_packed_by_another_pack_is_named(files, loras):  # noqa: F811
     save_file(low_rank(BLOCK), loras / "plain.safetensors")
     with pytest.raises(ValueError, match=r"GGUF weights in another pack's form.*LoraLoaderModelOnly"):
         load(model, "plain.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn"])
+@pytest.mark.parametrize("kind", ["oft", "boft", "glora", "set_weight"])
+def test_the_hosts_loader_does_what_the_refusal_says(files, prompts, loras, kind, dtype):  # noqa: F811
+    """As on the host's own model, and beside a LoRA of ours."""
+    g = torch.Generator().manual_seed(3)
+    tensors = {
+        "oft": {"oft_blocks": (8, 32, 32)},
+        "boft": {"oft_blocks": (3, 8, 32, 32)},
+        "glora": {"a1.weight": (4, 256), "a2.weight": (256, 4), "b1.weight": (4, 256), "b2.weight": (256, 4)},
+        "set_weight": {"set_weight": (256, 256)},
+    }[kind]
+    scale = 1 / 16 if kind == "set_weight" else 0.3
+    file = {f"{BLOCK}.{name}": scale * torch.randn(shape, generator=g) for name, shape in tensors.items()}
+    if kind == "boft":  # the host's needs its alpha, which LyCORIS writes always
+        file[f"{BLOCK}.alpha"] = torch.tensor(50.0)
+    save_file(file, loras / "odd.safetensors")
+    save_file(low_rank("diffusion_model.blocks.1.ffn.0", 512), loras / "low.safetensors")
+    stored = {"bf16": torch.bfloat16, "fp8_e4m3fn": torch.float8_e4m3fn}[dtype]
+    native = comfy.sd.load_diffusion_model(str(files["t2v"]), model_options={"dtype": stored})
+    ours = host.load_model(files["t2v"], dtype)
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+
+    def effect(model):
+        patched = LoraLoaderModelOnly().load_lora_model_only(model, "odd.safetensors", 1.0)[0]
+        runs = (host_euler(m, *prompts, latent, [1.0, 0.5, 0.0], 3.0, 5) for m in (patched, model))
+        return torch.sub(*runs)
+
+    assert relative(effect(ours), effect(native)) < 0.25
+    beside = effect(load(ours, "low.safetensors")[0])
+    assert relative(beside, effect(ours)) < 0.5
