@@ -144,7 +144,9 @@ def changes_weights_at_use(model: ModelPatcher) -> bool:
 
 def _is_merged(model: nn.Module, key: str) -> bool:
     layer = comfy.utils.get_attr(model, (PREFIX + key).rpartition(".")[0])
-    is_quantised = kept_dtype(layer, key.rpartition(".")[2]).itemsize == 1
+    # A packed matrix counts as one also while another loader's patch has it unpacked.
+    is_packed = key.endswith(".weight") and getattr(layer, "packed", None)
+    is_quantised = is_packed or kept_dtype(layer, key.rpartition(".")[2]).itemsize == 1
     return not (is_quantised or is_bare(model, key))
 
 

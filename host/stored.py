@@ -17,6 +17,12 @@ from ..wan.refusal import Refusal
 GGUF_UNPACKING_BYTES = 13  # measured peak bytes per weight of dequantize, 16-bit result included
 
 
+_PACKED = Refusal(
+    "the MODEL's weights are packed as in its GGUF file, and saved they would be bytes that nothing reads",
+    "Save from a safetensors file of the model",
+)
+
+
 class PackedPatcher(ModelPatcher):
     """A MODEL whose matrices are packed as in a GGUF file."""
 
@@ -26,11 +32,19 @@ class PackedPatcher(ModelPatcher):
         Raises:
             Refusal: always; packed bytes are nothing that a loader reads.
         """
-        raise Refusal(
-            "the MODEL's weights are packed as in its GGUF file, and saved they would be bytes that nothing "
-            "reads",
-            "Save from a safetensors file of the model",
-        )
+        raise _PACKED
+
+    def model_state_dict(self, filter_prefix: str | None = None) -> dict:
+        """The host's.
+
+        Raises:
+            Refusal: the values are asked for, as the host's LoraSave does with a prefix, and are packed. The
+                others read the keys only. After a ModelSubtract all have patches and are unpacked.
+        """
+        state_dict = super().model_state_dict(filter_prefix)
+        if filter_prefix is not None and any(v.dtype == torch.uint8 for v in state_dict.values()):
+            raise _PACKED
+        return state_dict
 
 
 def store_as(layer: nn.Module, name: str, dtype: torch.dtype) -> None:
