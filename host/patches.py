@@ -1,13 +1,15 @@
 """What other nodes put on a MODEL: what our DiT and our sampler honour, refuse or leave out."""
 
 import re
+from functools import partial
+from types import FunctionType, MethodType
 
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..wan.files.bad_file import listed
 from ..wan.refusal import Refusal
@@ -48,6 +50,8 @@ _ACTS = re.compile(
     r"|\.(self_attn|cross_attn)\.(q|k|v|o|norm_q|norm_k|k_img|v_img|norm_k_img)(\..+)?)"
     r"|head\.(head(\..+)?|modulation))"
 )
+FUNCTIONS = (FunctionType, MethodType, partial)
+CALLED = ("forward", "_forward")
 _INSTEAD = (
     (r"rope_embedder|rope_encode", "set riflex on Wan21Sampler in place of the pack's RIFLEx"),
     (r"blocks\.\d+\.self_attn\.forward", "choose attention on Wan21Sampler for another attention kernel"),
@@ -62,14 +66,45 @@ def replaced_inside(model: ModelPatcher) -> Refusal | None:
         if "." in key and key.startswith("diffusion_model.")
     ]
     unread = [path for path in paths if not _acts(model, path)]
-    if not unread:
+    return _would_not_act("replaced", unread) or written_inside(model.model.diffusion_model)
+
+
+def _would_not_act(done: str, paths: list[str]) -> Refusal | None:
+    if not paths:
         return None
-    instead = next((f", or {fix}" for pattern, fix in _INSTEAD if re.fullmatch(pattern, unread[0])), "")
+    instead = next((f", or {fix}" for pattern, fix in _INSTEAD if re.fullmatch(pattern, paths[0])), "")
     return Refusal(
-        f"another node replaced {listed((f'diffusion_model.{path}' for path in unread), 3)}, which this "
+        f"another node {done} {listed((f'diffusion_model.{path}' for path in paths), 3)}, which this "
         "MODEL does not call in the host's form, so that it would not act",
         f"Remove that node{instead}; or load the model with the host's Load Diffusion Model",
     )
+
+
+def written_inside(dit: nn.Module) -> Refusal | None:
+    """The refusal of functions and hooks that a node put on the model itself, past the host's patches.
+
+    Args:
+        dit: of ours.
+    """
+    written, hooked = [], []
+    for i, block in enumerate(dit.get_submodule("blocks").children()):
+        attention = block.get_submodule("self_attn")
+        named = (("", block), (".self_attn", attention), (".cross_attn", block.get_submodule("cross_attn")))
+        written += [f"blocks.{i}{name}.{path}" for name, part in named for path in _functions_on(part)]
+        if "forward" in vars(attention):  # ours gives queries, keys and values
+            written.append(f"blocks.{i}.self_attn.forward")
+        if has_hooks(attention):
+            hooked.append(f"blocks.{i}.self_attn")
+    return _would_not_act("replaced", [*_functions_on(dit), *written]) or _would_not_act("hooked", hooked)
+
+
+def _functions_on(part: nn.Module) -> list[str]:
+    return [name for name, value in vars(part).items() if isinstance(value, FUNCTIONS) and name not in CALLED]
+
+
+def has_hooks(part: nn.Module) -> bool:
+    """Whether a part has hooks of torch's around its call."""
+    return bool(part._forward_hooks or part._forward_pre_hooks)
 
 
 def _acts(model: ModelPatcher, path: str) -> bool:

@@ -7,6 +7,7 @@ B batch, L tokens, D width, N heads, T text tokens, I image tokens.
 """
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +18,13 @@ from .inplace import may_overwrite
 
 def block_executor(parts: int) -> BlockExecutor:
     """An executor for `WanModel.forward`: each block in so many parts; with 1 its own forward."""
-    return at_once if parts == 1 else partial(in_parts, parts=parts)
+    return at_once if parts == 1 else partial(_in_parts_or_whole, parts=parts)
+
+
+def _in_parts_or_whole(block: WanAttentionBlock, *inputs: Any, parts: int) -> Tensor:
+    """A block whose call somebody has changed or hooked is called, whatever memory that takes."""
+    is_changed = "forward" in vars(block) or block._forward_hooks or block._forward_pre_hooks
+    return at_once(block, *inputs) if is_changed else in_parts(block, *inputs, parts=parts)
 
 
 def in_parts(

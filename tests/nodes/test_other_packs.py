@@ -6,10 +6,14 @@ import sys
 import types
 from pathlib import Path
 
+import comfy.sd
 import pytest
 import torch
+from comfy.patcher_extension import PatcherInjection
 from helpers import relative
 from helpers_nodes import host_euler
+from wan21 import host
+from wan21.wan.memory import MemoryPlan
 
 LATENT = {"samples": torch.zeros(1, 16, 2, 4, 4)}
 SIGMAS = [1.0, 0.5, 0.0]
@@ -60,6 +64,73 @@ def test_one_that_would_not_act_is_refused_by_name(models, prompts, sample, path
     monkeypatch.setattr("comfy.model_management.load_models_gpu", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         ksample(patched, prompts)
+
+
+def negated(module, path):
+    """A function in place of one of a module's, written on the module itself."""
+    setattr(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], lambda *_, **__: None)
+
+
+def hooked(module, path):
+    module.get_submodule(path).register_forward_hook(lambda module, inputs, output: output)
+
+
+def pre_hooked(module, path):
+    module.get_submodule(path).register_forward_pre_hook(lambda module, inputs: inputs)
+
+
+def injected(patcher, path):
+    """As the host's bypass adapters do: written while the model is loaded."""
+    module = patcher.get_model_object(f"diffusion_model.{path.removesuffix('.forward')}")
+    patcher.set_injections(
+        "pack",
+        [
+            PatcherInjection(
+                lambda _: setattr(module, "forward", module.forward),
+                lambda _: vars(module).pop("forward", None),
+            )
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    "write, path, said",
+    [
+        (negated, "forward_orig", "replaced"),
+        (negated, "rope_encode", "replaced"),
+        (negated, "blocks.0.self_attn.forward", "replaced"),
+        (negated, "blocks.1.self_attn.qkv_fn", "replaced"),
+        (negated, "blocks.1.modulate", "replaced"),
+        (hooked, "blocks.1.self_attn", "hooked"),
+        (pre_hooked, "blocks.0.self_attn", "hooked"),
+        (injected, "blocks.0.self_attn.forward", "replaced"),
+    ],
+)
+def test_what_is_written_on_the_model_itself_is_refused_too(files, prompts, sample, write, path, said):
+    patched = host.load_model(files["t2v"])
+    write(patched if write is injected else patched.model.diffusion_model, path)
+    message = rf"another node {said} diffusion_model\.{path}, which "
+    for run in (ksample, lambda *args: sample(args[0], *args[1], LATENT)):
+        with pytest.raises(ValueError, match=message):
+            run(patched, prompts)
+
+
+@pytest.mark.parametrize("path", ["blocks.0", "blocks.1.cross_attn", "blocks.0.ffn", "head", ""])
+def test_other_hooks_act_as_on_the_hosts_model(files, prompts, path):
+    native, ours = comfy.sd.load_diffusion_model(str(files["t2v"])), host.load_model(files["t2v"])
+    for model in (native, ours):
+        part = model.model.diffusion_model.get_submodule(path)
+        part.register_forward_hook(lambda module, inputs, output: output * 0.5)
+    assert relative(ksample(ours, prompts), ksample(native, prompts)) < 1e-5
+
+
+def test_a_hooked_block_is_called_whole(files, prompts, sample, monkeypatch):
+    """Also where memory is short and the others go by parts."""
+    monkeypatch.setattr("wan21.nodes.sampler.plans_from", lambda *_: [MemoryPlan(True, 2)])
+    model = host.load_model(files["t2v"])
+    plain = sample(model, *prompts, LATENT)[0]["samples"]
+    model.model.diffusion_model.blocks[0].register_forward_hook(lambda module, inputs, output: output * 0.5)
+    assert relative(sample(model, *prompts, LATENT)[0]["samples"], plain) > 1e-2
 
 
 def with_block(model, patch):
