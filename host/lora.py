@@ -228,6 +228,7 @@ class _AtUse:
     def model_state_dict_for_saving(self, model: nn.Module | None = None, prefix: str = "") -> dict:
         """The host's, with the patches that a run works in merged into what is saved."""
         patcher = cast(ModelPatcher, self)
+        _refuse_scheduled(patcher, "saved")
         keys = _unmerged(patcher)
         saved = super().model_state_dict_for_saving(model, prefix)  # pyright: ignore[reportAttributeAccessIssue]
         for key in keys:
@@ -237,10 +238,31 @@ class _AtUse:
             saved |= {part: tensor.cpu() for part, tensor in parts.items()}
         return saved
 
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict:
+        """The host's, of a MODEL that is merged into another."""
+        _refuse_scheduled(cast(ModelPatcher, self), "merged")
+        return super().get_key_patches(filter_prefix)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def model_state_dict(self, filter_prefix: str | None = None) -> dict:
+        """The host's; with a prefix LoraSave asks for it."""
+        if filter_prefix is not None:
+            _refuse_scheduled(cast(ModelPatcher, self), "saved")
+        return super().model_state_dict(filter_prefix)  # pyright: ignore[reportAttributeAccessIssue]
+
     def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
         """The host's, which gives unloaded layers their patches anew."""
         with self._merging_the_rest():
             return super().partially_unload(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _refuse_scheduled(model: ModelPatcher, done: str) -> None:
+    if loras := _scheduled_loras(model):
+        values = ", ".join(f"{value:g}" for value in loras[0].values)
+        raise Refusal(
+            f"a LoRA on the MODEL has a strength_schedule ({values} over the steps), and weights that are "
+            f"{done} have one strength",
+            "Clear strength_schedule on Wan21LoraLoader and set strength, or leave that LoRA out",
+        )
 
 
 @cache

@@ -118,3 +118,19 @@ def test_a_lora_cut_out_and_added_again_acts_whole(files, prompts, lora, dtype):
     plain, expected, ours = (host_euler(m, *prompts, latent, sigmas, 3.0, 5) for m in (model, patched, added))
     assert relative(ours, expected) < 0.2 * relative(plain, expected)
     assert torch.equal(host_euler(model, *prompts, latent, sigmas, 3.0, 5), plain)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn"])
+def test_a_schedule_is_not_lost_in_silence_where_there_is_one_strength(files, lora, tmp_path, dtype):
+    from comfy_extras.nodes_lora_extract import LoraSave
+    from comfy_extras.nodes_model_merging import ModelMergeSimple, ModelSubtract
+
+    model = host.load_model(files["t2v"], dtype)
+    changing = load(model, lora[0], 1.0, "1, 0.5")[0]
+    for use in (
+        lambda: comfy.sd.save_checkpoint(str(tmp_path / "saved.sft"), changing),
+        lambda: ModelMergeSimple().merge(model, changing, 0.5),
+        lambda: LoraSave.execute("a", 8, "standard", True, ModelSubtract().merge(changing, model, 1.0)[0]),
+    ):
+        with pytest.raises(ValueError, match=r"strength_schedule \(1, 0\.5 over the steps\).*one strength"):
+            use()
