@@ -22,7 +22,7 @@ from ..wan.memory import StepSize, step_bytes
 from ..wan.option import Call
 from ..wan.refusal import Refusal
 from .attention import attention_of
-from .patches import patch_inside_blocks, replaced_inside, scaled_frequencies, written_inside
+from .patches import patch_inside_blocks, replaced_inside, scaled_frequencies
 from .runner import composed_runner, pass_name, untraced
 from .stored import matrix_bytes, store_as
 
@@ -111,7 +111,7 @@ class HostWanModel(WanModel):
     def _forward(self, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
         if kwargs.get("context_latents") is not None:
             raise IN_CONTEXT
-        if refusal := patch_inside_blocks(transformer_options) or written_inside(self):
+        if refusal := patch_inside_blocks(transformer_options):
             raise refusal
         frames, height, width = x.shape[-3:]
         x = comfy.ldm.common_dit.pad_to_patch_size(x, PATCH_SIZE)
