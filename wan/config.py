@@ -1,12 +1,13 @@
 """What a Wan2.1 model is made of, and how to read that from its weights."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from .files.bad_file import AGAIN
+from .files.limits import check_sides, count_blocks, json_table
 from .refusal import Refusal
 
 HEAD_DIM = 128
@@ -56,6 +57,10 @@ class WanConfig:
                 f"width {self.dim} does not divide into {self.num_heads} heads of an even size",
                 "Set num_heads in the checkpoint's metadata",
             )
+        if self.freq_dim % 2:
+            raise Refusal(
+                f"its time embedding is {self.freq_dim} wide, and sines and cosines share it evenly", AGAIN
+            )
 
     @property
     def head_dim(self) -> int:
@@ -92,37 +97,66 @@ def detect_config(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] 
 
     Args:
         state_dict: tensors under Wan2.1's own names (`wan.files.to_wan_dit_keys`).
-        metadata: safetensors metadata; its `config` JSON may set `num_heads` and `freq_dim` under
-            `"transformer"`; `empty_start` = "true" sets the field of that name.
+        metadata: safetensors metadata; its `config` JSON may set `num_heads` under `"transformer"`;
+            `empty_start` = "true" sets the field of that name.
 
     Raises:
-        Refusal: the weights are not a Wan2.1 DiT of 16 or 36 input channels.
+        Refusal: the weights are not a Wan2.1 DiT of 16 or 36 input channels, or state sizes that no model has.
     """
-    if "patch_embedding.weight" not in state_dict or "blocks.0.ffn.0.weight" not in state_dict:
+    absent = [key for key in ("patch_embedding.weight", "blocks.0.ffn.0.weight") if key not in state_dict]
+    if absent:
         raise Refusal(
-            "these are not Wan2.1 diffusion weights (no patch_embedding.weight and blocks.0.ffn.0.weight)",
+            f"these are not Wan2.1 diffusion weights (no {' and '.join(absent)})",
             "Pick a Wan2.1 t2v, i2v or flf2v file",
         )
-    shape = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
-    dim, in_dim = shape["patch_embedding.weight"][:2]
-    out_dim = shape["head.head.weight"][0] // math.prod(PATCH_SIZE)
+    dim, in_dim = _shape(state_dict, "patch_embedding.weight", 5)[:2]
+    out_dim = _shape(state_dict, "head.head.weight", 2)[0] // math.prod(PATCH_SIZE)
     if in_dim not in (16, 36) or out_dim != LATENT_CHANNELS:
         raise Refusal(
             f"this Wan model takes {in_dim} channels and gives {out_dim}; Wan2.1 takes 16 (t2v) or 36 (i2v) "
             "and gives 16. 48 in and out is Wan2.2-5B, 48 in and 16 out is Fun-Control",
             "Pick a Wan2.1 t2v, i2v or flf2v file, or load this one with a loader of its own family",
         )
-    stored = json.loads((metadata or {}).get("config", "{}")).get("transformer", {})
+    sizes = {
+        "dim": dim,
+        "ffn_dim": _shape(state_dict, "blocks.0.ffn.0.weight", 2)[0],
+        "text_dim": _shape(state_dict, "text_embedding.0.weight", 2)[1],
+        "freq_dim": _shape(state_dict, "time_embedding.0.weight", 2)[1],
+    }
+    if "img_emb.proj.0.weight" in state_dict:
+        sizes["image_dim"] = _shape(state_dict, "img_emb.proj.0.weight", 1)[0]
+    if "img_emb.emb_pos" in state_dict:
+        sizes["image_tokens"] = _shape(state_dict, "img_emb.emb_pos", 3)[1]
+    check_sides(sizes)
     return WanConfig(
         in_dim=in_dim,
-        dim=dim,
-        ffn_dim=shape["blocks.0.ffn.0.weight"][0],
-        num_heads=stored.get("num_heads", max(1, dim // HEAD_DIM)),
-        num_layers=1 + max(int(key.split(".")[1]) for key in shape if key.startswith("blocks.")),
-        text_dim=shape["text_embedding.0.weight"][1],
-        image_dim=shape.get("img_emb.proj.0.weight", (None,))[0],
-        image_tokens=shape.get("img_emb.emb_pos", (None, None))[1],
-        freq_dim=shape["time_embedding.0.weight"][1],
+        num_heads=_stored_heads(metadata or {}) or max(1, dim // HEAD_DIM),
+        num_layers=count_blocks(key.split(".")[1] for key in state_dict if key.startswith("blocks.")),
         out_dim=out_dim,
         empty_start=(metadata or {}).get("empty_start") == "true",
+        **sizes,
     )
+
+
+def _shape(state_dict: Mapping[str, Tensor], key: str, axes: int) -> tuple[int, ...]:
+    """The shape of a tensor that a size is read from."""
+    if key not in state_dict:
+        raise Refusal(f"it lacks {key}: the file is incomplete", AGAIN)
+    shape = tuple(state_dict[key].shape)
+    if len(shape) != axes:
+        raise Refusal(f"{key} has the shape {list(shape)}, and {axes} axes are read", AGAIN)
+    return shape
+
+
+def _stored_heads(metadata: Mapping[str, str]) -> int | None:
+    """The number of heads in a checkpoint's metadata, which shapes do not show; None where it gives none."""
+    table = json_table(metadata.get("config", "{}"), "`config` in its metadata").get("transformer", {})
+    if not isinstance(table, dict):
+        raise Refusal("`config.transformer` in its metadata must be a JSON table", AGAIN)
+    heads = table.get("num_heads")
+    if heads is None:
+        return None
+    if isinstance(heads, bool) or not isinstance(heads, int):
+        raise Refusal(f"num_heads in its metadata is a {type(heads).__name__}, not a whole number", AGAIN)
+    check_sides({"num_heads": heads})
+    return heads

@@ -13,6 +13,7 @@ from ..refusal import Refusal
 from .bad_file import AGAIN
 from .keys import refuse_quanto, renamed, replace_module, select_part
 from .kinds import UMT5, detect_kind, not_a
+from .limits import check_sides, count_blocks
 
 UMT5_PREFIXES = (
     "text_encoders.umt5xxl.transformer.", "umt5xxl.transformer.", "umt5xxl.", "text_encoder.", "text_model.",
@@ -103,14 +104,15 @@ def umt5_config(state_dict: Mapping[str, Tensor]) -> dict[str, int]:
     vocab_size, d_model = shapes["embedding"]
     num_buckets, num_heads = shapes["positions"]
     inner_dim = shapes["query"][0]
-    if inner_dim % num_heads:
+    if not num_heads or inner_dim % num_heads:
         raise Refusal(
             f"this umT5 text encoder has {inner_dim} query channels for {num_heads} heads, which do not "
             "divide them evenly: the file is damaged",
             AGAIN,
         )
-    blocks = {int(m[1]) for m in map(re.compile(r"encoder\.block\.(\d+)\.").match, state_dict) if m}
-    num_layers = max(blocks) + 1
+    num_layers = count_blocks(key.split(".")[2] for key in state_dict if key.startswith("encoder.block."))
+    check_sides({"width": d_model, "feed-forward": shapes["gate"][0], "vocabulary": vocab_size})
+    check_sides({"count of positions": num_buckets, "query width": inner_dim})
     return {
         "d_model": d_model,
         "d_ff": shapes["gate"][0],

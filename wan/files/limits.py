@@ -1,0 +1,64 @@
+"""Bounds on what a file may state, far above every published model, so that none takes memory or time for it.
+
+They are held against the file before anything is built, unpacked or walked through by the number it gives.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from ..refusal import Refusal
+from .bad_file import AGAIN, listed
+
+MAX_TENSORS = 100_000  # in a file; the largest published DiT has some 2,000, with the scales of quantised ones
+MAX_KEY_LENGTH = 500  # characters; patterns are matched against keys
+MAX_BLOCKS = 256  # of a DiT or an encoder; releases have 24 to 40
+MAX_SIDE = 2**20  # numbers along one axis that a model is built with; umT5's vocabulary has 256,384
+
+
+def count_blocks(numbers: Iterable[str], what: str = "blocks") -> int:
+    """How many blocks there are, by their numbers as texts, each as often as it likes.
+
+    Raises:
+        Refusal: they are not 0 to n - 1, or more than `MAX_BLOCKS`.
+    """
+    found = set(numbers)
+    if len(found) > MAX_BLOCKS:
+        raise Refusal(
+            f"it numbers {len(found)} {what}, and models have up to {MAX_BLOCKS}", "Pick a file of Wan2.1"
+        )
+    missing = [str(number) for number in range(len(found)) if str(number) not in found]
+    if missing:
+        stray = sorted(found - {str(number) for number in range(len(found))})
+        raise Refusal(
+            f"its {what} are not numbered from 0 without a gap: {listed(missing)} missing, "
+            f"{listed([number[:40] for number in stray])} there",
+            f"The file is incomplete or damaged. {AGAIN}",
+        )
+    return len(found)
+
+
+def check_sides(sides: dict[str, int]) -> None:
+    """Holds sizes that a model is to be built with against `MAX_SIDE`, by name.
+
+    Raises:
+        Refusal: one is not from 1 to that.
+    """
+    for name, side in sides.items():
+        if not 1 <= side <= MAX_SIDE:
+            raise Refusal(f"its {name} is {side}; sizes from 1 to {MAX_SIDE} are read", AGAIN)
+
+
+def json_table(text: str | bytes, what: str) -> dict[str, Any]:
+    """A table from metadata, `what` by name.
+
+    Raises:
+        Refusal: the text is no JSON, or of another form.
+    """
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError) as error:  # nested too deep for Python's parser
+        raise Refusal(f"{what} is no JSON", AGAIN) from error
+    if not isinstance(table, dict):
+        raise Refusal(f"{what} must be a JSON table", AGAIN)
+    return table
