@@ -1,5 +1,9 @@
 """GGUF files are read with their shapes, and what is damaged is named."""
 
+import struct
+import sys
+import time
+
 import gguf
 import numpy as np
 import pytest
@@ -58,16 +62,20 @@ def test_a_count_that_no_file_has_is_refused(tmp_path):
     data = bytearray(path.read_bytes())
     data[8:16] = (1 << 60).to_bytes(8, "little")
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"^many\.gguf: not a GGUF file, or its head is damaged"):
+    with pytest.raises(ValueError, match=r"^many\.gguf: its head is damaged: it states 1152921504606846976 te"):
         read_gguf(path)
 
 
-def test_the_missing_package_is_named(tmp_path, monkeypatch):
-    import sys
-
+def test_the_package_is_needed_for_its_own_types_alone(tmp_path, monkeypatch):
+    plain, weight, _ = small_file(tmp_path / "plain.gguf")
+    kind = gguf.GGMLQuantizationType.IQ4_XS
+    rows, size = 4, gguf.GGML_QUANT_SIZES[kind][1]
+    foreign = write(tmp_path / "iq4.gguf", {"a": (np.zeros((rows, size), np.uint8), "IQ4_XS")})
+    assert read_gguf(foreign)["a"].kind == "IQ4_XS" and read_gguf(foreign)["a"].shape == (rows, 256)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ValueError, match="pip install gguf"):
-        read_gguf(tmp_path / "x.gguf")
+    assert np.abs(dequantize(*read_gguf(plain)["blocks.0.ffn.0.weight"]).numpy() - weight).max() < 0.02
+    with pytest.raises(ValueError, match=r"^iq4\.gguf: a: the GGUF type of number 23 .* pip install gguf"):
+        read_gguf(foreign)
 
 
 @pytest.mark.parametrize("folded", [(16, 1, 2, 2), (2, 8, 2, 2)])
@@ -84,3 +92,111 @@ def test_another_family_is_named_by_its_metadata(tmp_path, family):
     tensors = {"double_blocks.0.weight": (np.zeros((2, 4), np.float32), None)}
     with pytest.raises(ValueError, match=rf"general\.architecture is '{family}'.* Pick a Wan2\.1 file"):
         read_gguf(write(tmp_path / "other.gguf", tensors, family=family))
+
+
+# --- heads that state what the file does not hold ------------------------------------------------------------
+
+
+def text(value):
+    value = value if isinstance(value, bytes) else value.encode()
+    return struct.pack("<Q", len(value)) + value
+
+
+def head(values=b"", num_values=0, tensors=b"", num_tensors=0, version=3, order="<"):
+    return b"GGUF" + struct.pack(f"{order}IQQ", version, num_tensors, num_values) + values + tensors
+
+
+def tensor(name="a", shape=(4,), kind=0, offset=0):
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def a_list(kind, count, items=b"", key="x"):
+    return text(key) + struct.pack("<IIQ", 9, kind, count) + items
+
+
+def one(*tensors, values=b"", num_values=0, data=bytes(64)):
+    raw = head(values, num_values, b"".join(tensors), len(tensors))
+    return raw + bytes(-len(raw) % 32) + data
+
+
+DAMAGED = {
+    "a list of 2^62 bytes": (head(a_list(0, 2**62), 1), "its head goes on for 4611686018427387904 bytes"),
+    "a list of 2^62 doubles": (head(a_list(12, 2**62), 1), "its head goes on"),
+    "2^62 texts": (head(a_list(8, 2**62), 1), "the metadata has 4611686018427387904 texts"),
+    "zeros as texts": (head(a_list(8, 1_900_000, bytes(8 * 1_900_000)) * 2, 2), "has 3800000 texts"),
+    "lists of lists": (head(a_list(9, 1), 1), r"x in the metadata is of no known type \(9\)"),
+    "a value of no type": (head(text("x") + struct.pack("<I", 77), 1), r"no known type \(77\)"),
+    "a text past the end": (head(text("x") + struct.pack("<IQ", 8, 2**63), 1), "its head goes on for 9223372"),
+    "a key without end": (head(struct.pack("<Q", 2**63), 1), "a key of the metadata at 24 is 9223372036854775808"),
+    "a key that is no text": (head(text(b"\xff\xfe") + struct.pack("<IB", 0, 1), 1), "no text"),
+    "one key twice": (head((text("x") + struct.pack("<IB", 0, 1)) * 2, 2), "gives a value of the metadata twice"),
+    "2^40 values": (head(num_values=2**40), "it states 0 tensors and 1099511627776 values"),
+    "more values than there are": (head(num_values=99_999), "its head goes on for 8 bytes"),
+    "more tensors than there are": (head(num_tensors=99_999), "its head goes on for 8 bytes"),
+    "no tensors": (one(), "without any tensor"),
+    "zero rows": (one(tensor(shape=(4, 0))), r"a has the shape \(0, 4\)"),
+    "no axes": (one(tensor(shape=())), "a has 0 axes"),
+    "a million axes": (one(text("a") + struct.pack("<I", 10**6)), "a has 1000000 axes"),
+    "sides whose product overflows": (one(tensor(shape=(2**32, 2**32))), "truncated or damaged: a"),
+    "past the end": (one(tensor(offset=2**40)), "takes 16 bytes at 1099511627"),
+    "out of line": (one(tensor(offset=8)), "truncated or damaged: a"),
+    "one over another": (one(tensor("a", (16,)), tensor("b", (4,), offset=32)), "a and b overlap"),
+    "two of one name": (one(tensor(), tensor()), "two tensors have one name"),
+    "no type of ggml": (one(tensor(kind=99)), "there is no GGUF type of number 99"),
+    "a type that was taken away": (one(tensor(kind=4)), "there is no GGUF type of number 4"),
+    "broken blocks": (one(tensor(shape=(33,), kind=8)), "rows of 33 numbers are no whole blocks"),
+    "an integer type": (one(tensor(kind=26)), "the GGUF type I32 is not read here"),
+    "a negative first shape": (
+        one(tensor(), values=a_list(5, 2, struct.pack("<ii", -1, -4), "comfy.gguf.orig_shape.a"), num_values=1),
+        r"a has the shape \[-1, -4\]",
+    ),
+    "another first shape": (
+        one(tensor(), values=a_list(5, 2, struct.pack("<ii", 3, 3), "comfy.gguf.orig_shape.a"), num_values=1),
+        r"a is \[4\] and was \[3, 3\]",
+    ),
+    "a first shape in words": (
+        one(tensor(), values=a_list(8, 1, text("4"), "comfy.gguf.orig_shape.a"), num_values=1),
+        r"a has the shape \['4'\]",
+    ),
+    "an alignment of 3": (
+        one(tensor(), values=text("general.alignment") + struct.pack("<II", 4, 3), num_values=1),
+        "general.alignment must be a power of two",
+    ),
+    "big-endian": (head(version=3, order=">", num_tensors=1), "for big-endian machines"),
+    "version 1": (head(version=1), "of version 1, and 2 and 3 are read"),
+    "version 4 billion": (head(version=2**32 - 1), "of version 4294967295"),
+    "a web page": (b"<!DOCTYPE html><html>log in</html>", "a web page"),
+    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid x\nsize 1\n", "Git LFS"),
+    "nothing": (b"", "empty"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_head_is_named_at_once(tmp_path, case):
+    """The first of these, of 1 KB, had taken all memory of the machine."""
+    content, words = DAMAGED[case]
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=rf"^bad\.gguf: .*{words}"):
+        read_gguf(path)
+    assert time.monotonic() - began < 5
+
+
+def test_a_folder_and_nothing_are_named(tmp_path):
+    (tmp_path / "x.gguf").mkdir()
+    for name in ("x.gguf", "y.gguf"):
+        with pytest.raises(ValueError, match=rf"^{name}: there is no file of this name"):
+            read_gguf(tmp_path / name)
+
+
+def test_many_tensors_and_values_are_read_at_once(tmp_path):
+    """A LoRA of many small tensors is no attack; the package had taken 12 s for them."""
+    values = b"".join(text(f"k{i}") + struct.pack("<IB", 0, 1) for i in range(50_000))
+    tensors = b"".join(tensor(f"t{i}", (8,), offset=32 * i) for i in range(50_000))
+    raw = head(values, 50_000, tensors, 50_000)
+    path = tmp_path / "many.gguf"
+    path.write_bytes(raw + bytes(-len(raw) % 32) + bytes(32 * 50_000))
+    began = time.monotonic()
+    assert len(read_gguf(path)) == 50_000
+    assert time.monotonic() - began < 10

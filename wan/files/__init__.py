@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..refusal import Refusal
-from .bad_file import AGAIN, BadFile, is_safetensors, listed, naming, not_safetensors
+from .bad_file import AGAIN, BadFile, check_is_file, is_safetensors, listed, naming, not_safetensors
 from .keys import is_quantization_key, refuse_loose_scales, to_wan_dit_keys, to_wan_vae_keys, wan_dit_key
 from .kinds import Kind, WrongKind, detect_kind
 from .umt5 import to_umt5_keys, umt5_config
@@ -100,11 +100,7 @@ def read_shapes(path: str | Path) -> Checkpoint:
 
 
 def _read(path: Path, read_one: ReadOne) -> Checkpoint:
-    if not path.is_file():
-        raise Refusal(
-            "there is no file of this name: it was moved, deleted or never fully downloaded",
-            "Download it again, or pick another file",
-        )
+    check_is_file(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _read_index(path, read_one)
     shard = SHARD_NAME.fullmatch(path.name)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from ..refusal import Refusal
 
@@ -26,6 +27,23 @@ def naming(name: str) -> Iterator[None]:
         raise
     except Refusal as error:
         raise BadFile(f"{name}: {error.problem}", error.fix) from error
+    except OSError as error:
+        raise BadFile(
+            f"{name}: the system does not read it ({error.strerror or error})", "Look at the file and its rights"
+        ) from error
+
+
+def check_is_file(path: Path) -> None:
+    """Refuses a path where no file is.
+
+    Raises:
+        Refusal: there is nothing, a folder, or a pipe.
+    """
+    if not path.is_file():
+        raise Refusal(
+            "there is no file of this name: it was moved, deleted or never fully downloaded",
+            "Download it again, or pick another file",
+        )
 
 
 def listed(names: Iterable[str], limit: int = 10) -> str:
@@ -42,6 +60,22 @@ def is_safetensors(head: bytes) -> bool:
 
 def not_safetensors(head: bytes, size: int) -> Refusal:
     """The refusal of a file that is no safetensors file: what it looks like, and what to do about it.
+
+    Args:
+        head, size: as of `other_file`.
+    """
+    if head.startswith(b"GGUF"):
+        return Refusal(
+            "a GGUF file; only diffusion models and umT5 are read as GGUF, under .gguf names",
+            "Pick a safetensors file",
+        )
+    return other_file(head, size) or Refusal(
+        "not a safetensors file: it is damaged or of another format", "Download a safetensors version"
+    )
+
+
+def other_file(head: bytes, size: int) -> Refusal | None:
+    """The refusal of a file that is often found in place of a model, by its look; None for any other.
 
     Args:
         head: its first bytes, 1024 or more where it has them.
@@ -62,11 +96,6 @@ def not_safetensors(head: bytes, size: int) -> Refusal:
             "a web page, not a model: the link led to a page (often a log-in or licence page)",
             "Open the link in a browser, accept what it asks, and download the file itself",
         )
-    if head.startswith(b"GGUF"):
-        return Refusal(
-            "a GGUF file; only diffusion models and umT5 are read as GGUF, under .gguf names",
-            "Pick a safetensors file",
-        )
     if head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")):
         return Refusal(
             "a PyTorch pickle (.pt, .pth, .ckpt or .bin), not safetensors; pickles can run code, so it is "
@@ -78,6 +107,4 @@ def not_safetensors(head: bytes, size: int) -> Refusal:
         return Refusal("a JSON text (a configuration or an error message)", "Download the model file itself")
     if not any(head):
         return Refusal("starts with zeros only: an unfinished download", AGAIN)
-    return Refusal(
-        "not a safetensors file: it is damaged or of another format", "Download a safetensors version"
-    )
+    return None

@@ -1,25 +1,27 @@
-"""GGUF: the container, by the optional `gguf` package, and its blocks back into numbers, in torch.
+"""GGUF: the tensors of a file, and their blocks back into numbers, in torch.
 
 A row is cut into blocks of 32 or 256 numbers; a block holds a half-precision scale (and offset) and a few
 bits per number. The layouts are those of ggml (ggml-quants.c), as the `gguf` package reads them; in float32
 the numbers equal `gguf.quants.dequantize` bit for bit. Types that have no code here (IQ4_XS and the like) the
-package itself unpacks, on the CPU.
+package itself unpacks, on the CPU; for these alone it must be installed.
 
 N blocks.
 """
 
 import math
 import sys
-import warnings
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..refusal import Refusal
 from .bad_file import AGAIN, naming
+from .gguf_container import Container
+from .limits import MAX_RANK
 
 # Type -> (numbers, bytes) of a block, of the types unpacked here.
 BLOCKS = {
@@ -27,7 +29,10 @@ BLOCKS = {
     "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
     "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
 }  # fmt: skip
-MAX_TENSORS = 100_000
+_NUMBERS = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K",
+    12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16",
+}  # fmt: skip
 NAMES = {"wan": "Wan2.1", "t5": "umT5"}  # of the families read here, by how `general.architecture` begins
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -200,7 +205,7 @@ class Packed(NamedTuple):
     shape: tuple[int, ...]
 
 
-# --- the container ---------------------------------------------------------------------------------------
+# --- the tensors of a file -----------------------------------------------------------------------------
 
 
 def read_gguf(path: str | Path, family: str = "wan") -> dict[str, Packed]:
@@ -211,15 +216,15 @@ def read_gguf(path: str | Path, family: str = "wan") -> dict[str, Packed]:
         family: how its `general.architecture` begins, a key of `NAMES`.
 
     Raises:
-        BadFile: the `gguf` package is missing, or the file is damaged, truncated or of unknown types.
+        BadFile: the file is damaged, truncated, of another family or of unknown types.
     """
     path = Path(path)
     with naming(path.name):
-        return packed_tensors(open_gguf(path, family), path)
+        return packed_tensors(open_gguf(path, family))
 
 
-def open_gguf(path: Path, family: str) -> Any:
-    """The `gguf.GGUFReader` of a file: its metadata is read, its tensors are mapped.
+def open_gguf(path: Path, family: str) -> Container:
+    """The head of a GGUF file.
 
     Args:
         path, family: as of `read_gguf`.
@@ -227,41 +232,33 @@ def open_gguf(path: Path, family: str) -> Any:
     Raises:
         Refusal: as `read_gguf`, but for what is wrong with a tensor.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise Refusal(
-            "GGUF files are read with the gguf package, which is not installed",
-            f"Run `{sys.executable} -m pip install gguf`, or pick a safetensors file",
-        ) from error
-    with path.open("rb") as file:
-        head = file.read(24)
-    count = int.from_bytes(head[8:16], "little")
-    if len(head) < 24 or head[:4] != b"GGUF" or count > MAX_TENSORS:
-        raise Refusal("not a GGUF file, or its head is damaged", AGAIN)
-    try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:  # the package reports damage with many types
-        raise Refusal(f"a damaged GGUF file ({error})", AGAIN) from error
-    _refuse_foreign(reader, family)
-    return reader
+    file = Container(path)
+    _refuse_foreign(file, family)
+    return file
 
 
-def packed_tensors(reader: Any, path: Path) -> dict[str, Packed]:
-    """All tensors by name of the file at `path`, which `open_gguf` opened.
+def packed_tensors(file: Container) -> dict[str, Packed]:
+    """All tensors of a file by name, mapped: pages are copied when written to.
 
     Raises:
         Refusal: one is truncated, damaged or of an unknown type.
     """
-    size = path.stat().st_size
-    return _unfolded({tensor.name: _packed(reader, tensor, size) for tensor in reader.tensors})
+    if not file.tensors:
+        raise Refusal("a GGUF file without any tensor, such as a vocabulary alone", "Pick a model file")
+    places = _places(file)
+    data = torch.from_file(str(file.path), shared=False, size=file.size, dtype=torch.uint8)
+    packed = {
+        name: Packed(data[begin:end].view(shape[0] if len(shape) > 1 else 1, -1), kind, shape)
+        for name, (begin, end, kind, shape) in places.items()
+    }
+    return _unfolded(packed)
 
 
-def _refuse_foreign(reader, expected: str) -> None:
+def _refuse_foreign(file: Container, expected: str) -> None:
     """Refuses a file that says it is of another family, unless its tensors are Wan's all the same."""
-    field = reader.get_field("general.architecture")
-    family = "" if field is None else bytes(field.parts[field.data[0]]).decode(errors="replace")
-    is_wan = any(".self_attn.q." in t.name or ".attn1.to_q." in t.name for t in reader.tensors)
+    family = file.value("general.architecture") or ""
+    family = family if isinstance(family, str) else repr(family)
+    is_wan = any(".self_attn.q." in name or ".attn1.to_q." in name for name in file.tensors)
     if family and not (is_wan and expected == "wan") and not family.lower().startswith(expected):
         raise Refusal(
             f"a GGUF file of another family: its general.architecture is {family[:40]!r}",
@@ -275,30 +272,66 @@ def _unfolded(tensors: dict[str, Packed]) -> dict[str, Packed]:
         bias = tensors.get(key.removesuffix("weight") + "bias")
         if key.endswith("patch_embedding.weight") and bias is not None and len(weight.shape) == 4:
             dim, (height, width) = bias.shape[0], weight.shape[2:]
-            channels = math.prod(weight.shape) // (dim * height * width)
-            return tensors | {key: weight._replace(shape=(dim, channels, 1, height, width))}
+            channels, rest = divmod(math.prod(weight.shape), dim * height * width)
+            if not rest:
+                return tensors | {key: weight._replace(shape=(dim, channels, 1, height, width))}
     return tensors
 
 
-def _packed(reader, tensor, size: int) -> Packed:
-    kind = tensor.tensor_type.name
-    stored = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")  # given for more axes than ggml's four
-    if stored is None:
-        shape = tuple(int(side) for side in reversed(tensor.shape))
-    else:
-        shape = tuple(int(stored.parts[i][0]) for i in stored.data)
-    try:
-        needed = packed_bytes(kind, (math.prod(shape),) if stored is not None else shape)
-    except Refusal as error:
-        raise error.about(tensor.name) from error
-    if needed != tensor.n_bytes or tensor.data_offset + needed > size:
+def _places(file: Container) -> dict[str, tuple[int, int, str, tuple[int, ...]]]:
+    """(first byte, one past the last, type, shape) of each tensor, held against the file and each other."""
+    places = {}
+    for name, stored in file.tensors.items():
+        shape = _shape(file, name, stored.shape)
+        try:
+            kind = _type_name(stored.kind)
+            size = packed_bytes(kind, shape if shape == stored.shape else (math.prod(shape),))
+        except Refusal as error:
+            raise error.about(name) from error
+        begin = file.data_start + stored.offset
+        if stored.offset % file.alignment or begin + size > file.size:
+            raise Refusal(
+                f"truncated or damaged: {name} {list(shape)} takes {size} bytes at {begin} of {file.size}", AGAIN
+            )
+        places[name] = begin, begin + size, kind, shape
+    ordered = sorted(places.items(), key=lambda item: item[1][:2])
+    for (earlier, (_, end, *_)), (later, (begin, *_)) in pairwise(ordered):
+        if begin < end:
+            raise Refusal(f"damaged: {earlier} and {later} overlap", AGAIN)
+    return places
+
+
+def _shape(file: Container, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor; that in the metadata is given for more axes than ggml's four."""
+    given = file.value(f"comfy.gguf.orig_shape.{name}")
+    given = shape if given is None else given
+    sides = tuple(given) if isinstance(given, (list, tuple)) else ()
+    if not sides or len(sides) > MAX_RANK or not all(isinstance(n, int) and n > 0 for n in sides):
+        raise Refusal(f"damaged: {name} has the shape {str(given)[:80]}", AGAIN)
+    if math.prod(sides) != math.prod(shape):
         raise Refusal(
-            f"truncated or damaged: {tensor.name} {list(shape)} takes {needed} bytes at "
-            f"{tensor.data_offset} of {size}",
+            f"damaged: {name} is {list(shape)} and was {list(sides)} before it was packed, which differ in size",
             AGAIN,
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the map is read-only, and nothing here writes to it
-        data = torch.from_numpy(tensor.data.reshape(-1).view("uint8"))
-    rows = shape[0] if len(shape) > 1 else 1
-    return Packed(data.view(rows, -1), kind, shape)
+    return sides
+
+
+def _type_name(number: int) -> str:
+    """Name of a type of ggml.
+
+    Raises:
+        Refusal: it is not unpacked here, and the package is missing or does not know it either.
+    """
+    if number in _NUMBERS:
+        return _NUMBERS[number]
+    try:
+        import gguf
+
+        return gguf.GGMLQuantizationType(number).name
+    except ImportError as error:
+        raise Refusal(
+            f"the GGUF type of number {number} is unpacked by the gguf package, which is not installed",
+            f"Run `{sys.executable} -m pip install gguf`, or pick a file in one of {', '.join(BLOCKS)}",
+        ) from error
+    except ValueError as error:
+        raise Refusal(f"damaged: there is no GGUF type of number {number}", AGAIN) from error

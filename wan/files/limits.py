@@ -11,6 +11,7 @@ from ..refusal import Refusal
 from .bad_file import AGAIN, listed
 
 MAX_TENSORS = 100_000  # in a file; the largest published DiT has some 2,000, with the scales of quantised ones
+MAX_RANK = 64  # axes of a tensor, of which safetensors has no bound
 MAX_KEY_LENGTH = 500  # characters; patterns are matched against keys
 MAX_BLOCKS = 256  # of a DiT or an encoder; releases have 24 to 40
 MAX_SIDE = 2**20  # numbers along one axis that a model is built with; umT5's vocabulary has 256,384

@@ -6,7 +6,6 @@ that the protobuf package is not needed.
 
 import re
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..refusal import Refusal
 from .bad_file import AGAIN, naming
 from .gguf import dequantize, open_gguf, packed_tensors
+from .gguf_container import Container
 from .umt5 import LAST_NORM, TOKENIZER_KEY
 
 _MODULES = {
@@ -40,12 +40,12 @@ def read_umt5_gguf(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
         BadFile: as `read_gguf`.
     """
     with naming(path.name):
-        reader = open_gguf(path, "t5")
+        file = open_gguf(path, "t5")
         state_dict = {}
-        for name, packed in packed_tensors(reader, path).items():
+        for name, packed in packed_tensors(file).items():
             is_norm = packed.kind == "F32" and len(packed.shape) == 1  # small, and stays exact
             state_dict[_key(name)] = dequantize(*packed, torch.float32 if is_norm else dtype)
-        if tokenizer := _tokenizer(reader):
+        if tokenizer := _tokenizer(file):
             state_dict[TOKENIZER_KEY] = torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)
     return state_dict
 
@@ -57,9 +57,9 @@ def umt5_gguf_shapes(path: Path) -> dict[str, Tensor]:
         BadFile: as `read_gguf`.
     """
     with naming(path.name):
-        reader = open_gguf(path, "t5")
-        found = {_key(name): packed.shape for name, packed in packed_tensors(reader, path).items()}
-        if tokenizer := _tokenizer(reader):
+        file = open_gguf(path, "t5")
+        found = {_key(name): packed.shape for name, packed in packed_tensors(file).items()}
+        if tokenizer := _tokenizer(file):
             found[TOKENIZER_KEY] = (len(tokenizer),)
     return {key: torch.empty(shape, device="meta") for key, shape in found.items()}
 
@@ -71,35 +71,39 @@ def _key(name: str) -> str:
     return {"token_embd.weight": "shared.weight", "enc.output_norm.weight": LAST_NORM}.get(name, name)
 
 
-def _tokenizer(reader: Any) -> bytes:
+def _tokenizer(file: Container) -> bytes:
     """The SentencePiece model that the metadata describes; empty where it holds none.
 
     Raises:
         Refusal: what the metadata says of it does not fit together.
     """
     try:
-        return _sentencepiece_model(reader.fields)
-    except Exception as error:  # metadata of any type and length may stand there
+        return _sentencepiece_model(file)
+    except (ValueError, TypeError, struct.error) as error:  # values of any type and length may stand there
         raise Refusal(f"the tokenizer in its metadata is damaged ({error})", AGAIN) from error
 
 
-def _sentencepiece_model(fields: Mapping[str, Any]) -> bytes:
-    value = {key.removeprefix("tokenizer.ggml."): f.contents for key, f in fields.items() if "ggml." in key}
-    if value.get("model", lambda: "")() != "t5" or "tokens" not in value:
+def _sentencepiece_model(file: Container) -> bytes:
+    def value(key: str, default: Any = None) -> Any:
+        found = file.value(f"tokenizer.ggml.{key}")
+        return default if found is None else found
+
+    if value("model") != "t5" or value("tokens") is None:
         return b""
-    pieces = zip(value["tokens"](), value["scores"](), value["token_type"](), strict=True)
+    tokens, kinds = value("tokens"), value("token_type")
     model = b"".join(
         _message(1, _message(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind))
-        for text, score, kind in pieces
+        for text, score, kind in zip(tokens, value("scores"), kinds, strict=True)
     )
     ids = {"unknown_token_id": 40, "bos_token_id": 41, "eos_token_id": 42, "padding_token_id": 43}
-    trainer = _number(3, UNIGRAM) + _number(4, len(value["tokens"]()))
-    trainer += _number(35, int(BYTE in value["token_type"]()))  # byte_fallback
-    trainer += b"".join(_number(at, value[key]() if key in value else -1) for key, at in ids.items())
-    flags = {"add_space_prefix": 3, "remove_extra_whitespaces": 4}
-    normalizer = b"".join(_number(at, int(value[key]())) for key, at in flags.items() if key in value)
-    if "precompiled_charsmap" in value:
-        normalizer += _message(2, bytes(value["precompiled_charsmap"]()))
+    trainer = _number(3, UNIGRAM) + _number(4, len(tokens)) + _number(35, int(BYTE in kinds))  # byte_fallback
+    trainer += b"".join(_number(at, value(key, -1)) for key, at in ids.items())
+    flags = {key: value(key) for key in ("add_space_prefix", "remove_extra_whitespaces")}
+    at = {"add_space_prefix": 3, "remove_extra_whitespaces": 4}
+    normalizer = b"".join(_number(at[key], int(flag)) for key, flag in flags.items() if flag is not None)
+    charsmap = value("precompiled_charsmap")
+    if charsmap is not None:  # signed in some files; of a number alone, bytes() would make that many zeros
+        normalizer += _message(2, bytes(n & 255 for n in charsmap))
     return model + _message(2, trainer) + _message(3, normalizer)
 
 
