@@ -101,7 +101,7 @@ def detect_config(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] 
             `empty_start` = "true" sets the field of that name.
 
     Raises:
-        Refusal: the weights are not a Wan2.1 DiT of 16 or 36 input channels, or state sizes that no model has.
+        Refusal: the weights are no Wan2.1 DiT of 16 or 36 input channels, or of sizes that no model has.
     """
     absent = [key for key in ("patch_embedding.weight", "blocks.0.ffn.0.weight") if key not in state_dict]
     if absent:

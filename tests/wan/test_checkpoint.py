@@ -394,3 +394,56 @@ def test_check_keys_lists_ten_of_each():
     assert "layer.22.weight" not in message and "other.10.bias" not in message
     assert ck.check_keys({"a": (2,)}, {"a": torch.zeros(2)}, "fits") == []
     assert ck.check_keys({"a": (2,)}, {"a": torch.zeros(2), "fps.b": torch.zeros(1)}) == ["fps.b"]
+
+
+# --- headers that are well formed and too large ------------------------------------------------------------
+
+
+def tensors_without_numbers(count, key="k{}"):
+    return {key.format(i): entry(0, 0, [0]) for i in range(count)}
+
+
+TOO_LARGE = {
+    "100,001 tensors": (
+        tensors_without_numbers(100_001),
+        "it lists 100001 tensors, and up to 100000",
+    ),
+    "a key of a million letters": ({"a" * 10**6: entry()}, "a key of 1000000 letters; up to 500 are read"),
+    "one tensor twice": (
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+        b'"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+        "a tensor stands in it twice",
+    ),
+    "a list instead": (b'{"a": [' + b"[]," * 10 + b"[]]}", "no table of tensors"),
+    "four million tables": (b'{"__metadata__": [' + b"{}," * 4_000_000 + b"{}]}", "not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_a_header_without_bounds_is_refused(case, tmp_path):
+    header, words = TOO_LARGE[case]
+    assert words in refusal(with_header(tmp_path / "wan.safetensors", header, data=bytes(8)))
+
+
+def test_a_header_may_be_large_without_being_refused(tmp_path):
+    """ComfyUI writes the graph, and trainers all their captions, into one text of the metadata."""
+    graph = json.dumps([{"inputs": {"text": "a, b [c] {d}"}}] * 50_000)
+    header = {"__metadata__": {"prompt": graph}} | tensors_without_numbers(90_000)
+    checkpoint = ck.read_checkpoint(with_header(tmp_path / "wan.safetensors", header))
+    assert len(checkpoint.state_dict) == 90_000 and checkpoint.metadata == {"prompt": graph}
+
+
+def test_an_index_of_impossible_names_is_refused(sharded):
+    sharded.write_text(json.dumps({"weight_map": {"a": "x" * 5000 + ".safetensors"}}))
+    assert "1 of the 1 shards are missing: xxx" in refusal(sharded)
+
+
+def test_a_pickled_tensor_must_have_all_its_numbers(tmp_path):
+    """One number that stands for 2^40, by strides of 0."""
+    vae = AutoencoderKLWan(base_dim=8).state_dict()
+    key = "decoder.conv_in.weight"
+    path = tmp_path / "Wan2.1_VAE.pth"
+    torch.save(vae | {key: vae[key].flatten()[:1].expand(2**40)}, path)
+    assert f"{key} has fewer numbers than its shape" in refusal(path)
+    torch.save(vae | {key: torch.eye(3).to_sparse()}, path)
+    assert f"{key} is a sparse tensor" in refusal(path)

@@ -62,7 +62,9 @@ def test_a_count_that_no_file_has_is_refused(tmp_path):
     data = bytearray(path.read_bytes())
     data[8:16] = (1 << 60).to_bytes(8, "little")
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"^many\.gguf: its head is damaged: it states 1152921504606846976 te"):
+    with pytest.raises(
+        ValueError, match=r"^many\.gguf: its head is damaged: it states 1152921504606846976 te"
+    ):
         read_gguf(path)
 
 
@@ -94,7 +96,7 @@ def test_another_family_is_named_by_its_metadata(tmp_path, family):
         read_gguf(write(tmp_path / "other.gguf", tensors, family=family))
 
 
-# --- heads that state what the file does not hold ------------------------------------------------------------
+# --- heads that state what the file does not hold ----------------------------------------------------------
 
 
 def text(value):
@@ -126,10 +128,19 @@ DAMAGED = {
     "zeros as texts": (head(a_list(8, 1_900_000, bytes(8 * 1_900_000)) * 2, 2), "has 3800000 texts"),
     "lists of lists": (head(a_list(9, 1), 1), r"x in the metadata is of no known type \(9\)"),
     "a value of no type": (head(text("x") + struct.pack("<I", 77), 1), r"no known type \(77\)"),
-    "a text past the end": (head(text("x") + struct.pack("<IQ", 8, 2**63), 1), "its head goes on for 9223372"),
-    "a key without end": (head(struct.pack("<Q", 2**63), 1), "a key of the metadata at 24 is 9223372036854775808"),
+    "a text past the end": (
+        head(text("x") + struct.pack("<IQ", 8, 2**63), 1),
+        "its head goes on for 9223372",
+    ),
+    "a key without end": (
+        head(struct.pack("<Q", 2**63), 1),
+        "a key of the metadata at 24 is 9223372036854775808",
+    ),
     "a key that is no text": (head(text(b"\xff\xfe") + struct.pack("<IB", 0, 1), 1), "no text"),
-    "one key twice": (head((text("x") + struct.pack("<IB", 0, 1)) * 2, 2), "gives a value of the metadata twice"),
+    "one key twice": (
+        head((text("x") + struct.pack("<IB", 0, 1)) * 2, 2),
+        "gives a value of the metadata twice",
+    ),
     "2^40 values": (head(num_values=2**40), "it states 0 tensors and 1099511627776 values"),
     "more values than there are": (head(num_values=99_999), "its head goes on for 8 bytes"),
     "more tensors than there are": (head(num_tensors=99_999), "its head goes on for 8 bytes"),
@@ -147,12 +158,14 @@ DAMAGED = {
     "broken blocks": (one(tensor(shape=(33,), kind=8)), "rows of 33 numbers are no whole blocks"),
     "an integer type": (one(tensor(kind=26)), "the GGUF type I32 is not read here"),
     "a negative first shape": (
-        one(tensor(), values=a_list(5, 2, struct.pack("<ii", -1, -4), "comfy.gguf.orig_shape.a"), num_values=1),
+        one(
+            tensor(), values=a_list(5, 2, struct.pack("<ii", -1, -4), "comfy.gguf.orig_shape.a"), num_values=1
+        ),
         r"a has the shape \[-1, -4\]",
     ),
     "another first shape": (
         one(tensor(), values=a_list(5, 2, struct.pack("<ii", 3, 3), "comfy.gguf.orig_shape.a"), num_values=1),
-        r"a is \[4\] and was \[3, 3\]",
+        r"a is \[4\], and by its metadata \[3, 3\]",
     ),
     "a first shape in words": (
         one(tensor(), values=a_list(8, 1, text("4"), "comfy.gguf.orig_shape.a"), num_values=1),

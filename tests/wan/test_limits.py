@@ -37,7 +37,9 @@ def test_block_numbers_have_no_gap(number):
     """A number alone had made the loader build as many blocks."""
     began = time.monotonic()
     key = f"blocks.{NUMBERS[number]}.ffn.0.weight"
-    with pytest.raises(ValueError, match=r"not numbered from 0 without a gap: 3 missing, .* there\. .* again"):
+    with pytest.raises(
+        ValueError, match=r"not numbered from 0 without a gap: 3 missing, .* there\. .* again"
+    ):
         detect_config(dit() | {key: empty(1)})
     umt5 = umt5_state_dict() | {f"encoder.block.{NUMBERS[number]}.layer.0.layer_norm.weight": empty(1)}
     with pytest.raises(ValueError, match=r"blocks are not numbered from 0 without a gap: 3 missing"):
@@ -54,7 +56,11 @@ def test_the_count_of_blocks_is_bounded():
 SIZES = {
     "a scalar": ("patch_embedding.weight", (), r"patch_embedding\.weight has the shape \[\], and 5 axes"),
     "one axis": ("patch_embedding.weight", (36,), r"\[36\], and 5 axes are read"),
-    "no width": ("patch_embedding.weight", (0, 36, 1, 2, 2), "its dim is 0; sizes from 1 to 1048576 are read"),
+    "no width": (
+        "patch_embedding.weight",
+        (0, 36, 1, 2, 2),
+        "its dim is 0; sizes from 1 to 1048576 are read",
+    ),
     "no feed-forward": ("blocks.0.ffn.0.weight", (0, 256), "its ffn_dim is 0"),
     "a vast feed-forward": ("blocks.0.ffn.0.weight", (2**40, 0), "its ffn_dim is 1099511627776"),
     "a head without rows": ("head.head.weight", (0, 256), "takes 36 channels and gives 0"),
@@ -95,7 +101,10 @@ CONFIGS = {
     "no heads": ('{"transformer": {"num_heads": 0}}', "its num_heads is 0"),
     "negative heads": ('{"transformer": {"num_heads": -2}}', "its num_heads is -2"),
     "very many heads": ('{"transformer": {"num_heads": ' + "9" * 4000 + "}}", "its num_heads is 999"),
-    "heads that do not divide": ('{"transformer": {"num_heads": 3}}', "width 256 does not divide into 3 heads"),
+    "heads that do not divide": (
+        '{"transformer": {"num_heads": 3}}',
+        "width 256 does not divide into 3 heads",
+    ),
 }
 
 

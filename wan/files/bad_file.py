@@ -4,10 +4,20 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
 
 from ..refusal import Refusal
 
 AGAIN = "Download it again"
+
+
+class Checkpoint(NamedTuple):
+    """Tensors by name, and the text metadata of the file (empty where it has none)."""
+
+    state_dict: dict[str, Tensor]
+    metadata: dict[str, str]
 
 
 class BadFile(Refusal):
@@ -29,7 +39,8 @@ def naming(name: str) -> Iterator[None]:
         raise BadFile(f"{name}: {error.problem}", error.fix) from error
     except OSError as error:
         raise BadFile(
-            f"{name}: the system does not read it ({error.strerror or error})", "Look at the file and its rights"
+            f"{name}: the system does not read it ({error.strerror or error})",
+            "Look at the file and its rights",
         ) from error
 
 

@@ -291,7 +291,8 @@ def _places(file: Container) -> dict[str, tuple[int, int, str, tuple[int, ...]]]
         begin = file.data_start + stored.offset
         if stored.offset % file.alignment or begin + size > file.size:
             raise Refusal(
-                f"truncated or damaged: {name} {list(shape)} takes {size} bytes at {begin} of {file.size}", AGAIN
+                f"truncated or damaged: {name} {list(shape)} takes {size} bytes at {begin} of {file.size}",
+                AGAIN,
             )
         places[name] = begin, begin + size, kind, shape
     ordered = sorted(places.items(), key=lambda item: item[1][:2])
@@ -310,7 +311,7 @@ def _shape(file: Container, name: str, shape: tuple[int, ...]) -> tuple[int, ...
         raise Refusal(f"damaged: {name} has the shape {str(given)[:80]}", AGAIN)
     if math.prod(sides) != math.prod(shape):
         raise Refusal(
-            f"damaged: {name} is {list(shape)} and was {list(sides)} before it was packed, which differ in size",
+            f"damaged: {name} is {list(shape)}, and by its metadata {list(sides)}, which differ in size",
             AGAIN,
         )
     return sides

@@ -89,7 +89,7 @@ class Container:
         self.data_start = -(-self._at // self.alignment) * self.alignment
 
     def value(self, key: str) -> Any:
-        """A value of the metadata: a number, a text or a list (numbers of one byte as `bytes`); None if absent.
+        """A value of the metadata: a number, a text or a list (`bytes` if of uint8); None if absent.
 
         Raises:
             Refusal: a text is no UTF-8, or a list is longer than `MAX_ITEMS`.
@@ -106,7 +106,9 @@ class Container:
             texts = [self._text(key) for _ in range(1 if place.count is None else place.count)]
             return texts[0] if place.count is None else texts
         code = _NUMBERS[place.kind]
-        values = struct.unpack_from(f"<{1 if place.count is None else place.count}{code}", self._data, self._at)
+        values = struct.unpack_from(
+            f"<{1 if place.count is None else place.count}{code}", self._data, self._at
+        )
         if place.count is None:
             return values[0]
         return bytes(values) if code == "B" else list(values)
@@ -164,8 +166,8 @@ class Container:
         self._items += count
         if self._items > MAX_ITEMS:
             raise Refusal(
-                f"its head is damaged: with {key} the metadata has {self._items} texts, and up to {MAX_ITEMS} "
-                "are read",
+                f"its head is damaged: with {key} the metadata has {self._items} texts, and up to "
+                f"{MAX_ITEMS} are read",
                 AGAIN,
             )
         for _ in range(count):

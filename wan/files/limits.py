@@ -10,10 +10,11 @@ from typing import Any
 from ..refusal import Refusal
 from .bad_file import AGAIN, listed
 
-MAX_TENSORS = 100_000  # in a file; the largest published DiT has some 2,000, with the scales of quantised ones
+MAX_TENSORS = 100_000  # in a file; the largest published DiT has some 2,000, scales included
 MAX_RANK = 64  # axes of a tensor, of which safetensors has no bound
 MAX_KEY_LENGTH = 500  # characters; patterns are matched against keys
 MAX_BLOCKS = 256  # of a DiT or an encoder; releases have 24 to 40
+MAX_SIGNS = 4_000_000  # commas and brackets of a JSON text, by which the memory that it takes is bounded
 MAX_SIDE = 2**20  # numbers along one axis that a model is built with; umT5's vocabulary has 256,384
 
 
@@ -57,9 +58,21 @@ def json_table(text: str | bytes, what: str) -> dict[str, Any]:
         Refusal: the text is no JSON, or of another form.
     """
     try:
-        table = json.loads(text)
+        table = load_json(text.encode() if isinstance(text, str) else text)
     except (ValueError, RecursionError) as error:  # nested too deep for Python's parser
         raise Refusal(f"{what} is no JSON", AGAIN) from error
     if not isinstance(table, dict):
         raise Refusal(f"{what} must be a JSON table", AGAIN)
     return table
+
+
+def load_json(raw: bytes, **options: Any) -> Any:
+    """JSON that takes no more memory than some times its size.
+
+    Raises:
+        ValueError: it is none, or has more than `MAX_SIGNS`.
+        RecursionError: it is nested too deep.
+    """
+    if sum(raw.count(sign) for sign in (b",", b"[", b"{")) > MAX_SIGNS:
+        raise ValueError("too many entries")
+    return json.loads(raw, **options)
