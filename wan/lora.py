@@ -7,7 +7,6 @@ Sources: LoRA https://arxiv.org/abs/2106.09685, rank-stabilised LoRA https://arx
 https://arxiv.org/abs/2402.09353, LoHa and LoKr https://arxiv.org/abs/2309.14859.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor
 
 from .files.kinds import LORA, not_a
+from .files.limits import FLOATS
+from .files.lora_alpha import Scaling
 from .files.lora_keys import TEXT_PREFIXES, parameter_of, split_lora_key
 from .refusal import Refusal
 
@@ -38,6 +39,7 @@ UNREAD_KINDS = {
     ".on_input": "IA3",
     ".set_weight": "whole weights (set_weight)",
 }
+LARGEST = 1e9  # number in a LoRA's tensors
 OTHER_SIZE = "made for layers of another size"
 DIFFERENCES = ("diff", "diff_b", "diff_m", "up_bias")  # the tensor of these roles is itself the change
 Shapes = Mapping[str, tuple[int, ...]]  # by parameter of a model
@@ -156,7 +158,7 @@ def match_lora(
     Raises:
         WrongKind: the file is no LoRA at all; says what it is.
         UnreadKind: its kind is none of `KINDS`.
-        Refusal: its numbers are not finite.
+        Refusal: its numbers are not finite, or it is damaged.
     """
     if kind := next(
         (name for end, name in UNREAD_KINDS.items() for k in state_dict if k.endswith(end)), None
@@ -167,6 +169,10 @@ def match_lora(
         split = split_lora_key(key)
         if split is None:
             lora.unmatched[key] = "not a tensor of a LoRA"
+        elif split[1] != "alpha" and tensor.dtype not in FLOATS:
+            lora.unmatched[key] = (
+                f"stored as {str(tensor.dtype).removeprefix('torch.')}, which no LoRA is read in"
+            )
         elif split in origin:
             lora.unmatched[key] = f"the same as {origin[split]}"
         else:
@@ -175,10 +181,14 @@ def match_lora(
     if not layers:
         raise not_a(LORA, state_dict)
     if key := next((key for key in origin.values() if not _is_finite(state_dict[key])), None):
-        raise Refusal(f"{key} holds numbers that are NaN or infinite", "Download it again, or pick another")
-    scaling = _Scaling(metadata or {})
+        raise Refusal(
+            f"{key} holds numbers that are NaN or infinite, or above {LARGEST:g}",
+            "Download it again, or pick another",
+        )
+    scaling = Scaling(metadata or {})
+    blocks = 1 + max((int(k.split(".")[1]) for k in shapes if k.startswith("blocks.")), default=-1)
     for module, tensors in layers.items():
-        patches, reasons = _layer_patches(module, tensors, shapes, scaling)
+        patches, reasons = _layer_patches(module, tensors, shapes, scaling, blocks)
         lora.patches += patches
         for role in tensors:
             key = origin[module, role]
@@ -192,18 +202,18 @@ def match_lora(
 def _is_finite(tensor: Tensor) -> bool:
     if tensor.dtype.itemsize == 1:  # torch asks no fp8
         tensor = tensor.float()
-    return bool(torch.isfinite(tensor).all())
+    return not tensor.numel() or bool(tensor.abs().amax() <= LARGEST)
 
 
 def _layer_patches(
-    module: str, tensors: Mapping[str, Tensor], shapes: Shapes, scaling: "_Scaling"
+    module: str, tensors: Mapping[str, Tensor], shapes: Shapes, scaling: "Scaling", blocks: int
 ) -> tuple[list[tuple[str, Patch]], dict[str, str]]:
     """Patches of one layer, and a reason for each role that gives none."""
     patches, reasons = [], {}
     for target, patch, roles in _candidates(module, tensors):
         if roles & reasons.keys():  # a bias of factors that do not fit
             continue
-        if reason := _reason(target, patch, shapes):
+        if reason := _reason(target, patch, shapes, blocks):
             reasons |= dict.fromkeys(roles, reason)
             continue
         if roles == {"up_bias"}:  # scaled as the factors that it belongs to
@@ -235,24 +245,23 @@ def _candidates(module: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[st
             yield parameter_of(module, role), Patch("difference", (tensors[role],)), frozenset({role})
 
 
-def _reason(target: str, patch: Patch, shapes: Shapes) -> str | None:
+def _reason(target: str, patch: Patch, shapes: Shapes, blocks: int) -> str | None:
     """Why a patch does not fit the model, or None if it does."""
-    if missing := _missing(target, shapes):
+    if missing := _missing(target, shapes, blocks):
         return missing
     if not patch.factors:
         return "the factors that belong to it are missing"
     return _misfit(patch, shapes[target])
 
 
-def _missing(parameter: str, shapes: Shapes) -> str | None:
-    """Why a model has no such parameter, or None if it has."""
+def _missing(parameter: str, shapes: Shapes, blocks: int) -> str | None:
+    """Why a model of so many blocks has no such parameter, or None if it has."""
     if parameter in shapes:
         return None
     if parameter.startswith(TEXT_PREFIXES):
         return "text-encoder keys; only the diffusion model is changed"
     if _IMAGE_BRANCH.search(parameter) and "img_emb.proj.0.weight" not in shapes:
         return "image-branch keys on a model without image branch"
-    blocks = 1 + max((int(k.split(".")[1]) for k in shapes if k.startswith("blocks.")), default=-1)
     block = re.match(r"blocks\.(\d+)\.", parameter)
     if block and int(block[1]) >= blocks:
         return f"blocks past the model's {blocks}"
@@ -261,6 +270,8 @@ def _missing(parameter: str, shapes: Shapes) -> str | None:
 
 def _misfit(patch: Patch, shape: tuple[int, ...]) -> str | None:
     """Why a patch does not change a tensor of `shape`, or None if it does."""
+    if any(t is not None and not t.numel() for t in patch.factors):
+        return "its factors are empty (rank 0)"
     try:
         factors = tuple(None if t is None else t.to("meta") for t in patch.factors)
         made = delta(patch._replace(factors=factors), (-1,)).numel()
@@ -304,41 +315,6 @@ def _broadcast(magnitude: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     view = [1] * len(shape)
     view[axis] = shape[axis]
     return magnitude.reshape(view)
-
-
-class _Scaling:
-    """alpha / r of a layer, by the file's own alphas or else PEFT's configuration in its metadata."""
-
-    def __init__(self, metadata: Mapping[str, str]):
-        try:  # written by diffusers' save_lora_weights
-            config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
-            config = {key.rpartition(".")[2]: value for key, value in config.items()}
-        except (ValueError, AttributeError):
-            config = {}
-        self.stabilised = config.get("use_rslora", False)
-        self.default = config.get("lora_alpha")
-        self.patterns = config.get("alpha_pattern") or {}
-
-    def of(self, module: str, alpha: Tensor | None, rank: int | None) -> float:
-        """What the product of a layer's factors is multiplied by.
-
-        Args:
-            alpha: the file's, one number.
-        """
-        if rank is None:
-            return 1.0
-        if alpha is not None:  # LyCORIS's holds its rank stabilisation already
-            return alpha.flatten()[0].item() / rank
-        configured = next((a for name, a in self.patterns.items() if _names(name, module)), self.default)
-        if configured is None:
-            return 1.0
-        return configured / (math.sqrt(rank) if self.stabilised else rank)
-
-
-def _names(pattern: str, module: str) -> bool:
-    """Whether a name of PEFT's `alpha_pattern`, in diffusers' or Wan's names, means this layer."""
-    split = split_lora_key(f"{pattern}.alpha")
-    return split is not None and (module == split[0] or module.endswith("." + split[0]))
 
 
 # --- strength over the steps --------------------------------------------------------------------------

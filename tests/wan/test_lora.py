@@ -1,6 +1,8 @@
 """LoRA files in every dialect change the weights that the formulas, written out here, say."""
 
 import json
+import math
+import time
 
 import numpy as np
 import pytest
@@ -313,8 +315,8 @@ def test_low_rank_with_bias_and_difference_on_one_layer():
     check(file, expected)
 
 
-def low_rank(name, rows=8, columns=8):
-    return {f"{name}.lora_A.weight": rand(2, columns), f"{name}.lora_B.weight": rand(rows, 2)}
+def low_rank(name, rows=8, columns=8, rank=2):
+    return {f"{name}.lora_A.weight": rand(rank, columns), f"{name}.lora_B.weight": rand(rows, rank)}
 
 
 def test_i2v_lora_on_t2v_applies_what_fits_and_says_the_rest():
@@ -351,6 +353,11 @@ def test_t2v_lora_on_i2v_applies_in_whole_except_the_patch_embedding():
         ({"blocks.0.self_attn.q.weight": rand(8, 8)}, "not a tensor of a LoRA"),
         ({"blocks.0.self_attn.q.reshape_weight": torch.tensor([8, 8])}, "not a tensor of a LoRA"),
         ({"blocks.0.norm3.diff": rand(9)}, "another size"),
+        (low_rank("blocks.0.self_attn.q", rank=0), "its factors are empty (rank 0)"),
+        (low_rank("blocks.0.self_attn.q") | {"blocks.0.self_attn.q.lora_A.weight": rand(0)}, "(rank 0)"),
+        ({"blocks.0.norm3.diff": torch.zeros(8, dtype=torch.complex64)}, "stored as complex"),
+        ({"blocks.0.norm3.diff": torch.zeros(8, dtype=torch.int64)}, "stored as int64"),
+        ({"blocks.0.norm3.diff": torch.zeros(8, dtype=torch.bool)}, "stored as bool"),
     ],
 )
 def test_keys_that_do_not_fit_are_listed_with_the_reason(file, reason):
@@ -391,3 +398,76 @@ def test_files_stored_in_half_precision_and_fp8():
         file = {"blocks.0.self_attn.q.lora_A.weight": down, "blocks.0.self_attn.q.lora_B.weight": up}
         change = f64(up.float()) @ f64(down.float())
         check(file, {"blocks.0.self_attn.q.weight": lambda w, change=change: w + change})
+
+
+def peft(**config):
+    return {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
+
+
+Q = "diffusion_model.blocks.0.self_attn.q"
+SPOILT = {
+    "no alpha in it": ({f"{Q}.alpha": rand(0)}, {}, r"the alpha of blocks\.0\.self_attn\.q holds 0 numbers"),
+    "two alphas": ({f"{Q}.alpha": rand(2)}, {}, "holds 2 numbers and must be one"),
+    "alpha NaN": ({f"{Q}.alpha": torch.tensor(math.nan)}, {}, "alpha holds numbers that are NaN or infinite"),
+    "alpha infinite": ({f"{Q}.alpha": torch.tensor(-math.inf)}, {}, "alpha holds numbers that are NaN or"),
+    "alpha vast": ({f"{Q}.alpha": torch.tensor(1e38)}, {}, r"or above 1e\+09"),
+    "alpha too strong": ({f"{Q}.alpha": torch.tensor(1e8)}, {}, r"makes it 5e\+07 times as strong; up to"),
+    "alpha complex": ({f"{Q}.alpha": torch.tensor(1j)}, {}, "is a complex, not a number"),
+    "alpha a truth": ({f"{Q}.alpha": torch.tensor(True)}, {}, "is a bool, not a number"),
+    "a factor NaN": ({f"{Q}.lora_B.weight": torch.full((8, 2), math.nan)}, {}, "lora_B.weight holds numbers"),
+    "a factor vast": ({f"{Q}.lora_B.weight": torch.full((8, 2), 1e30)}, {}, r"or above 1e\+09"),
+    "metadata nested": (
+        {},
+        {"lora_adapter_metadata": "[" * 100_000},
+        "metadata` in its metadata is no JSON",
+    ),
+    "metadata a list": ({}, {"lora_adapter_metadata": "[1]"}, "must be a JSON table"),
+    "alpha in words": ({}, peft(lora_alpha="16"), "lora_alpha in its metadata is a str, not a number"),
+    "alpha a list": ({}, peft(lora_alpha=[16]), "lora_alpha in its metadata is a list"),
+    "alpha a table": ({}, peft(lora_alpha={"a": 1}), "lora_alpha in its metadata is a dict"),
+    "alpha of 500 digits": ({}, peft(lora_alpha=10**500), "makes it inf times as strong"),
+    "alpha beyond JSON": (
+        {},
+        {"lora_adapter_metadata": '{"lora_alpha": NaN}'},
+        "makes it nan times",
+    ),
+    "patterns a list": (
+        {},
+        peft(alpha_pattern=["blocks"]),
+        "alpha_pattern in its metadata is a list",
+    ),
+    "a pattern's alpha": (
+        {},
+        peft(alpha_pattern={"attn1.to_q": None, "a": "b"}),
+        "the alpha of a in its",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_strength_that_is_none_is_named(case):
+    changes, metadata, words = SPOILT[case]
+    with pytest.raises(ValueError, match=words):
+        wl.match_lora(low_rank(Q, rank=2) | changes, T2V, metadata)
+
+
+@pytest.mark.parametrize("pattern", ["", ".", "x" * 100_000, "(" * 1000, "blocks.0.self_attn.k"])
+def test_patterns_that_mean_no_layer_change_nothing(pattern):
+    [(_, patch)] = wl.match_lora(low_rank(Q, rank=2), T2V, peft(alpha_pattern={pattern: 7})).patches
+    assert patch.scale == 1
+
+
+def test_of_two_patterns_the_first_holds():
+    named = {"to_q": 6, "blocks.0.attn1.to_q": 8, "q": 10}
+    for patterns in (named, dict(reversed(named.items()))):
+        [(_, patch)] = wl.match_lora(low_rank(Q, rank=2), T2V, peft(alpha_pattern=patterns)).patches
+        assert patch.scale == {"to_q": 4, "q": 5}[next(iter(patterns))]
+
+
+def test_many_keys_and_patterns_take_no_time():
+    """They had been compared each with each."""
+    file = {f"blocks.{i}.self_attn.q.diff_b": torch.zeros(1) for i in range(20_000)} | low_rank(Q, rank=2)
+    patterns = {f"blocks.{i}.attn1.to_q": 4 for i in range(20_000)}
+    began = time.monotonic()
+    lora = wl.match_lora(file, T2V, peft(alpha_pattern=patterns))
+    assert lora.patches[-1][1].scale == 2 and time.monotonic() - began < 10

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from ..refusal import Refusal
 from .bad_file import AGAIN, listed
 
@@ -16,6 +18,9 @@ MAX_KEY_LENGTH = 500  # characters; patterns are matched against keys
 MAX_BLOCKS = 256  # of a DiT or an encoder; releases have 24 to 40
 MAX_SIGNS = 4_000_000  # commas and brackets of a JSON text, by which the memory that it takes is bounded
 MAX_SIDE = 2**20  # numbers along one axis that a model is built with; umT5's vocabulary has 256,384
+FLOATS = (  # in which weights and LoRAs are published
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
 
 
 def count_blocks(numbers: Iterable[str], what: str = "blocks") -> int:
