@@ -18,6 +18,7 @@ from ..wan import files
 from ..wan.config import detect_config
 from ..wan.dit import WanModel
 from ..wan.files.gguf import BLOCKS, dequantize, read_gguf
+from ..wan.files.marks import check_scales, unpacked_shapes
 from ..wan.refusal import Refusal
 from .guide import sample_with_guide
 from .lora import carry_loras
@@ -25,7 +26,7 @@ from .model import Wan21, refuse_replaced, refuse_unread
 from .operations import GGUFOperations, casting_operations, fp8_operations
 from .progress import tell, tell_left_out
 from .quantised import quantised_layers, tell_unpacked, with_formats
-from .stored import PackedPatcher, kept_dtype, unpacked_shapes
+from .stored import PackedPatcher, kept_dtype
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FP8_FAST = "fp8_e4m3fn_fast"
@@ -139,6 +140,7 @@ class _Safetensors:
         self.detected, self.metadata = with_formats(files.to_wan_dit_keys(state_dict), metadata)
         files.refuse_loose_scales(self.detected)
         self.formats = quantised_layers(self.detected)
+        check_scales(self.detected, self.formats)
         self.shapes = unpacked_shapes(self.detected, self.formats)
         self.weight_dtype = weight_dtype
         # The host's quantised layers load onto the device they were built on, so meta would not do.

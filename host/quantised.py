@@ -8,10 +8,11 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..wan.files.bad_file import AGAIN
+from ..wan.files.marks import MARK, mark_of, marks_in
 from ..wan.refusal import Refusal
 from .progress import tell
 
-MARK = ".comfy_quant"  # key of a layer's format, a JSON text in bytes
 OLD_MARK = "scaled_fp8"  # key of one marker for all layers of a part
 
 
@@ -21,32 +22,33 @@ def with_formats(
     """The state dict and metadata of a file, every quantised layer marked with its format.
 
     The host takes all weights with scales for e4m3 and would convert those in e5m2, whose range is wider.
+
+    Raises:
+        Refusal: a mark is damaged.
     """
+    marks_in(metadata)
+    if key := next((k for k, v in state_dict.items() if k.endswith(".scale_input") and v.numel() != 1), None):
+        raise Refusal(f"{key} holds {state_dict[key].numel()} numbers and must be one", AGAIN)
     # A whole-pipeline checkpoint has one old marker for each of its parts.
     for prefix in [key.removesuffix(OLD_MARK) for key in state_dict if key.endswith(OLD_MARK)] or [""]:
         state_dict, metadata = comfy.utils.convert_old_quants(state_dict, prefix, metadata=metadata)
     for layer in [key.removesuffix(MARK) for key in state_dict if key.endswith(MARK)]:
         weight = state_dict.get(f"{layer}.weight")
         if weight is not None and weight.dtype == torch.float8_e5m2:
-            config = _config(state_dict[layer + MARK]) | {"format": "float8_e5m2"}
+            config = mark_of(layer, state_dict[layer + MARK]) | {"format": "float8_e5m2"}
             state_dict[layer + MARK] = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
     return state_dict, metadata
-
-
-def _config(mark: Tensor) -> dict:
-    return json.loads(mark.numpy().tobytes())
 
 
 def quantised_layers(state_dict: dict[str, Tensor]) -> dict[str, str]:
     """Format by layer of what is stored in the host's quantised formats.
 
     Raises:
-        Refusal: the host does not have one of them.
+        Refusal: the host does not have one of them, or a mark is damaged.
     """
     formats = {
-        key.removesuffix(MARK): str(_config(value).get("format"))
-        for key, value in state_dict.items()
-        if key.endswith(MARK)
+        layer: str(mark_of(layer, state_dict[layer + MARK]).get("format"))
+        for layer in (key.removesuffix(MARK) for key in state_dict if key.endswith(MARK))
     }
     known = comfy.quant_ops.QUANT_ALGOS if comfy.quant_ops._CK_AVAILABLE else {}
     unknown = sorted(set(formats.values()) - known.keys())

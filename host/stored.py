@@ -4,14 +4,11 @@ The host keeps quantised weights in a `QuantizedTensor`; a GGUF layer holds the 
 `packed`; with the host's dynamic memory a parameter has the file's dtype until its layer is called.
 """
 
-from collections.abc import Mapping
-
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
-from torch import Tensor, nn
+from torch import nn
 
-from ..wan.files.keys import TWO_A_BYTE
 from ..wan.refusal import Refusal
 
 GGUF_UNPACKING_BYTES = 13  # measured peak bytes per weight of dequantize, 16-bit result included
@@ -77,19 +74,6 @@ def kept_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         f"{prefix}.{name}" if prefix else name: kept_shape(layer, name)
         for prefix, layer in model.named_modules()
         for name, _ in layer.named_parameters(recurse=False)
-    }
-
-
-def unpacked_shapes(state_dict: Mapping[str, Tensor], formats: Mapping[str, str]) -> dict[str, Tensor]:
-    """A file's tensors, those that hold two numbers in a byte replaced by what they stand for, without data.
-
-    Args:
-        formats: format by layer, of the host's quantised layers.
-    """
-    packed = [f"{layer}.weight" for layer, name in formats.items() if name in TWO_A_BYTE]
-    shapes = {key: state_dict[key].shape for key in packed if key in state_dict}
-    return dict(state_dict) | {
-        key: torch.empty(rows, 2 * columns, device="meta") for key, (rows, columns) in shapes.items()
     }
 
 

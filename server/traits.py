@@ -4,7 +4,6 @@ The checks are the loaders' own (`wan.files`, `detect_config`), on shapes; of th
 quantised layers alone are looked at.
 """
 
-import json
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -29,15 +28,13 @@ from ..wan.files import (
     umt5_config,
 )
 from ..wan.files.gguf import read_gguf
-from ..wan.files.keys import TWO_A_BYTE
+from ..wan.files.marks import IN_METADATA, MARK, check_scales, mark_of, marks_in, unpacked_shapes
 from ..wan.files.umt5 import TOKENIZER_KEY, tokenizer_beside
 from ..wan.files.umt5_gguf import umt5_gguf_shapes
 from ..wan.refusal import Refusal
 from ..wan.vae import WanVAE
 
-MARK = ".comfy_quant"  # key of a layer's format, a JSON text in bytes
 OLD_MARK, OLD_SCALE = "scaled_fp8", ".scale_weight"  # one mark for all layers of a part that have a scale
-MARKS_IN_METADATA = "_quantization_metadata"
 SAFETENSORS = (".safetensors", ".sft")
 # Where the two layouts of CLIP vision files that the host loads keep the width; and, by layer, a norm.
 CLIP_LAYOUTS = (
@@ -98,7 +95,7 @@ def _read_model(path: Path, formats: Collection[str] | None) -> Traits:
         state_dict = to_wan_dit_keys(state_dict)
         found = _formats(state_dict, metadata)
         _check_formats(state_dict, found, formats)
-        shapes = _unpacked(state_dict, found)
+        shapes = unpacked_shapes(state_dict, found)
     config = detect_config(shapes, metadata)
     check_keys(_model_shapes(config), shapes)
     if not config.takes_image:
@@ -171,9 +168,8 @@ def _vae_shapes(dim: int) -> dict[str, tuple[int, ...]]:
 
 def _formats(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Format by layer, as the host reads the marks of a file (`comfy.utils.convert_old_quants`)."""
-    if MARKS_IN_METADATA in metadata:
-        layers = json.loads(metadata[MARKS_IN_METADATA])["layers"]
-        found = {layer: str(mark.get("format")) for layer, mark in layers.items()}
+    if IN_METADATA in metadata:
+        found = {layer: str(mark.get("format")) for layer, mark in marks_in(metadata).items()}
     elif any(key.endswith(OLD_MARK) for key in state_dict):
         scales = [key for key in state_dict if key.endswith(OLD_SCALE)]
         found = {key.removesuffix(OLD_SCALE): "float8_e4m3fn" for key in scales}
@@ -181,7 +177,8 @@ def _formats(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
         found = {}
     for key, value in state_dict.items():
         if key.endswith(MARK):
-            found[key.removesuffix(MARK)] = str(json.loads(value.numpy().tobytes()).get("format"))
+            layer = key.removesuffix(MARK)
+            found[layer] = str(mark_of(layer, value).get("format"))
     return found
 
 
@@ -194,6 +191,7 @@ def _check_formats(
         Refusal: there are some.
     """
     refuse_loose_scales(dict(state_dict) | {f"{layer}{MARK}": torch.empty(0) for layer in found})
+    check_scales(state_dict, found)
     unknown = sorted(set(found.values()) - set(formats)) if formats is not None else []
     if unknown:
         raise Refusal(
@@ -201,12 +199,3 @@ def _check_formats(
             f"{', '.join(sorted(formats or ())) or 'no such format'}",
             "Update ComfyUI with its package comfy-kitchen, or pick another file",
         )
-
-
-def _unpacked(state_dict: Mapping[str, Tensor], found: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors, those that hold two numbers in a byte replaced by what they stand for, without data."""
-    packed = [f"{layer}.weight" for layer, name in found.items() if name in TWO_A_BYTE]
-    shapes = {key: state_dict[key].shape for key in packed if key in state_dict}
-    return dict(state_dict) | {
-        key: torch.empty(rows, 2 * columns, device="meta") for key, (rows, columns) in shapes.items()
-    }

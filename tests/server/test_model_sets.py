@@ -319,6 +319,9 @@ def test_a_partner_that_would_not_load_is_not_chosen(shelf, what):
     assert part in refused(shelf, **{part: RELEASE[part]})
 
 
+NVFP4_SCALES = ("weight_scale", "weight_scale_2")
+
+
 def test_quantised_layouts_that_load_are_chosen(shelf):
     """Scaled fp8 in the old and the new marks, and four bits, two to a byte."""
     shelf.put_release("text_encoder", "vae")
@@ -328,8 +331,9 @@ def test_quantised_layouts_that_load_are_chosen(shelf):
     old |= {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn, device="meta")}
     marks = {"layers": {layer: {"format": "float8_e4m3fn"} for layer in layers}}
     half = torch.empty(512, 128, dtype=torch.uint8, device="meta")
+    scales = {f"blocks.0.ffn.0.{key}": torch.empty((), device="meta") for key in NVFP4_SCALES}
     four_bits, numbers = marked(
-        dit() | {"blocks.0.ffn.0.weight": half}, "blocks.0.ffn.0", {"format": "nvfp4"}
+        dit() | scales | {"blocks.0.ffn.0.weight": half}, "blocks.0.ffn.0", {"format": "nvfp4"}
     )
     files = {
         "old.safetensors": (old, {}),

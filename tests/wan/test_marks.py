@@ -1,0 +1,55 @@
+"""Marks of quantised layers are measured before the host reads them."""
+
+import json
+
+import pytest
+import torch
+from wan21.wan.files.marks import MARK, check_scales, mark_of, marks_in, unpacked_shapes
+
+
+def as_bytes(text):
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def test_marks_are_read():
+    assert mark_of("a", as_bytes('{"format": "nvfp4"}')) == {"format": "nvfp4"}
+    stored = {"layers": {"blocks.0.ffn.0": {"format": "int8_tensorwise"}}}
+    assert marks_in({"_quantization_metadata": json.dumps(stored)}) == stored["layers"]
+    assert marks_in({}) == {}
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        as_bytes("nvfp4"),
+        as_bytes('["nvfp4"]'),
+        as_bytes("{" * 5000),
+        torch.tensor([255, 254], dtype=torch.uint8),
+        torch.zeros(0, dtype=torch.uint8),
+        torch.zeros((), dtype=torch.uint8),
+        torch.zeros(3),
+        torch.zeros(2**30, dtype=torch.uint8, device="meta"),
+    ],
+)
+def test_a_damaged_mark_is_named(mark):
+    with pytest.raises(ValueError, match=r"^blocks\.0\.ffn\.0\.comfy_quant (is no JSON|must be a)"):
+        mark_of("blocks.0.ffn.0", mark)
+
+
+@pytest.mark.parametrize("stored", ["", "[]", "{}", '{"layers": []}', '{"layers": {"a": 1}}', "[" * 9000])
+def test_damaged_metadata_is_named(stored):
+    with pytest.raises(ValueError, match="`_quantization_metadata` in its metadata (is no JSON|must be a)"):
+        marks_in({"_quantization_metadata": stored})
+
+
+def test_a_layer_that_cannot_be_unpacked_is_named():
+    formats = {"a": "float8_e4m3fn"}
+    with pytest.raises(ValueError, match="a is stored as float8_e4m3fn and lacks a scale"):
+        check_scales({"a.weight": torch.zeros(2, 2)}, formats)
+    with pytest.raises(ValueError, match=r"a\.weight is quantised and has 1 axes instead of 2"):
+        check_scales({"a.weight": torch.zeros(2), "a.weight_scale": torch.ones(1)}, formats)
+    with pytest.raises(ValueError, match="a is stored as nvfp4 and lacks a scale"):
+        check_scales({"a.weight": torch.zeros(2, 2), "a.weight_scale": torch.ones(1)}, {"a": "nvfp4"})
+    whole = {"a.weight": torch.zeros(2, 3), "a.weight_scale": torch.ones(1), f"a{MARK}": as_bytes("{}")}
+    check_scales(whole, formats)
+    assert unpacked_shapes(whole, {"a": "convrot_w4a4"})["a.weight"].shape == (2, 6)

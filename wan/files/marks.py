@@ -1,0 +1,73 @@
+"""Marks of quantised layers: the format of each, as JSON in the bytes of a tensor or in the metadata."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..refusal import Refusal
+from .bad_file import AGAIN
+from .keys import TWO_A_BYTE
+from .limits import json_table
+
+MARK = ".comfy_quant"
+IN_METADATA = "_quantization_metadata"
+MAX_MARK_BYTES = 10_000
+
+
+def mark_of(layer: str, value: Tensor) -> dict[str, Any]:
+    """What the mark of a layer says.
+
+    Raises:
+        Refusal: it is no JSON table.
+    """
+    if value.dtype.itemsize != 1 or value.ndim != 1 or value.numel() > MAX_MARK_BYTES:
+        raise Refusal(f"{layer}{MARK} must be a text in bytes", AGAIN)
+    return json_table(value.numpy().tobytes(), f"{layer}{MARK}")
+
+
+def marks_in(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Marks by layer that stand in a file's metadata.
+
+    Raises:
+        Refusal: they are no JSON table of tables.
+    """
+    what = f"`{IN_METADATA}` in its metadata"
+    layers = json_table(metadata.get(IN_METADATA, '{"layers": {}}'), what).get("layers")
+    if not isinstance(layers, dict) or not all(isinstance(mark, dict) for mark in layers.values()):
+        raise Refusal(f"{what} must be a JSON table with `layers`, a table for each", AGAIN)
+    return layers
+
+
+def check_scales(state_dict: Mapping[str, Tensor], formats: Mapping[str, str]) -> None:
+    """Refuses marked layers that cannot be unpacked.
+
+    Args:
+        formats: by layer.
+
+    Raises:
+        Refusal: a layer that is there lacks its scale, or is no matrix of single bytes.
+    """
+    for layer in formats:
+        weight = state_dict.get(f"{layer}.weight")
+        if weight is None:
+            continue  # of another part of the file; of this one, it is missing as any weight may be
+        scales = {f"{layer}.weight_scale", f"{layer}.scale_weight"} & state_dict.keys()
+        if not scales or (formats[layer] == "nvfp4" and f"{layer}.weight_scale_2" not in state_dict):
+            raise Refusal(f"{layer} is stored as {formats[layer]} and lacks a scale", AGAIN)
+        if weight.ndim != 2:
+            raise Refusal(f"{layer}.weight is quantised and has {weight.ndim} axes instead of 2", AGAIN)
+
+
+def unpacked_shapes(state_dict: Mapping[str, Tensor], formats: Mapping[str, str]) -> dict[str, Tensor]:
+    """A file's tensors, those that hold two numbers in a byte replaced by what they stand for, without data.
+
+    Args:
+        formats: format by layer, of the host's quantised layers; checked (`check_scales`).
+    """
+    packed = [f"{layer}.weight" for layer, name in formats.items() if name in TWO_A_BYTE]
+    shapes = {key: state_dict[key].shape for key in packed if key in state_dict}
+    return dict(state_dict) | {
+        key: torch.empty(rows, 2 * columns, device="meta") for key, (rows, columns) in shapes.items()
+    }
