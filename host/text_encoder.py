@@ -9,14 +9,20 @@ import comfy.text_encoders.sd3_clip
 import comfy.text_encoders.wan
 import comfy.utils
 import folder_paths
+import sentencepiece
 import torch
+from torch import Tensor
 
 from ..wan import files
-from ..wan.files.umt5 import tokenizer_beside
+from ..wan.files.bad_file import AGAIN
+from ..wan.files.marks import check_scales, unpacked_shapes
+from ..wan.files.umt5 import TOKENIZER_KEY, tokenizer_beside
 from ..wan.files.umt5_gguf import read_umt5_gguf
-from .progress import tell
-from .quantised import with_formats
+from ..wan.refusal import Refusal
+from .progress import tell, tell_left_out
+from .quantised import quantised_layers, with_formats
 
+MAX_TOKENIZER_BYTES = 100_000_000  # umT5's has 4.5 million
 TRAINED_TOKENS = 512  # of the release, which cuts what is longer
 
 
@@ -46,7 +52,7 @@ def load_text_encoder(path: str | Path, device: str = "default") -> comfy.sd.CLI
         device: default is the host's choice; or cpu.
 
     Raises:
-        Refusal: the file is damaged or something else, or there is no tokenizer for it.
+        Refusal: the file is damaged, incomplete or something else, or there is no tokenizer for it.
     """
     if Path(path).suffix.lower() == ".gguf":
         # Unpacked once: the encoder runs twice a job, and the host's umT5 has no layers for packed matrices.
@@ -56,10 +62,16 @@ def load_text_encoder(path: str | Path, device: str = "default") -> comfy.sd.CLI
     state_dict, _ = with_formats(state_dict, metadata)
     state_dict = files.to_umt5_keys(state_dict)
     files.refuse_loose_scales(state_dict)
-    sizes = files.umt5_config(state_dict)
-    tokenizer = state_dict.pop("spiece_model", None)
-    if tokenizer is None:
-        tokenizer = tokenizer_beside(Path(path)).read_bytes()
+    formats = quantised_layers(state_dict)
+    check_scales(state_dict, formats)
+    shapes = unpacked_shapes(state_dict, formats)
+    sizes = files.umt5_config(shapes)
+    tokenizer = _tokenizer(Path(path), state_dict.pop(TOKENIZER_KEY, None), sizes["vocab_size"])
+    left_out = files.check_keys(
+        files.umt5_shapes(sizes), {k: v for k, v in shapes.items() if k in state_dict}
+    )
+    tell_left_out(Path(path).name, left_out)
+    state_dict = {key: value for key, value in state_dict.items() if key not in left_out}
     options: dict = {"umt5xxl_model_config": sizes}  # the host lays them over those of umT5-XXL
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
@@ -72,3 +84,27 @@ def load_text_encoder(path: str | Path, device: str = "default") -> comfy.sd.CLI
         state_dict=[state_dict],
         model_options=options,
     )
+
+
+def _tokenizer(path: Path, stored: Tensor | None, vocab_size: int) -> bytes:
+    """The SentencePiece model of a text encoder: the one in its file, or the one beside it.
+
+    Raises:
+        Refusal: there is none, it is damaged, or it gives numbers that the encoder has no features for.
+    """
+    beside = tokenizer_beside(path) if stored is None else None
+    name = beside.name if beside else f"its {TOKENIZER_KEY}"
+    size = beside.stat().st_size if beside else stored.numel()
+    if size > MAX_TOKENIZER_BYTES or (stored is not None and stored.dtype != torch.uint8):
+        raise Refusal(f"{name} is no tokenizer: up to {MAX_TOKENIZER_BYTES} bytes are read", AGAIN)
+    model = beside.read_bytes() if beside else stored.numpy().tobytes()
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
+    except (RuntimeError, ValueError) as error:
+        raise Refusal(f"{name} is no tokenizer, or a damaged one", AGAIN) from error
+    if not 0 < pieces <= vocab_size:
+        raise Refusal(
+            f"{name} knows {pieces} pieces of text, and the encoder has features for {vocab_size}",
+            "Use the tokenizer that the encoder was made with",
+        )
+    return model

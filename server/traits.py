@@ -26,6 +26,7 @@ from ..wan.files import (
     to_wan_dit_keys,
     to_wan_vae_keys,
     umt5_config,
+    umt5_shapes,
 )
 from ..wan.files.gguf import read_gguf
 from ..wan.files.marks import IN_METADATA, MARK, check_scales, mark_of, marks_in, unpacked_shapes
@@ -115,7 +116,9 @@ def _read_text_encoder(path: Path, formats: Collection[str] | None) -> Traits:
     found = _formats(state_dict, metadata)
     state_dict = to_umt5_keys(state_dict | {f"{layer}{MARK}": torch.empty(0) for layer in found})
     _check_formats(state_dict, found, formats)
-    config = umt5_config(state_dict)
+    shapes = unpacked_shapes(state_dict, found)
+    config = umt5_config(shapes)
+    check_keys(umt5_shapes(config), shapes)
     if TOKENIZER_KEY not in state_dict:
         tokenizer_beside(path)
     return Traits(text_width=config["d_model"])

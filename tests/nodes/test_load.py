@@ -1,6 +1,7 @@
 """Loader nodes: the layouts people have, and errors that name node and file."""
 
 import json
+import re
 import shutil
 
 import folder_paths
@@ -22,6 +23,7 @@ from wan21.nodes.load import (
     gguf_names,
     model_names,
 )
+from wan21.server.traits import read_traits
 
 
 @pytest.fixture
@@ -365,6 +367,83 @@ def test_models_are_listed_by_the_hosts_rules(files, folders, models, tmp_path):
     assert "all-in-one.safetensors" in model_names()
     model = Wan21ModelLoader.execute("all-in-one.safetensors", "default").result[0]
     assert same_weights(model, models["t2v"])
+
+
+Q = "encoder.block.1.layer.0.SelfAttention.q.weight"
+INCOMPLETE = {
+    "a matrix": ({Q: None}, rf"1 missing: {Q}"),
+    "a norm": (
+        {"encoder.block.1.layer.1.layer_norm.weight": None},
+        r"1 missing: encoder\.block\.1\.layer\.1",
+    ),
+    "a whole block": ({"encoder.block.0.": None}, r"lacks encoder\.block\.0\.layer\.0"),
+    "of another shape": ({Q: torch.zeros(3, 3)}, rf"1 of the wrong shape: {Q} \(3, 3\)"),
+    "other positions": (
+        {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": torch.zeros(16, 4)},
+        "1 of the wrong shape: .*relative_attention_bias",
+    ),
+}
+
+
+def without(state, changes):
+    for key, value in changes.items():
+        state = {k: v for k, v in state.items() if not k.startswith(key)}
+        state |= {} if value is None else {key: value}
+    return state
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_a_text_encoder_that_lacks_weights_is_refused(files, folders, case):
+    """It had been used with what happened to lie in memory in their place."""
+    changes, words = INCOMPLETE[case]
+    path = folders["text_encoders"] / "part.safetensors"
+    save_file(without(load_file(files["umt5"]), changes), path)
+    with pytest.raises(ValueError, match=rf"^Wan21TextEncoderLoader: part\.safetensors: .*{words}"):
+        Wan21TextEncoderLoader.execute("part.safetensors", "default")
+    assert "part.safetensors" not in read_traits("text_encoder", path, None).refusal
+    assert re.search(words, read_traits("text_encoder", path, None).refusal)
+
+
+def test_extra_keys_of_a_text_encoder_are_left_out_and_named(files, folders, prompts, caplog):
+    extra = {"encoder.extra.bias": torch.zeros(3)}
+    save_file(load_file(files["umt5"]) | extra, folders["text_encoders"] / "more.safetensors")
+    with caplog.at_level("INFO"):
+        clip = Wan21TextEncoderLoader.execute("more.safetensors", "default").result[0]
+    words = "1 keys are no part of the model and are left out: encoder.extra.bias"
+    assert f"more.safetensors: {words}" in caplog.text
+    cond = clip.encode_from_tokens_scheduled(clip.tokenize("a cat walks through the grass"))
+    assert torch.equal(cond[0][0], prompts[0][0][0])
+
+
+TOKENIZERS = {
+    "noise": torch.arange(200, dtype=torch.uint8),
+    "nothing": torch.zeros(0, dtype=torch.uint8),
+    "zeros": torch.zeros(900, dtype=torch.uint8),
+    "16 bits": torch.ones(30, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", [*TOKENIZERS, "cut short"])
+def test_a_damaged_tokenizer_is_named(files, folders, case):
+    state = load_file(files["umt5"])
+    state["spiece_model"] = TOKENIZERS[case] if case in TOKENIZERS else state["spiece_model"][:-30].clone()
+    save_file(state, folders["text_encoders"] / "umt5.safetensors")
+    with pytest.raises(ValueError, match=r"^Wan21TextEncoderLoader: umt5\.safetensors: its spiece_model "):
+        Wan21TextEncoderLoader.execute("umt5.safetensors", "default")
+
+
+def test_a_tokenizer_of_another_encoder_is_named(files, folders):
+    """Its pieces beyond the vocabulary had no features, which on a GPU ends the process."""
+    state = load_file(files["umt5"])
+    pieces = len(state["shared.weight"])
+    save_file(
+        state | {"shared.weight": state["shared.weight"][:-9].clone()},
+        folders["text_encoders"] / "u.safetensors",
+    )
+    with pytest.raises(
+        ValueError, match=rf"knows \d+ pieces of text, and the encoder has features for {pieces - 9}"
+    ):
+        Wan21TextEncoderLoader.execute("u.safetensors", "default")
 
 
 def test_text_encoder_from_gguf_with_its_own_tokenizer(files, folders, prompts):

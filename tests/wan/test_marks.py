@@ -38,7 +38,7 @@ def test_a_damaged_mark_is_named(mark):
 
 @pytest.mark.parametrize("stored", ["", "[]", "{}", '{"layers": []}', '{"layers": {"a": 1}}', "[" * 9000])
 def test_damaged_metadata_is_named(stored):
-    with pytest.raises(ValueError, match="`_quantization_metadata` in its metadata (is no JSON|must be a)"):
+    with pytest.raises(ValueError, match=r"`_quantization_metadata` in its metadata (is no JSON|must be a)"):
         marks_in({"_quantization_metadata": stored})
 
 

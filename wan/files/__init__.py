@@ -32,7 +32,7 @@ from .keys import is_quantization_key, refuse_loose_scales, to_wan_dit_keys, to_
 from .kinds import Kind, WrongKind, detect_kind
 from .limits import load_json
 from .safetensors_file import MAX_HEADER_BYTES, read_header, read_safetensors
-from .umt5 import to_umt5_keys, umt5_config
+from .umt5 import to_umt5_keys, umt5_config, umt5_shapes
 
 __all__ = [
     "BadFile",
@@ -50,6 +50,7 @@ __all__ = [
     "to_wan_dit_keys",
     "to_wan_vae_keys",
     "umt5_config",
+    "umt5_shapes",
     "wan_dit_key",
 ]
 

@@ -21,6 +21,7 @@ UMT5_PREFIXES = (
 )  # fmt: skip
 LAST_NORM = "encoder.final_layer_norm.weight"
 TOKENIZER_KEY = "spiece_model"  # some files carry the SentencePiece tokenizer as bytes
+BUCKETS = 32  # of relative positions, in every umT5
 TOKENIZERS_BESIDE = ("spiece.model", "google/umt5-xxl/spiece.model", "../tokenizer/spiece.model")
 
 RELEASE_MODULES = {"token_embedding": "shared", "norm": LAST_NORM.removesuffix(".weight")}
@@ -123,6 +124,32 @@ def umt5_config(state_dict: Mapping[str, Tensor]) -> dict[str, int]:
         "relative_attention_num_buckets": num_buckets,
         "vocab_size": vocab_size,
     }
+
+
+def umt5_shapes(config: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Shape by key of a umT5 encoder, in Hugging Face's names.
+
+    Args:
+        config: as of `umt5_config`.
+    """
+    d_model, d_ff, num_heads = config["d_model"], config["d_ff"], config["num_heads"]
+    inner_dim = num_heads * config["d_kv"]
+    block = {
+        "0.layer_norm": (d_model,),
+        "0.SelfAttention.q": (inner_dim, d_model),
+        "0.SelfAttention.k": (inner_dim, d_model),
+        "0.SelfAttention.v": (inner_dim, d_model),
+        "0.SelfAttention.o": (d_model, inner_dim),
+        "0.SelfAttention.relative_attention_bias": (BUCKETS, num_heads),
+        "1.layer_norm": (d_model,),
+        "1.DenseReluDense.wi_0": (d_ff, d_model),
+        "1.DenseReluDense.wi_1": (d_ff, d_model),
+        "1.DenseReluDense.wo": (d_model, d_ff),
+    }
+    shapes = {"shared.weight": (config["vocab_size"], d_model), LAST_NORM: (d_model,)}
+    for i in range(config["num_layers"]):
+        shapes |= {f"encoder.block.{i}.layer.{name}.weight": shape for name, shape in block.items()}
+    return shapes
 
 
 def tokenizer_beside(path: Path) -> Path:
