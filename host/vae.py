@@ -121,16 +121,17 @@ def load_vae(path: str | Path, precision: str = "auto") -> comfy.sd.VAE:
         Refusal: the file is damaged or something else.
     """
     state_dict = files.to_wan_vae_keys(files.read_checkpoint(path).state_dict)
+    dim = files.vae_dim(state_dict)
+    with torch.device("meta"):
+        expected = {k: tuple(v.shape) for k, v in WanVAE(dim=dim).state_dict().items()}
+    left_out = files.check_keys(expected, state_dict)  # before memory is taken by what the file states
+    tell_left_out(Path(path).name, left_out)
+    state_dict = {key: value for key, value in state_dict.items() if key not in left_out}
     vae: Any = comfy.sd.VAE(sd=dict(state_dict), dtype=DTYPES.get(precision))
     decode_dtype = vae.vae_dtype
     if precision == "auto" and not (args.bf16_vae or args.fp16_vae):
         vae.vae_dtype = torch.float32  # what the host hands pixels and latents over in
-    dim = state_dict["decoder.head.0.gamma"].shape[0]
     model = HostWanVAE(dim, encode_dtype=vae.vae_dtype, decode_dtype=decode_dtype).eval()
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    left_out = files.check_keys(expected, state_dict)
-    tell_left_out(Path(path).name, left_out)
-    state_dict = {key: value for key, value in state_dict.items() if key not in left_out}
     comfy.model_management.archive_model_dtypes(model)
     patcher = comfy.model_patcher.CoreModelPatcher(
         model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()

@@ -1,7 +1,10 @@
 """Which installed model files a job uses: those that it names, and others that belong with them."""
 
+import logging
 import threading
+import time
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import Future, TimeoutError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,26 @@ if TYPE_CHECKING:
 
 BUNDLED = Path(__file__).parents[1] / "models"
 WHOLE_PIPELINES = "checkpoints"  # a second folder of models: files that hold all parts
+LOOK_SECONDS = 30.0  # for the header of one file
 MODELS_TOLD = 3  # of those that lack a partner
+
+
+class _Look:
+    """One look at a file, in a thread of its own, so that a disk that does not answer stops no other job."""
+
+    def __init__(self, part: str, path: Path, formats: Collection[str] | None):
+        self._path, self._ends = path, time.monotonic() + LOOK_SECONDS
+        self._found: Future[Traits] = Future()
+        job = lambda: self._found.set_result(read_traits(part, path, formats))  # noqa: E731
+        threading.Thread(target=job, name="wan21 look", daemon=True).start()
+
+    def traits(self) -> Traits:
+        """What the file is, as soon as it is known; after `LOOK_SECONDS` that it cannot be known for now."""
+        try:
+            return self._found.result(max(0, self._ends - time.monotonic()))
+        except TimeoutError:
+            logging.warning("Wan2.1 jobs: %s was not read within %g s", self._path, LOOK_SECONDS)
+            return Traits(refusal=f"not read within {LOOK_SECONDS:g} s: its disk is slow or gone")
 
 
 class Installed:
@@ -30,8 +52,8 @@ class Installed:
     def __init__(self, host: "Host", formats: Collection[str] | None = None):
         self._host = host
         self._formats = formats
-        self._traits: dict[tuple[Any, ...], Traits] = {}  # see `_traits_of`
-        self._reading = threading.Lock()
+        self._looks: dict[tuple[Any, ...], _Look] = {}  # see `_traits_of`
+        self._lock = threading.Lock()
 
     def choose(
         self, values: Mapping[str, Any], preferred: Mapping[str, str], end_image: bool
@@ -130,10 +152,10 @@ class Installed:
         except OSError:
             return Traits(refusal="it was removed since the host listed it", foreign=True)
         key = (part, path, stat.st_size, stat.st_mtime_ns, beside)
-        with self._reading:
-            if key not in self._traits:
-                self._traits[key] = read_traits(part, path, self._formats)
-            return self._traits[key]
+        with self._lock:
+            if key not in self._looks:
+                self._looks[key] = _Look(part, path, self._formats)
+        return self._looks[key].traits()
 
 
 def _lacks(

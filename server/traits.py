@@ -27,6 +27,7 @@ from ..wan.files import (
     to_wan_vae_keys,
     umt5_config,
     umt5_shapes,
+    vae_dim,
 )
 from ..wan.files.gguf import read_gguf
 from ..wan.files.marks import IN_METADATA, MARK, check_scales, mark_of, marks_in, unpacked_shapes
@@ -81,7 +82,9 @@ def read_traits(part: str, path: Path, formats: Collection[str] | None) -> Trait
         what = f"it is {error.kind.what}" if error.kind else error.problem
         return Traits(refusal=what, foreign=True)
     except ValueError as error:
-        return Traits(refusal=str(error).removeprefix(f"{path.name}: "))
+        refusal = str(error).removeprefix(f"{path.name}: ")
+        logging.info("Wan2.1 jobs: %s would not load: %s", path, refusal)
+        return Traits(refusal=refusal)
     except Exception as error:  # one strange file must not stop the jobs that use others
         logging.warning("Wan2.1 jobs: %s cannot be looked at", path, exc_info=True)
         return Traits(refusal=f"it cannot be looked at ({type(error).__name__}: {error})")
@@ -126,11 +129,9 @@ def _read_text_encoder(path: Path, formats: Collection[str] | None) -> Traits:
 
 def _read_vae(path: Path, formats: Collection[str] | None) -> Traits:
     state_dict = to_wan_vae_keys(read_shapes(path).state_dict)
-    gamma = state_dict.get("decoder.head.0.gamma")
-    if gamma is None:
-        raise Refusal("it lacks decoder.head.0.gamma: the file is incomplete", "Download it again")
-    check_keys(_vae_shapes(gamma.shape[0]), state_dict)
-    return Traits(vae_dim=gamma.shape[0])
+    dim = vae_dim(state_dict)
+    check_keys(_vae_shapes(dim), state_dict)
+    return Traits(vae_dim=dim)
 
 
 def _read_clip_vision(path: Path, formats: Collection[str] | None) -> Traits:

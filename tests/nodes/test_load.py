@@ -369,12 +369,21 @@ def test_models_are_listed_by_the_hosts_rules(files, folders, models, tmp_path):
     assert same_weights(model, models["t2v"])
 
 
+@pytest.mark.parametrize("shape", [(1000, 1, 1, 1), (2**20, 1, 1, 1), (0, 1, 1, 1), (), (4, 4)])
+def test_a_vae_is_measured_before_it_is_built(files, folders, shape):
+    """4 KB that state 1000 channels had taken 1.7 TB."""
+    state = load_file(files["vae"]) | {"decoder.head.0.gamma": torch.ones(shape)}
+    save_file(state, folders["vae"] / "vae.safetensors")
+    with pytest.raises(ValueError, match=r"^Wan21VAELoader: vae\.safetensors: .*decoder\.(head|conv1)"):
+        Wan21VAELoader.execute("vae.safetensors", "auto")
+
+
 Q = "encoder.block.1.layer.0.SelfAttention.q.weight"
 INCOMPLETE = {
     "a matrix": ({Q: None}, rf"1 missing: {Q}"),
     "a norm": (
         {"encoder.block.1.layer.1.layer_norm.weight": None},
-        r"1 missing: encoder\.block\.1\.layer\.1",
+        "1 missing: encoder.block.1.layer.1",
     ),
     "a whole block": ({"encoder.block.0.": None}, r"lacks encoder\.block\.0\.layer\.0"),
     "of another shape": ({Q: torch.zeros(3, 3)}, rf"1 of the wrong shape: {Q} \(3, 3\)"),

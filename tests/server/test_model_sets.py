@@ -2,6 +2,9 @@
 
 import json
 import os
+import struct
+import threading
+import time
 
 import gguf
 import numpy as np
@@ -22,7 +25,7 @@ from helpers_models import (
     umt5,
     vae,
 )
-from helpers_server import serve
+from helpers_server import serve, wait_until
 from inferencesh import APIError
 from safetensors.torch import load_file
 from wan21.server import installed
@@ -487,6 +490,107 @@ def test_a_file_is_read_once_and_again_when_it_changes(shelf, monkeypatch):
     shelf.put_file("model", "m1.safetensors", dit(**T2V))
     assert files.choose(NONE, RELEASE, False)[0]["model"] == RELEASE["model"]
     assert read == ["m1.safetensors"]
+
+
+def test_a_file_is_read_by_one_thread_however_many_ask(shelf, monkeypatch):
+    """Each of N requests had read a slow file anew."""
+    read, gate = [], threading.Event()
+
+    def slow(part, path, formats):
+        if path.name == "slow.safetensors":
+            read.append(threading.get_ident())
+            gate.wait(20)
+        return read_traits(part, path, formats)
+
+    monkeypatch.setattr(installed, "read_traits", slow)
+    shelf.put_file("model", "slow.safetensors", dit())
+    files, asked = Installed(shelf), []
+    ask = [threading.Thread(target=lambda: asked.append(files.traits("slow.safetensors"))) for _ in range(8)]
+    for thread in ask:
+        thread.start()
+    assert files.traits(TINY["model"]).text_width == 128  # the others need not wait for it
+    gate.set()
+    for thread in ask:
+        thread.join()
+    assert len(read) == 1 and len(asked) == 8 and all(not traits.refusal for traits in asked)
+
+
+def test_a_disk_that_does_not_answer_stops_no_job(shelf, monkeypatch, caplog):
+    gate = threading.Event()
+
+    def slow(part, path, _):
+        if path.name == "aa.safetensors":
+            gate.wait(20)
+        return read_traits(part, path, None)
+
+    monkeypatch.setattr(installed, "LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(installed, "read_traits", slow)
+    shelf.put_file("model", "aa.safetensors", dit(**TOY))
+    files, began = Installed(shelf), time.monotonic()
+    assert files.choose(NONE, RELEASE, False)[0] == TINY
+    assert time.monotonic() - began < 10
+    assert "aa.safetensors was not read within 0.3 s" in caplog.text
+    began = time.monotonic()
+    assert "not read within 0.3 s" in files.traits("aa.safetensors").refusal
+    assert time.monotonic() - began < 0.2  # waited for once
+    monkeypatch.setattr(installed, "read_traits", lambda *_: pytest.fail("read again"))
+    gate.set()
+    wait_until(lambda: not files.traits("aa.safetensors").refusal)
+
+
+ATTENTION = "encoder.block.0.layer.0.SelfAttention"
+HARMFUL = {
+    "a list of 2^62 bytes": (
+        "model",
+        "x.gguf",
+        b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"x", 9, 0, 2**62) + bytes(900),
+    ),
+    "a block far away": ("model", "x.safetensors", lambda: dit() | {"blocks.999999999.a": meta(1)}),
+    "an input of one axis": ("model", "x.safetensors", lambda: dit() | {"patch_embedding.weight": meta(36)}),
+    "an input of no axis": ("model", "x.safetensors", lambda: dit() | {"patch_embedding.weight": meta()}),
+    "no channels": ("vae", "x.safetensors", lambda: vae() | {"decoder.head.0.gamma": meta(0, 1, 1)}),
+    "a channel of no axis": ("vae", "x.safetensors", lambda: vae() | {"decoder.head.0.gamma": meta()}),
+    "vast channels": ("vae", "x.safetensors", lambda: vae() | {"decoder.head.0.gamma": meta(2**20, 1, 1)}),
+    "an encoder's block": (
+        "text_encoder",
+        "x.safetensors",
+        lambda: umt5() | {"encoder.block.20000.layer.0.layer_norm.weight": meta(1)},
+    ),
+    "an encoder of no heads": (
+        "text_encoder",
+        "x.safetensors",
+        lambda: (
+            umt5() | {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": meta(32, 0)}
+        ),
+    ),
+    "a mark that is no table": (
+        "text_encoder",
+        "x.safetensors",
+        lambda: umt5() | {f"{ATTENTION}.q.comfy_quant": meta(4).to(torch.uint8)},
+    ),
+}
+
+
+def meta(*shape):
+    return torch.empty(shape, device="meta")
+
+
+@pytest.mark.parametrize("case", HARMFUL)
+def test_a_file_that_means_harm_is_refused_by_name(shelf, case, caplog):
+    """One of these in a folder had made every run a 500, or hung it."""
+    part, name, made = HARMFUL[case]
+    shelf.put_release(*WHOLE)
+    if isinstance(made, bytes):
+        path = shelf.own / installed.FOLDERS[part] / name
+        path.write_bytes(made)
+    else:
+        path = shelf.put_file(part, name, made())
+    began = time.monotonic()
+    with caplog.at_level("INFO"):
+        assert choose(shelf)[0] == WHOLE
+        assert "would not load" in refused(shelf, **{part: name})[part]
+    assert time.monotonic() - began < 10
+    assert f"{path} would not load" in caplog.text and "Traceback" not in caplog.text
 
 
 def test_a_set_of_shards_is_looked_at_again_when_it_is_complete(bare):

@@ -28,7 +28,14 @@ from .bad_file import (
     naming,
     not_safetensors,
 )
-from .keys import is_quantization_key, refuse_loose_scales, to_wan_dit_keys, to_wan_vae_keys, wan_dit_key
+from .keys import (
+    is_quantization_key,
+    refuse_loose_scales,
+    to_wan_dit_keys,
+    to_wan_vae_keys,
+    vae_dim,
+    wan_dit_key,
+)
 from .kinds import Kind, WrongKind, detect_kind
 from .limits import load_json
 from .safetensors_file import MAX_HEADER_BYTES, read_header, read_safetensors
@@ -51,6 +58,7 @@ __all__ = [
     "to_wan_vae_keys",
     "umt5_config",
     "umt5_shapes",
+    "vae_dim",
     "wan_dit_key",
 ]
 

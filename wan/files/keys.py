@@ -5,12 +5,14 @@ Renaming only: the tensors are the ones given. Names on the right are those of `
 `WanTransformer3DModel` and `AutoencoderKLWan`.
 """
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from ..refusal import Refusal
+from .bad_file import AGAIN
 from .kinds import WAN21_DIT, WAN21_VAE, Kind, detect_kind, not_a
 
 # Longest first: a key is stripped of the first prefix that the file uses.
@@ -84,6 +86,7 @@ VAE_RESIDUAL_MODULES = {
     "conv2": "residual.6",
     "conv_shortcut": "shortcut",
 }
+MAX_VAE_DIM = 1024
 UPSAMPLES_PER_LEVEL = 4  # three residual blocks and a resampler
 
 
@@ -166,6 +169,21 @@ def to_wan_vae_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     if "decoder.conv_in.weight" not in part:
         return part
     return renamed(part, _wan_vae_key)
+
+
+def vae_dim(state_dict: Mapping[str, Tensor]) -> int:
+    """Channels of a VAE at its first level, 96 in the release; under the names of `to_wan_vae_keys`.
+
+    Raises:
+        Refusal: the layer that shows them is missing or damaged.
+    """
+    key = "decoder.head.0.gamma"
+    if key not in state_dict:
+        raise Refusal(f"it lacks {key}: the file is incomplete", AGAIN)
+    shape = list(state_dict[key].shape)
+    if not shape or not 1 <= shape[0] <= MAX_VAE_DIM or math.prod(shape) != shape[0]:
+        raise Refusal(f"{key} has the shape {shape}; 1 to {MAX_VAE_DIM} channels are read", AGAIN)
+    return shape[0]
 
 
 def select_part(state_dict: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
