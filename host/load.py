@@ -63,8 +63,10 @@ def load_model(
     tell_left_out(path.name, left_out)
     for key in left_out:
         file.leave_out(key)
-    host_config = comfy.model_detection.model_config_from_unet(file.detected, "", metadata=file.metadata)
+    # Without the file's metadata, of which the host would believe any size, and which `config` is read from.
+    host_config = comfy.model_detection.model_config_from_unet(file.detected, "")
     assert host_config is not None  # the host knows every model that `detect_config` lets through
+    host_config.unet_config |= {"num_heads": config.num_heads, "text_dim": config.text_dim}
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     _choose_dtype(host_config, file.detected, load_device, weight_dtype)

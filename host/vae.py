@@ -126,7 +126,7 @@ def load_vae(path: str | Path, precision: str = "auto") -> comfy.sd.VAE:
         expected = {k: tuple(v.shape) for k, v in WanVAE(dim=dim).state_dict().items()}
     left_out = files.check_keys(expected, state_dict)  # before memory is taken by what the file states
     tell_left_out(Path(path).name, left_out)
-    state_dict = {key: value for key, value in state_dict.items() if key not in left_out}
+    state_dict = {key: value for key, value in state_dict.items() if key in expected}
     vae: Any = comfy.sd.VAE(sd=dict(state_dict), dtype=DTYPES.get(precision))
     decode_dtype = vae.vae_dtype
     if precision == "auto" and not (args.bf16_vae or args.fp16_vae):

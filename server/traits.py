@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,13 +92,15 @@ def read_traits(part: str, path: Path, formats: Collection[str] | None) -> Trait
 def _read_model(path: Path, formats: Collection[str] | None) -> Traits:
     if path.suffix.lower() == ".gguf":
         metadata: Mapping[str, str] = {}
-        shapes: dict[str, Any] = to_wan_dit_keys(read_gguf(path))  # pyright: ignore[reportArgumentType]
+        packed = read_gguf(path)
+        shapes = to_wan_dit_keys({k: torch.empty(p.shape, device="meta") for k, p in packed.items()})
     else:
         state_dict, metadata = read_shapes(path)
         state_dict = to_wan_dit_keys(state_dict)
         found = _formats(state_dict, metadata)
         _check_formats(state_dict, found, formats)
-        shapes = unpacked_shapes(state_dict, found)
+        marks = {f"{layer}{MARK}": torch.empty(0) for layer in found}
+        shapes = unpacked_shapes(state_dict, found) | marks
     config = detect_config(shapes, metadata)
     check_keys(_model_shapes(config), shapes)
     if not config.takes_image:

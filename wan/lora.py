@@ -200,8 +200,8 @@ def match_lora(
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    if tensor.dtype.itemsize == 1:  # torch asks no fp8
-        tensor = tensor.float()
+    if tensor.dtype.itemsize == 1 or not tensor.is_floating_point():  # torch asks no fp8, no uint32
+        tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor.float()
     return not tensor.numel() or bool(tensor.abs().amax() <= LARGEST)
 
 

@@ -129,6 +129,7 @@ def test_safetensors(kind, whole, tmp_path, bounded):
     @LIMITS
     @given(changed_safetensors(base) | damaged(base.raw()))
     def runs(raw):
+        path.unlink()  # a MODEL of an earlier one may still map it
         path.write_bytes(raw)
         loaded = check(kind, path)
         assert kind != "dit" or loaded is None or same(loaded, path)
@@ -145,6 +146,7 @@ def test_gguf(kind, whole, tmp_path, bounded):
     @LIMITS
     @given(changed_gguf(base) | damaged(base.raw()))
     def runs(raw):
+        path.unlink()  # a MODEL of an earlier one may still map it
         path.write_bytes(raw)
         check(kind, path)
 
@@ -153,6 +155,7 @@ def test_gguf(kind, whole, tmp_path, bounded):
 
 def test_loras(whole, tmp_path, bounded):
     base, path = whole["lora"], tmp_path / NAME
+    path.touch()
     dit = tmp_path / "dit.safetensors"
     dit.write_bytes(whole["dit"].raw())
     model = host.load_model(dit)
@@ -160,6 +163,7 @@ def test_loras(whole, tmp_path, bounded):
     @LIMITS
     @given(changed_safetensors(base) | damaged(base.raw()))
     def runs(raw):
+        path.unlink()  # a MODEL of an earlier one may still map it
         path.write_bytes(raw)
         try:
             with about_file(path.name):

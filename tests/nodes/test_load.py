@@ -378,6 +378,26 @@ def test_a_vae_is_measured_before_it_is_built(files, folders, shape):
         Wan21VAELoader.execute("vae.safetensors", "auto")
 
 
+@pytest.mark.parametrize("key", ["conv1.weight_scale", "conv1.scale_weight", "conv1.comfy_quant"])
+def test_a_quantised_vae_is_named(files, folders, key):
+    """Its weights without the scales are noise."""
+    save_file(load_file(files["vae"]) | {key: torch.ones(1)}, folders["vae"] / "vae.safetensors")
+    with pytest.raises(
+        ValueError, match=rf"vae\.safetensors: its weights are quantised \({key}\), and a VAE is"
+    ):
+        Wan21VAELoader.execute("vae.safetensors", "auto")
+
+
+def test_sizes_in_the_metadata_are_not_believed(files, folders, models):
+    """The host had taken them, and no longer known the model."""
+    config = {"transformer": {"image_model": "other", "dim": [], "in_dim": 99, "text_dim": 128}}
+    path = folders["diffusion_models"] / "t2v.safetensors"
+    save_file(load_file(files["t2v"]), path, {"config": json.dumps(config)})
+    model = Wan21ModelLoader.execute("t2v.safetensors", "default").result[0]
+    assert same_weights(model, models["t2v"])
+    assert model.model.model_config.unet_config["num_heads"] == 2
+
+
 Q = "encoder.block.1.layer.0.SelfAttention.q.weight"
 INCOMPLETE = {
     "a matrix": ({Q: None}, rf"1 missing: {Q}"),

@@ -447,3 +447,26 @@ def test_a_pickled_tensor_must_have_all_its_numbers(tmp_path):
     assert f"{key} has fewer numbers than its shape" in refusal(path)
     torch.save(vae | {key: torch.eye(3).to_sparse()}, path)
     assert f"{key} is a sparse tensor" in refusal(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.uint8, torch.int8])
+def test_weights_that_are_no_real_numbers_are_refused(dtype):
+    """They had been cast to the model's type without a word."""
+    expected = {"a.weight": (2, 2), "a.bias": (2,)}
+    given = {"a.weight": torch.zeros(2, 2, dtype=dtype), "a.bias": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"1 of a type in which no weights are: a\.weight " + str(dtype)[6:]):
+        ck.check_keys(expected, given)
+    if dtype.itemsize == 1 and dtype != torch.bool:
+        assert ck.check_keys(expected, given | {"a.comfy_quant": torch.zeros(1)}) == []
+    assert ck.check_keys({"a.bias": (2,)}, given) == ["a.weight"]  # of no layer, it is only left out
+
+
+def test_the_look_at_a_header_gives_the_types(tmp_path):
+    weights = {
+        "f": torch.ones(2).half(),
+        "q": torch.ones(2).to(torch.float8_e4m3fn),
+        "n": torch.ones(2).long(),
+    }
+    save_file(weights, tmp_path / "x.safetensors")
+    found = ck.read_shapes(tmp_path / "x.safetensors").state_dict
+    assert {key: value.dtype for key, value in found.items()} == {k: v.dtype for k, v in weights.items()}

@@ -471,3 +471,10 @@ def test_many_keys_and_patterns_take_no_time():
     began = time.monotonic()
     lora = wl.match_lora(file, T2V, peft(alpha_pattern=patterns))
     assert lora.patches[-1][1].scale == 2 and time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint32, torch.uint8, torch.float64])
+def test_an_alpha_may_be_of_any_numbers(dtype):
+    file = low_rank(Q, rank=2) | {f"{Q}.alpha": torch.ones((), dtype=torch.uint8).to(dtype)}
+    [(_, patch)] = wl.match_lora(file, T2V).patches
+    assert patch.scale == 0.5

@@ -30,6 +30,7 @@ from .bad_file import (
 )
 from .keys import (
     is_quantization_key,
+    is_readable,
     refuse_loose_scales,
     to_wan_dit_keys,
     to_wan_vae_keys,
@@ -100,7 +101,7 @@ def read_shapes(path: str | Path) -> Checkpoint:
     """A checkpoint as `read_checkpoint` gives it, by the header alone: tensors without numbers.
 
     The marks of quantised layers (`comfy_quant`), a few bytes each, have theirs. The file is not mapped, so
-    that it may be larger than the memory. Dtypes are float32 whatever the file holds.
+    that it may be larger than the memory. Types in which no weights are stand as int64.
 
     Raises:
         BadFile: as `read_checkpoint`.
@@ -150,7 +151,8 @@ def check_keys(
         Keys that the model does not have, where that is all: it can be loaded without them.
 
     Raises:
-        Refusal: keys are missing or wrongly shaped; names ten of each, and of those that are unexpected.
+        Refusal: keys are missing, wrongly shaped or no real numbers; names ten of each, and of those that are
+            unexpected.
     """
     missing = sorted(expected.keys() - state_dict.keys())
     unexpected = sorted(k for k in state_dict.keys() - expected.keys() if not is_quantization_key(k))
@@ -159,12 +161,19 @@ def check_keys(
         for key, shape in sorted(expected.items())
         if key in state_dict and tuple(state_dict[key].shape) != tuple(shape)
     ]
-    problems = [
-        f"{len(keys)} {what}: {listed(keys)}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", reshaped))
-        if keys
+    odd = [
+        f"{key} {str(state_dict[key].dtype).removeprefix('torch.')}"
+        for key in sorted(expected.keys() & state_dict.keys())
+        if not is_readable(key, state_dict)
     ]
-    if missing or reshaped:
+    found = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of the wrong shape": reshaped,
+        "of a type in which no weights are": odd,
+    }
+    problems = [f"{len(keys)} {what}: {listed(keys)}" for what, keys in found.items() if keys]
+    if missing or reshaped or odd:
         raise Refusal(
             f"the keys of {name} do not fit the model. " + "; ".join(problems),
             "It is incomplete, or made for another model: download it again or pick another one",

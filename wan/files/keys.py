@@ -9,11 +9,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from ..refusal import Refusal
 from .bad_file import AGAIN
 from .kinds import WAN21_DIT, WAN21_VAE, Kind, detect_kind, not_a
+from .limits import FLOATS
 
 # Longest first: a key is stripped of the first prefix that the file uses.
 DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
@@ -95,6 +97,13 @@ def is_quantization_key(key: str) -> bool:
     return key.rpartition(".")[2] in QUANTIZATION_SUFFIXES
 
 
+def is_readable(key: str, state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether a weight is of real numbers, or packed into bytes by a layer that says how (`comfy_quant`)."""
+    dtype = state_dict[key].dtype
+    is_packed = dtype in (torch.uint8, torch.int8) and f"{key.rpartition('.')[0]}.comfy_quant" in state_dict
+    return is_packed or dtype in FLOATS
+
+
 def refuse_quanto(state_dict: dict[str, Tensor]) -> None:
     """Refuses weights that optimum-quanto packed.
 
@@ -166,6 +175,9 @@ def to_wan_vae_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     part = select_part(state_dict, VAE_PREFIXES)
     _require(WAN21_VAE, part, state_dict)
+    scales = (".comfy_quant", ".weight_scale", ".scale_weight")
+    if key := next((key for key in part if key.endswith(scales)), None):
+        raise Refusal(f"its weights are quantised ({key}), and a VAE is read plain", "Pick the bf16 version")
     if "decoder.conv_in.weight" not in part:
         return part
     return renamed(part, _wan_vae_key)

@@ -5,11 +5,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..refusal import Refusal
 from .bad_file import AGAIN, Checkpoint, is_safetensors, not_safetensors
 from .limits import MAX_KEY_LENGTH, MAX_RANK, MAX_TENSORS, load_json
 
+# Of weights; in a look at the header alone, any other stands as whole numbers, which no weights are.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U8": torch.uint8, "I8": torch.int8,
+}  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format itself
 
 
@@ -38,11 +44,16 @@ def read_header(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="np") as file:  # for "pt" the whole file would be mapped
             keys = file.keys()
-            state_dict = {k: torch.empty(file.get_slice(k).get_shape(), device="meta") for k in keys}
+            state_dict = {k: _without_numbers(file.get_slice(k)) for k in keys}
             marks = {k: torch.from_numpy(file.get_tensor(k)) for k in keys if k.endswith(".comfy_quant")}
             return Checkpoint(state_dict | marks, dict(file.metadata() or {}))
     except SafetensorError as error:
         raise Refusal(f"a damaged safetensors file ({error})", AGAIN) from error
+
+
+def _without_numbers(view: Any) -> Tensor:
+    dtype = DTYPES.get(view.get_dtype(), torch.int64)
+    return torch.empty(view.get_shape(), dtype=dtype, device="meta")
 
 
 def _check_header(path: Path) -> None:
