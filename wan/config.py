@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from .files.bad_file import AGAIN
+from .files.kinds import WrongKind, kind_by_metadata
 from .files.limits import check_sides, count_blocks, json_table
 from .refusal import Refusal
 
@@ -103,6 +104,8 @@ def detect_config(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] 
     Raises:
         Refusal: the weights are no Wan2.1 DiT of 16 or 36 input channels, or of sizes that no model has.
     """
+    if kind := kind_by_metadata(metadata or {}):
+        raise WrongKind("this file is not a Wan2.1 diffusion model", f"It is {kind}", kind)
     absent = [key for key in ("patch_embedding.weight", "blocks.0.ffn.0.weight") if key not in state_dict]
     if absent:
         raise Refusal(

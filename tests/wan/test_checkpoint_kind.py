@@ -39,6 +39,7 @@ def keys_only(*keys):
     return {key: torch.empty(1, device="meta") for key in keys}
 
 
+DIT_KEYS = ("head.modulation", "patch_embedding.weight", "text_embedding.0.weight")
 SD_VAE = {"block_out_channels": (32,), "norm_num_groups": 4}
 WRONG_FILES = {
     "wan21_dit": lambda: meta_state_dict(lambda: diffusers_dit(in_channels=16)),
@@ -50,7 +51,8 @@ WRONG_FILES = {
         )
     ),
     "wan22_dit": lambda: meta_state_dict(lambda: diffusers_dit(in_channels=48, out_channels=48)),
-    "fun_control": lambda: meta_state_dict(lambda: diffusers_dit(in_channels=48)),
+    "fun_control": lambda: meta_state_dict(lambda: diffusers_dit(in_channels=48, image_dim=8)),
+    "fun_control_22": lambda: meta_state_dict(lambda: diffusers_dit(in_channels=52)),
     "wan22_vae (diffusers)": lambda: meta_state_dict(
         lambda: AutoencoderKLWan(
             base_dim=8, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2
@@ -78,10 +80,35 @@ WRONG_FILES = {
     ),
     "s2v": lambda: keys_only("casual_audio_encoder.encoder.conv.weight", "head.modulation"),
     "animate": lambda: keys_only("face_adapter.fuser_blocks.0.k_norm.weight", "head.modulation"),
-    "audio": lambda: keys_only("audio_proj.norm.weight", "head.modulation"),
-    "fun_camera": lambda: keys_only("control_adapter.conv.weight", "head.modulation"),
-    "wan_variant": lambda: keys_only("patch_embedding_pose.weight", "head.modulation"),
-    "fun_control (reference)": lambda: keys_only("ref_conv.weight", "head.modulation"),
+    "humo": lambda: keys_only("audio_proj.audio_proj_glob_1.layer.bias", *DIT_KEYS),
+    "talk": lambda: keys_only("blocks.0.audio_cross_attn.kv_linear.weight", *DIT_KEYS),
+    "talk (MultiTalk)": lambda: keys_only("multitalk_audio_proj.proj1.weight", *DIT_KEYS),
+    "talk (alone)": lambda: keys_only("audio_proj.proj1.weight", "blocks.0.norm_x.weight"),
+    "longcat_avatar": lambda: keys_only(
+        "blocks.0.audio_modulation.1.weight", "multitalk_audio_proj.proj1.weight", *DIT_KEYS
+    ),
+    "longcat": lambda: keys_only("blocks.0.cross_attn.q_linear.weight", "blocks.0.attn.qkv.weight"),
+    "ovi": lambda: keys_only("video_model.head.modulation", "audio_model.blocks.0.self_attn.q.weight"),
+    "fantasy_talking": lambda: keys_only("proj_model.proj.weight"),
+    "fantasy_portrait": lambda: keys_only(
+        "ip_adapter.blocks.0.cross_attn.ip_adapter_single_stream_k_proj.weight"
+    ),
+    "fantasy_portrait (Flash)": lambda: keys_only("blocks.0.cross_attn.emo_k_proj.weight", *DIT_KEYS),
+    "lynx": lambda: keys_only("blocks.0.self_attn.ref_adapter.to_k_ref.weight"),
+    "lynx (lite)": lambda: keys_only("blocks.0.cross_attn.ip_adapter.to_v_ip.weight"),
+    "stand_in": lambda: keys_only("blocks.0.self_attn.q_loras.down.weight"),
+    "unianimate": lambda: keys_only("dwpose_embedding.0.weight"),
+    "mtv_crafter": lambda: keys_only("blocks.0.motion_attn.k.weight", *DIT_KEYS),
+    "recammaster": lambda: keys_only("blocks.0.cam_encoder.weight", "blocks.0.projector.bias", *DIT_KEYS),
+    "steady_dancer": lambda: keys_only("condition_embedding_spatial.0.weight", *DIT_KEYS),
+    "fun_camera": lambda: keys_only("control_adapter.conv.weight", "img_emb.proj.0.bias", *DIT_KEYS),
+    "fun_camera_22": lambda: keys_only("control_adapter.conv.weight", *DIT_KEYS),
+    "scail": lambda: keys_only("patch_embedding_pose.weight", *DIT_KEYS),
+    "scail2": lambda: keys_only("patch_embedding_mask.weight", "patch_embedding_pose.weight", *DIT_KEYS),
+    "dancer": lambda: keys_only("patch_embedding_global.weight", *DIT_KEYS),
+    "fun_control (reference)": lambda: keys_only("ref_conv.weight", "img_emb.proj.0.bias", *DIT_KEYS),
+    "fun_control_22 (reference)": lambda: keys_only("ref_conv.weight", *DIT_KEYS),
+    "remover": lambda: keys_only("head.modulation", "patch_embedding.weight", "blocks.0.ffn.0.weight"),
     "lora": lambda: keys_only("diffusion_model.blocks.0.self_attn.q.lora_A.weight"),
     "lora (kohya)": lambda: keys_only("lora_unet_blocks_0_self_attn_q.lora_down.weight"),
     "lora (difference)": lambda: keys_only("diffusion_model.patch_embedding.diff"),

@@ -134,3 +134,32 @@ def test_sizes_that_no_encoder_has_are_named(case):
     key, shape, words = UMT5_SIZES[case]
     with pytest.raises(ValueError, match=words):
         ck.umt5_config(ck.to_umt5_keys(umt5_state_dict()) | {key: empty(*shape)})
+
+
+CAUSAL = {
+    "ComfyUI": {"config": '{"transformer": {"causal_ar": true}}'},
+    "diffusers": {"config": '{"_class_name": "CausalWanModel", "model_type": "t2v"}'},
+    "a class below": {"config": '{"transformer": {"_class_name": "CausalWanTransformer3DModel"}}'},
+    "an architecture": {"modelspec.architecture": "wan2.1-self-forcing"},
+    "a kind": {"model_type": "causal"},
+}
+
+
+@pytest.mark.parametrize("case", CAUSAL)
+def test_an_autoregressive_model_is_told_by_its_metadata(case):
+    """Keys and shapes are those of Wan2.1, and it had been sampled as one."""
+    with pytest.raises(ck.WrongKind, match=r"It is an autoregressive Wan model .*; pick a Wan2\.1 text"):
+        detect_config(dit(), CAUSAL[case])
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"config": '{"transformer": {"causal_ar": false}}'},
+        {"config": '{"_class_name": "WanTransformer3DModel", "model_type": "i2v"}'},
+        {"modelspec.title": "I2V 14B, distilled by self-forcing", "modelspec.architecture": "wan2.1"},
+        {"modelspec.description": "causal"},
+    ],
+)
+def test_a_model_of_the_usual_kind_is_not_taken_for_one(metadata):
+    assert detect_config(dit(), metadata) == I2V

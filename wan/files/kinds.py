@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..refusal import Refusal
+from .limits import json_table
 
 
 class Kind(NamedTuple):
@@ -52,7 +53,18 @@ WAN22_DIT = Kind("wan22_dit", "a Wan2.2 5B diffusion model (48 latent channels)"
 WAN22_VAE = Kind("wan22_vae", "the Wan2.2 VAE (48 latent channels)", _VAE)
 OTHER_VAE = Kind("vae", "a VAE of another model", _VAE)
 CLIP_VISION = Kind("clip_vision", "a CLIP vision model", "load it as a CLIP vision model")
-FUN_CONTROL = Kind("fun_control", "a Fun-Control model (Wan2.1 or Wan2.2)", _VARIANT)
+FUN_CONTROL = Kind("fun_control", "a Wan2.1 Fun-Control model", _VARIANT)
+FUN_CAMERA = Kind("fun_camera", "a Wan2.1 Fun-Camera model", _VARIANT)
+VACE = Kind("vace", "a Wan2.1 VACE model", _VARIANT)
+# The same of Wan2.2, which has no image branch; VACE of either has none, and a file of 14B may be of both.
+OF_WAN22 = {
+    FUN_CONTROL: Kind("fun_control_22", "a Wan2.2 Fun-Control model", _VARIANT),
+    FUN_CAMERA: Kind("fun_camera_22", "a Wan2.2 Fun-Camera model", _VARIANT),
+}
+REMOVER = Kind("remover", "a Wan model without text features (MiniMax-Remover)", _VARIANT)
+CAUSAL = Kind("causal", "an autoregressive Wan model (Causal-Forcing, Self-Forcing or CausVid)", _VARIANT)
+_ADDITION = "it adds to a Wan model what is not read here; load it with the nodes of its own makers"
+_IMAGE_BRANCH = r"(^|\.)(img_emb|condition_embedder\.image_embedder)\."
 
 # One pattern per kind, searched in the list of keys, one key a line. Any prefix may come first.
 RULES: tuple[tuple[Kind, str], ...] = (
@@ -61,20 +73,55 @@ RULES: tuple[tuple[Kind, str], ...] = (
         r"(\.(lora_(up|down|A|B)(\.\w+)?(\.weight)?|hada_w[12]_a|lokr_w[12](_a)?|oft_blocks|dora_scale"
         r"|diff|diff_b|diff_m|w_norm)|[._]lora(_linear_layer)?\.up\.weight)$",
     ),
-    (Kind("vace", "a Wan2.1 VACE model", _VARIANT), r"(^|\.)vace_(patch_embedding|blocks)\."),
+    (VACE, r"(^|\.)vace_(patch_embedding|blocks)\."),
     (Kind("s2v", "a Wan2.2 speech-to-video model", _VARIANT), r"(^|\.)casual_audio_encoder\."),
     (Kind("animate", "a Wan2.2 Animate model", _VARIANT), r"(^|\.)(face_adapter|pose_patch_embedding)\."),
-    (Kind("audio", "an audio-driven Wan model (HuMo, MultiTalk)", _VARIANT), r"(^|\.)audio_proj\."),
-    (Kind("fun_camera", "a Wan Fun-Camera model", _VARIANT), r"(^|\.)control_adapter\."),
-    (FUN_CONTROL, r"(^|\.)ref_conv\.weight$"),
     (
-        Kind("wan_variant", "a Wan model with further inputs", _VARIANT),
-        r"(^|\.)patch_embedding_(pose|mask|global)\.",
+        Kind("longcat_avatar", "a LongCat-Avatar model", _VARIANT),
+        r"(^|\.)blocks\.\d+\.audio_modulation\.",
     ),
+    (Kind("humo", "a HuMo model, driven by audio", _VARIANT), r"(^|\.)audio_proj\.audio_proj_glob_"),
+    (
+        Kind("talk", "a MultiTalk, InfiniteTalk or SkyReels talking model, driven by audio", _VARIANT),
+        r"(^|\.)((multitalk_)?audio_proj|blocks\.\d+\.audio_cross_attn)\.",
+    ),
+    (
+        Kind("ovi", "an Ovi model, of video with sound", _VARIANT),
+        r"(^|\.)(audio|video)_model\.(blocks|head)\.",
+    ),
+    (Kind("fantasy_talking", "FantasyTalking's weights", _ADDITION), r"(^|\.)proj_model\.proj\."),
+    (
+        Kind("fantasy_portrait", "a FantasyPortrait or FlashPortrait model", _ADDITION),
+        r"(^|\.)cross_attn\.(ip_adapter_single_stream_|emo_)k_proj\.",
+    ),
+    (Kind("lynx", "Lynx's weights", _ADDITION), r"\.(self_attn\.ref_adapter|cross_attn\.ip_adapter)\."),
+    (Kind("stand_in", "Stand-In's weights", _ADDITION), r"\.self_attn\.[qkv]_loras\."),
+    (
+        Kind("unianimate", "UniAnimate's weights", _ADDITION),
+        r"(^|\.)(dwpose_embedding|randomref_embedding_pose)\.",
+    ),
+    (
+        Kind("mtv_crafter", "an MTV-Crafter model", _VARIANT),
+        r"(^|\.)(blocks\.\d+\.motion_attn|pad_motion_tokens)\b",
+    ),
+    (Kind("recammaster", "a ReCamMaster model", _VARIANT), r"(^|\.)blocks\.\d+\.cam_encoder\."),
+    (
+        Kind("steady_dancer", "a SteadyDancer model", _VARIANT),
+        r"(^|\.)condition_embedding_(spatial|align)\b",
+    ),
+    (FUN_CAMERA, r"(^|\.)control_adapter\."),
+    (FUN_CONTROL, r"(^|\.)ref_conv\.weight$"),
+    (Kind("scail2", "a SCAIL-2 model", _VARIANT), r"(^|\.)patch_embedding_mask\."),
+    (Kind("scail", "a SCAIL model", _VARIANT), r"(^|\.)patch_embedding_pose\."),
+    (Kind("dancer", "a Wan-Dancer model", _VARIANT), r"(^|\.)patch_embedding_global\."),
     (WAN21_DIT, r"(^|\.)(head\.modulation|condition_embedder\.time_proj\.weight)$"),
     (
         Kind("sd", "an SD or SDXL checkpoint", "pick a Wan2.1 file"),
         r"(^|\.)(input_blocks\.\d+\.\d+\.|down_blocks\.\d+\.attentions\.\d+\.proj_in\.)",
+    ),
+    (
+        Kind("longcat", "a LongCat video model, or another of PixArt's layers", "pick a Wan2.1 file"),
+        r"(^|\.)blocks\.\d+\.cross_attn\.(q|kv)_linear\.",
     ),
     (
         Kind("mmdit", "a diffusion model of another family (Flux, SD3, HunyuanVideo)", "pick a Wan2.1 file"),
@@ -124,12 +171,29 @@ def detect_kind(state_dict: Mapping[str, Tensor]) -> Kind | None:
     names = "\n".join(state_dict)
     kind = next((kind for kind, pattern in _COMPILED if pattern.search(names)), None)
     if kind is WAN21_DIT:
-        return _refine_dit(state_dict)
+        kind = _refine_dit(state_dict, names)
+    if kind in OF_WAN22 and not re.search(_IMAGE_BRANCH, names, re.MULTILINE):
+        return OF_WAN22[kind]
     if kind is WAN21_VAE and _axis(state_dict, r"decoder\.(conv1|conv_in)\.weight", 1) == 48:
         return WAN22_VAE
     if kind is T5 and not re.search(r"(^|\.)(encoder\.block|blocks)\.1\.", names, re.MULTILINE):
         return UMT5  # with one block the two are the same network
     return kind
+
+
+def kind_by_metadata(metadata: Mapping[str, str]) -> Kind | None:
+    """What a DiT is that has the keys and shapes of Wan2.1's and is none, by its metadata; None if it is one.
+
+    Read are the switch `config.transformer.causal_ar`, and the classes and architectures that diffusers and
+    trainers write. Titles are not: a distilled model of the usual kind may be named after the method.
+    """
+    config = json_table(metadata.get("config", "{}"), "`config` in its metadata")
+    inner = config.get("transformer")
+    tables = [config, inner if isinstance(inner, dict) else {}]
+    words = [table.get(key) for table in tables for key in ("_class_name", "model_type", "architecture")]
+    words += [metadata.get(key) for key in ("modelspec.architecture", "_class_name", "model_type")]
+    named = any(re.search(r"causal|autoregressive|self.?forcing", str(word), re.IGNORECASE) for word in words)
+    return CAUSAL if named or any(table.get("causal_ar") for table in tables) else None
 
 
 def not_a(expected: Kind, state_dict: Mapping[str, Tensor]) -> WrongKind:
@@ -144,13 +208,15 @@ def not_a(expected: Kind, state_dict: Mapping[str, Tensor]) -> WrongKind:
     )
 
 
-def _refine_dit(state_dict: Mapping[str, Tensor]) -> Kind:
+def _refine_dit(state_dict: Mapping[str, Tensor], names: str) -> Kind:
     in_dim = _axis(state_dict, r"patch_embedding\.weight", 1)
     out_rows = _axis(state_dict, r"(head\.head|proj_out)\.weight", 0)  # 4 per latent channel
     if out_rows == 4 * 48:
         return WAN22_DIT
     if in_dim is not None and in_dim > 36:
         return FUN_CONTROL
+    if "patch_embedding." in names and not re.search(r"(^|\.)text_embed(ding|der)\.", names, re.MULTILINE):
+        return REMOVER
     return WAN21_DIT
 
 
