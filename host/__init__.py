@@ -12,13 +12,14 @@ from .coefficients import measured_coefficients
 from .conditioning import Conditioning, describe_conditioning, trim_clip_vision
 from .guide import GUIDE, has_guide, with_guide
 from .latent_file import KeptLatent
-from .load import DTYPES, WEIGHT_DTYPES, load_model
+from .load import DTYPES, WEIGHT_DTYPES, load_model, notes_on_file
 from .lora import add_lora, other_family, packed_by_another_pack, read_lora
 from .memory import MemoryWatch, need_host_bytes, plan_memory
 from .model import checkpoint_name, config_of, is_ours
 from .patches import ignored_patches, refused_patch
 from .progress import Progress, StepProgress, check_cancelled, speaking_as, tell
 from .sampling import Prepared, as_video_latent, run_sampling
+from .stored import spoilt_weight
 from .text_encoder import load_text_encoder
 from .upsample import (
     InterpolationModel,
@@ -64,6 +65,7 @@ __all__ = [
     "measured_coefficients",
     "need_host_bytes",
     "no_upscale_model",
+    "notes_on_file",
     "other_family",
     "packed_by_another_pack",
     "plan_memory",
@@ -71,6 +73,7 @@ __all__ = [
     "refused_patch",
     "run_sampling",
     "speaking_as",
+    "spoilt_weight",
     "tell",
     "trim_clip_vision",
     "upscale_lanczos",

@@ -60,7 +60,7 @@ def load_model(
     with torch.device("meta"):
         expected = {k: tuple(v.shape) for k, v in WanModel(config, nn).state_dict().items()}
     left_out = files.check_keys(expected, file.shapes)
-    tell_left_out(path.name, left_out)
+    note = tell_left_out(path.name, left_out)
     for key in left_out:
         file.leave_out(key)
     # Without the file's metadata, of which the host would believe any size, and which `config` is read from.
@@ -73,7 +73,7 @@ def load_model(
     if operations := file.operations(load_device):
         host_config.custom_operations = operations  # pyright: ignore[reportAttributeAccessIssue]
     model = Wan21(host_config, config, path, file.metadata, file.built_on, file.stored(host_config))
-    model.device = offload_device
+    model.device, model.file_notes = offload_device, [note] if note else []
     patcher_class = PackedPatcher if is_gguf else ModelPatcher if disable_dynamic else CoreModelPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "wan21", refuse_unread)
@@ -86,6 +86,11 @@ def load_model(
     # The host builds further patchers of this model (hooks, several GPUs) from this recipe.
     patcher.cached_patcher_init = (load_model, (path, weight_dtype))
     return patcher
+
+
+def notes_on_file(model: ModelPatcher) -> list[str]:
+    """What was said of a MODEL's file when it was loaded, for the report of a run."""
+    return list(getattr(model.model, "file_notes", []))
 
 
 def _choose_dtype(

@@ -69,10 +69,13 @@ def tell(sentence: str) -> None:
         server.send_progress_text("\n".join(said), context.node_id, server.client_id)
 
 
-def tell_left_out(name: str, keys: list[str]) -> None:
-    """Says which keys of a file the model has no place for, if there are any."""
-    if keys:
-        tell(f"{name}: {len(keys)} keys are no part of the model and are left out: {listed(keys)}")
+def tell_left_out(name: str, keys: list[str]) -> str:
+    """Says which keys of a file the model has no place for, if there are any; gives the sentence."""
+    if not keys:
+        return ""
+    sentence = f"{name}: {len(keys)} keys are no part of the model and are left out: {listed(keys)}"
+    tell(sentence)
+    return sentence
 
 
 class Progress:

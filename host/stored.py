@@ -9,6 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from torch import nn
 
+from ..wan.files.gguf import dequantize
 from ..wan.refusal import Refusal
 
 GGUF_UNPACKING_BYTES = 13  # measured peak bytes per weight of dequantize, 16-bit result included
@@ -75,6 +76,26 @@ def kept_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         for prefix, layer in model.named_modules()
         for name, _ in layer.named_parameters(recurse=False)
     }
+
+
+def spoilt_weight(model: nn.Module) -> str | None:
+    """Name of the first weight of NaN or infinite numbers; None if there is none.
+
+    All are read, one after the other: for a run that has failed.
+    """
+    for prefix, layer in model.named_modules():
+        for name, value in layer.named_parameters(recurse=False):
+            numbers = value.detach()
+            packed = getattr(layer, "packed", None) if name == "weight" else None
+            if packed:
+                numbers = dequantize(numbers, *packed)
+            elif isinstance(numbers, QuantizedTensor):
+                numbers = numbers.dequantize()
+            if numbers.dtype.itemsize == 1:  # torch asks no fp8
+                numbers = numbers.float()
+            if not numbers.is_meta and not torch.isfinite(numbers).all():
+                return f"{prefix}.{name}" if prefix else name
+    return None
 
 
 def matrix_bytes(layer: nn.Module, itemsize: int) -> int:

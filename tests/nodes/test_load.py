@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from helpers import relative
 from helpers_gguf import write_umt5
+from helpers_hostile import Gguf
 from helpers_nodes import host_euler
 from safetensors.torch import load_file, save_file
 from wan21 import host
@@ -347,7 +348,9 @@ def test_extra_keys_are_left_out_and_named(files, folders, models, caplog):
         Wan21VAELoader.execute("buffer.safetensors", "fp32")
     assert same_weights(model, models["t2v"])
     words = "keys are no part of the model and are left out:"
-    assert f"sky.safetensors: 2 {words} fps_embedding.weight, rope.freqs_cos" in caplog.text
+    note = f"sky.safetensors: 2 {words} fps_embedding.weight, rope.freqs_cos"
+    assert note in caplog.text and host.notes_on_file(model.clone()) == [note]
+    assert host.notes_on_file(models["t2v"]) == []
     assert f"buffer.safetensors: 1 {words} scale" in caplog.text
 
 
@@ -497,3 +500,36 @@ def test_a_diffusion_model_in_gguf_is_no_text_encoder(folders):
     writer.close()
     with pytest.raises(ValueError, match=r"general\.architecture is 'flux'.* Pick a umT5 file"):
         Wan21TextEncoderLoader.execute("flux.gguf", "default")
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, "scaled fp8", "gguf"])
+def test_a_weight_of_nan_is_found(files, folders, stored):
+    """A run that gave NaN had been blamed on fp16 and on the attention."""
+    key, state = "blocks.1.ffn.0.weight", load_file(files["t2v"])
+    spoilt = state | {key: torch.full_like(state[key], torch.nan)}
+    for name, weights in (("whole", state), ("spoilt", spoilt)):
+        path = folders["diffusion_models"] / f"{name}.safetensors"
+        if stored == "gguf":
+            path = path.with_suffix(".gguf")
+            path.write_bytes(as_gguf(weights))
+        elif stored == "scaled fp8":
+            weights = as_fp8(weights, True)
+            save_file(weights, path, METADATA)
+        else:
+            save_file({k: v.to(stored) for k, v in weights.items()}, path, METADATA)
+        model = Wan21ModelLoader.execute(path.name, "default").result[0]
+        assert host.spoilt_weight(model.model.diffusion_model) == (key if name == "spoilt" else None)
+
+
+def as_gguf(weights):
+    """Matrices in Q8_0."""
+    made = Gguf.made_of(weights)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    with np.errstate(invalid="ignore"):
+        made.tensors = [
+            (name, shape, int(kind), gguf.quants.quantize(weights[name].numpy(), kind).tobytes())
+            if len(shape) == 2 and shape[0] % 32 == 0
+            else (name, shape, number, data)
+            for name, shape, number, data in made.tensors
+        ]
+    return made.raw()
