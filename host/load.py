@@ -90,7 +90,7 @@ def load_model(
 
 def notes_on_file(model: ModelPatcher) -> list[str]:
     """What was said of a MODEL's file when it was loaded, for the report of a run."""
-    return list(getattr(model.model, "file_notes", []))
+    return list(getattr(model.model, "file_notes", ()))
 
 
 def _choose_dtype(

@@ -157,9 +157,13 @@ class Wan21(comfy.model_base.WAN21):
         path: of the checkpoint.
         metadata: the checkpoint's.
         stored: as of `HostWanModel`.
+
+    Attributes:
+        file_notes: what was said of the checkpoint when it was read, in sentences.
     """
 
     diffusion_model: HostWanModel
+    file_notes: Sequence[str] = ()
 
     def __init__(
         self,

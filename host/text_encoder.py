@@ -92,12 +92,14 @@ def _tokenizer(path: Path, stored: Tensor | None, vocab_size: int) -> bytes:
     Raises:
         Refusal: there is none, it is damaged, or it gives numbers that the encoder has no features for.
     """
-    beside = tokenizer_beside(path) if stored is None else None
-    name = beside.name if beside else f"its {TOKENIZER_KEY}"
-    size = beside.stat().st_size if beside else stored.numel()
-    if size > MAX_TOKENIZER_BYTES or (stored is not None and stored.dtype != torch.uint8):
+    if stored is None:
+        beside = tokenizer_beside(path)
+        name, size, is_bytes = beside.name, beside.stat().st_size, True
+    else:
+        name, size, is_bytes = f"its {TOKENIZER_KEY}", stored.numel(), stored.dtype == torch.uint8
+    if size > MAX_TOKENIZER_BYTES or not is_bytes:
         raise Refusal(f"{name} is no tokenizer: up to {MAX_TOKENIZER_BYTES} bytes are read", AGAIN)
-    model = beside.read_bytes() if beside else stored.numpy().tobytes()
+    model = beside.read_bytes() if stored is None else stored.numpy().tobytes()
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
     except (RuntimeError, ValueError) as error:

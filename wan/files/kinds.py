@@ -172,7 +172,7 @@ def detect_kind(state_dict: Mapping[str, Tensor]) -> Kind | None:
     kind = next((kind for kind, pattern in _COMPILED if pattern.search(names)), None)
     if kind is WAN21_DIT:
         kind = _refine_dit(state_dict, names)
-    if kind in OF_WAN22 and not re.search(_IMAGE_BRANCH, names, re.MULTILINE):
+    if kind is not None and kind in OF_WAN22 and not re.search(_IMAGE_BRANCH, names, re.MULTILINE):
         return OF_WAN22[kind]
     if kind is WAN21_VAE and _axis(state_dict, r"decoder\.(conv1|conv_in)\.weight", 1) == 48:
         return WAN22_VAE
