@@ -44,6 +44,8 @@ def folders(tmp_path):
 
 
 def same_weights(a, b):
+    for model in (a, b):
+        model.detach()  # the host leaves the weights patched after a run, here of another test
     states = [m.model.diffusion_model.state_dict() for m in (a, b)]
     assert states[0].keys() == states[1].keys()
     return all(torch.equal(states[0][k], states[1][k]) for k in states[0])
