@@ -36,6 +36,10 @@ IN_CONTEXT = Refusal(
     "the conditioning carries context_latents (Bernini), which this MODEL does not read",
     "Load the model with the host's Load Diffusion Model",
 )
+TRAINED_ON = Refusal(
+    "another node trains on the MODEL, whose layers work in place and give no gradients",
+    "Load the model with the host's Load Diffusion Model to train on it",
+)
 
 
 class HostWanModel(WanModel):
@@ -111,6 +115,8 @@ class HostWanModel(WanModel):
     def _forward(self, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
         if kwargs.get("context_latents") is not None:
             raise IN_CONTEXT
+        if x.requires_grad:
+            raise TRAINED_ON
         if refusal := patch_inside_blocks(transformer_options):
             raise refusal
         frames, height, width = x.shape[-3:]

@@ -208,6 +208,13 @@ def test_two_prompts_of_a_side_are_told_apart(models, prompts):
     assert all(len({round(text, 2) for _, text in told}) == 1 for told in seen.values())
 
 
+def test_training_on_our_model_is_refused_by_name(models):
+    """As the host's TrainLoraNode calls it; its bare error was on the data types of a norm."""
+    with torch.inference_mode(False), pytest.raises(ValueError, match="Load Diffusion Model to train"):
+        x = torch.zeros(1, 16, 1, 4, 4, requires_grad=True)
+        models["t2v"].model.diffusion_model(x, torch.zeros(1), torch.zeros(1, 8, 128))
+
+
 @pytest.fixture
 def kj():
     """KJNodes' module of model nodes, where the pack lies: WAN21_TEST_PACKS names the folder of packs."""
