@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from helpers import relative
-from helpers_gguf import write_umt5
 from helpers_hostile import Gguf
 from helpers_nodes import host_euler
+from lib.gguf_files import write_umt5
 from safetensors.torch import load_file, save_file
 from wan21 import host
 from wan21.nodes.load import (

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from helpers_checkpoint import write_sparse
-from helpers_gguf import write_umt5
 from helpers_models import (
     EXPERT,
     FLF2V,
@@ -27,6 +26,7 @@ from helpers_models import (
 )
 from helpers_server import serve, wait_until
 from inferencesh import APIError
+from lib.gguf_files import write_umt5
 from safetensors.torch import load_file
 from wan21.server import installed
 from wan21.server.installed import Installed
