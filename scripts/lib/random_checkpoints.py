@@ -58,10 +58,10 @@ def make_checkpoints(models_directory, dtype="float32", seed=0):
     for name, variant in DIT_VARIANTS.items():
         # The host reads every size from the weights except the width of the text features.
         config = json.dumps({"transformer": {"text_dim": TEXT_DIM}})
-        _save(root / "diffusion_models" / name, _dit(variant), dtype, seed, metadata={"config": config})
-    _save(root / "vae" / VAE, _vae(), dtype, seed)
+        save_random(root / "diffusion_models" / name, _dit(variant), dtype, seed, metadata={"config": config})
+    save_random(root / "vae" / VAE, _vae(), dtype, seed)
     tokenizer = _train_tokenizer()
-    _save(
+    save_random(
         root / "text_encoders" / TEXT_ENCODER,
         _text_encoder(tokenizer),
         dtype,
@@ -122,7 +122,7 @@ def _as_bytes_tensor(data):
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _save(path, module, dtype, seed, metadata=None, extra=None):
+def save_random(path, module, dtype, seed, metadata=None, extra=None):
     """Write random weights of `module`'s names and shapes to `path`."""
     import torch
     from safetensors.torch import save_file
