@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
-from helpers_gguf import write_umt5
 from helpers_hostile import Gguf, Safetensors, changed_gguf, changed_safetensors, damaged
 from hypothesis import HealthCheck, given, settings
+from lib.gguf_files import write_umt5
 from safetensors.torch import load_file, save_file
 from wan21 import host
 from wan21.nodes.load import about_file
