@@ -70,12 +70,12 @@ def record(job, local, prompt, seed):
     """Points of one run."""
     positive, negative, latent = local.conditioning(prompt)
 
-    def run(denoiser, noise, start):
+    def run(denoiser, noise, start, *_):
         recorder = Recorder(denoiser)
         samples, _ = sample(job, recorder, noise, start)
         return samples, recorder.points()
 
-    negative = negative if "uncond" in job.pass_names else None
+    negative = negative if "uncond" in job.legs[0].pass_names else None
     prepared = host.Prepared(positive=positive, negative=negative, sigmas=job.sigmas)
     return host.run_sampling(local.model, prepared, latent, seed, run)[1]
 

@@ -52,7 +52,7 @@ class CfgZeroStar(Option):
     def idle(self, run: Run) -> str | None:
         if not run.is_guided:
             return f"cfg_star {NO_UNCONDITIONAL}"
-        if self.start_step >= run.steps:
+        if self.start_step >= run.own_steps.stop:
             return f"cfg_star has no effect: it starts at step {self.start_step} of {run.steps}, from 0"
         return None
 
@@ -74,9 +74,11 @@ class ZeroInit(Option):
     zero_steps: int = 1
 
     def check(self, run: Run) -> None:
-        if self.zero_steps >= run.steps:
+        if not run.asked:
+            own = run.own_steps
             raise Refusal(
-                f"zero_init_steps is {self.zero_steps} of {run.steps} steps; the model would never run",
+                f"cfg_star.zero_init_steps is {self.zero_steps} and the model has {len(own)} of {run.steps} "
+                "steps; it would never run",
                 "Set 0 (off) or 1",
             )
 

@@ -82,6 +82,7 @@ class StepSize:
         itemsize: e, bytes a number of the compute dtype.
         attention: name of the backend.
         teacache: whether TeaCache is on, which keeps residuals of the passes and tokens of those that walk.
+        nag: whether NAG is on, which works on what a pass found in two texts.
         text_tokens, image_tokens: of the context; no image tokens without CLIP features.
         matrix_bytes: what a number of a matrix takes while it is used; None is e.
     """
@@ -92,6 +93,7 @@ class StepSize:
     itemsize: int = 2
     attention: str = "sdpa"
     teacache: bool = False
+    nag: bool = False
     text_tokens: int = 512
     image_tokens: int = 0
     matrix_bytes: float | None = None
@@ -144,7 +146,8 @@ def _block_bytes(size: StepSize, parts: int) -> int:
     copies = ATTENTION_COPIES.get(size.attention, 0)
     attend = (4 * row + 2 * copies * config.dim + 4 * config.num_heads) * size.tokens
     output = row * size.tokens + row * part
-    cross = max(norm, 4 * row) * part
+    # With NAG: tokens, queries, what was found in two texts and its result; beside them three float32 copies.
+    cross = max(norm, 5 * row + 3 * 4 * config.dim if size.nag else 4 * row) * part
     feed_forward = max(norm, 2 * row + e * config.ffn_dim) * part
     matrix = (size.matrix_bytes or e) * config.dim * config.ffn_dim
     return round(max(project, attend, output, cross, feed_forward) + matrix)

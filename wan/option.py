@@ -23,25 +23,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run before its first step.
+    """What is known of a run before its first step, for one of the models that carry it out.
 
     Attributes:
         config: of the model.
         shape: of the latent, [B, 16, T, h, w].
-        timesteps: one a step, in [0, 1000], as the model is told.
+        timesteps: one a step of the whole run, in [0, 1000], as the model is told.
         pass_names: the passes of a step.
-        first_step: the first that asks the model, from 0; the steps before it have no velocity.
+        zero_steps: so many first steps of the run have no velocity, and ask no model.
+        own: the steps of this model, from 0; None is all.
     """
 
     config: WanConfig
     shape: tuple[int, ...]
     timesteps: list[float]
     pass_names: tuple[str, ...]
-    first_step: int = 0
+    zero_steps: int = 0
+    own: range | None = None
 
     @property
     def steps(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def own_steps(self) -> range:
+        return range(self.steps) if self.own is None else self.own
+
+    @property
+    def asked(self) -> range:
+        """The steps that ask the model."""
+        own = self.own_steps
+        return range(min(max(own.start, self.zero_steps), own.stop), own.stop)
 
     @property
     def is_guided(self) -> bool:
@@ -51,13 +63,13 @@ class Run:
 
 @dataclass
 class SampleRecord:
-    """What was done, for the report.
+    """What one model did, for the report.
 
     Attributes:
-        sigmas: the schedule, one more than steps.
+        sigmas: the schedule of the whole run, one more than steps.
         timesteps: one a step, as the model was told.
         passes: names of the passes of each velocity; none where it was zero.
-        seconds: of each step.
+        seconds: of each of its steps.
         plan: TeaCache's, over the steps that ask the model, or None.
         notes: sentences on what had no effect.
     """

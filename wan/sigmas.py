@@ -8,13 +8,21 @@ Source: Wan2.1, wan/utils/fm_solvers_unipc.py and wan/utils/fm_solvers.py (`set_
 """
 
 import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 from .refusal import Refusal
 
 # Solver -> first value of its grid before the shift. UniPC's 0.999 is the release's 1 - 1/1000 after a trip
 # through float32; with 0.999 itself some timesteps would truncate one lower than the release's.
-FIRST_SIGMA = {"unipc": 0.9990000128746033, "dpm++": 1.0, "euler": 1.0}
+FIRST_SIGMA = {"unipc": 0.9990000128746033, "dpm++": 1.0, "euler": 1.0, "lcm": 1.0, "dpm++_sde": 1.0}
 WHOLE_TIMESTEPS = ("unipc", "dpm++")  # as the release rounds them
+# In float32, as k-diffusion holds sigmas: near 1 the timestep feels it, and noise that is a path over sigma.
+IN_FLOAT32 = ("lcm", "dpm++_sde")
+# Before the shift, in place of a first sigma of 1, for a solver that divides by alpha there; k-diffusion's.
+BELOW_ONE = {"dpm++_sde": 0.9999}
 
 
 def flow_sigmas(steps: int, shift: float, solver: str = "unipc") -> list[float]:
@@ -24,7 +32,7 @@ def flow_sigmas(steps: int, shift: float, solver: str = "unipc") -> list[float]:
         steps: number of model evaluations, at least 1.
         shift: how much of the run is spent at high noise, in [0.001, 1000]; 1 leaves the grid even, Wan2.1
             uses 3 (480p) to 16 (first-last-frame).
-        solver: "unipc", "dpm++" or "euler".
+        solver: a key of `wan.solvers.SOLVERS`.
 
     Returns:
         steps + 1 strictly decreasing sigmas in [0, 1]; the last is exactly 0.
@@ -36,6 +44,7 @@ def flow_sigmas(steps: int, shift: float, solver: str = "unipc") -> list[float]:
     first = FIRST_SIGMA[solver]
     # The order of operations is NumPy's linspace: another one rounds differently and truncates differently.
     grid = [i * (-first / steps) + first for i in range(steps)]
+    grid[0] = min(grid[0], BELOW_ONE.get(solver, 1.0))
     # Below shift 1 rounding can carry the first value an ulp past 1.
     return [min(1.0, shift * s / (1 + (shift - 1) * s)) for s in grid] + [0.0]
 
@@ -44,17 +53,24 @@ def timestep(sigma: float, solver: str) -> float:
     """The timestep, in [0, 1000], that the model is told at a noise level.
 
     For UniPC and DPM-Solver++ the release truncates to whole timesteps, so the model is told a slightly lower
-    noise level than the solver works with. Euler, which the release does not have, tells the exact one.
+    noise level than the solver works with. The others, which the release does not have, tell the exact one.
 
     Args:
         sigma: in [0, 1], of a schedule or between two of it.
-        solver: "unipc", "dpm++" or "euler".
+        solver: a key of `wan.solvers.SOLVERS`.
 
     Raises:
         Refusal: the solver is unknown.
     """
     _check_solver(solver)
+    if solver in IN_FLOAT32:
+        sigma = in_float32(sigma)
     return float(math.trunc(1000 * sigma)) if solver in WHOLE_TIMESTEPS else 1000 * sigma
+
+
+def in_float32(sigma: float) -> float:
+    """The nearest float32."""
+    return struct.unpack("f", struct.pack("f", sigma))[0]
 
 
 def timesteps(sigmas: list[float], solver: str) -> list[float]:
@@ -75,7 +91,7 @@ def partial_sigmas(steps: int, shift: float, solver: str, denoise: float) -> lis
     Args:
         steps: number of model evaluations, at least 1.
         shift: as in `flow_sigmas`.
-        solver: "unipc", "dpm++" or "euler".
+        solver: a key of `wan.solvers.SOLVERS`.
         denoise: share of the longer run that is done, in (0, 1]; see `is_full_run`.
 
     Returns:
@@ -92,6 +108,65 @@ def partial_sigmas(steps: int, shift: float, solver: str, denoise: float) -> lis
         )
     full_steps = steps if is_full_run(denoise) else int(steps / denoise)
     return flow_sigmas(full_steps, shift, solver)[-(steps + 1) :]
+
+
+@dataclass(frozen=True)
+class StepRange:
+    """A part of a schedule, by the host's names and rules (KSamplerAdvanced).
+
+    Attributes:
+        start_at_step, end_at_step: from and up to which step, from 0; an end past the last is the end.
+        add_noise: whether noise is added to the latent, which otherwise carries it from an earlier part.
+        return_with_leftover_noise: whether the latent keeps the noise of the last sigma; without it the last
+            step goes on to 0.
+    """
+
+    start_at_step: int = 0
+    end_at_step: int = 10000
+    add_noise: bool = True
+    return_with_leftover_noise: bool = False
+
+    def of(self, sigmas: Sequence[float]) -> list[float]:
+        """The sigmas of the part.
+
+        Raises:
+            Refusal: no step lies in it.
+        """
+        steps = len(sigmas) - 1
+        end = min(self.end_at_step, steps)
+        if self.start_at_step >= end:
+            raise Refusal(
+                f"start_at_step is {self.start_at_step} and end_at_step {self.end_at_step} of {steps} steps; "
+                "no step lies between",
+                f"Set a start below the end, and below {steps}",
+            )
+        part = list(sigmas[self.start_at_step : end + 1])
+        if not self.return_with_leftover_noise:
+            part[-1] = 0.0
+        return part
+
+
+def check_sigmas(sigmas: Sequence[float]) -> None:
+    """Whether numbers are a schedule of a flow model.
+
+    Raises:
+        Refusal: too few, not falling, or outside [0, 1].
+    """
+    told = " ".join(f"{sigma:.4g}" for sigma in sigmas[:6]) + (" ..." if len(sigmas) > 6 else "")
+    if len(sigmas) < 2:
+        raise Refusal(
+            f"sigmas holds {len(sigmas)} numbers; a step needs two", "Connect a scheduler of the host"
+        )
+    if not all(0 <= sigma <= 1 for sigma in sigmas):
+        raise Refusal(
+            f"sigmas are {told}; Wan2.1 is a flow model, whose noise levels lie between 1 and 0",
+            "Give the scheduler node the MODEL that is sampled",
+        )
+    if not all(a > b for a, b in pairwise(sigmas)):
+        raise Refusal(
+            f"sigmas are {told}; each must be below the one before",
+            "Connect them from the noisiest to the cleanest",
+        )
 
 
 def _check_schedule(steps: int, shift: float, solver: str) -> None:

@@ -20,7 +20,9 @@ def parse_layers(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     wrong = [part for part in parts if not (part.isascii() and part.isdigit())]
     if wrong:
-        raise Refusal(f"skip_layers holds {wrong[0]!r}; it takes block numbers", "Write them like 9,10")
+        raise Refusal(
+            f"skip_layers.layers holds {wrong[0]!r}; it takes block numbers", "Write them like 9,10"
+        )
     return tuple(sorted({int(part) for part in parts}))
 
 
@@ -67,15 +69,15 @@ class SkipLayers(Option):
             )
         if self.start_percent >= self.end_percent:
             raise Refusal(
-                f"skip_layer_start_percent is {self.start_percent} and skip_layer_end_percent "
-                f"{self.end_percent}; no step lies between",
+                f"skip_layers.start_percent is {self.start_percent} and end_percent {self.end_percent}; no "
+                "step lies between",
                 "Set a start below the end, such as 10 and 90",
             )
 
     def idle(self, run: Run) -> str | None:
         if not run.is_guided:
             return f"skip_layers {NO_UNCONDITIONAL}"
-        if any(self._is_on(step, run.steps) for step in range(run.steps)):
+        if any(self._is_on(step, run.steps) for step in run.own_steps):
             return None
         return (
             f"skip_layers has no effect: no step of {run.steps} lies between {self.start_percent} % and "

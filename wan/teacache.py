@@ -34,8 +34,7 @@ AREA_480P = 848 * 480  # pixels; the largest that Wan2GP runs with the 480p mode
 
 DEGREE = 4
 NO_PROFILE = (
-    "Run scripts/calibrate_teacache.py on the checkpoint, choose a teacache_profile, or set "
-    "teacache_multiplier to 0"
+    "Run scripts/calibrate_teacache.py on the checkpoint, choose a cache.profile, or set cache to off"
 )
 
 
@@ -84,7 +83,7 @@ def choose_profile(
     if name == "measured" or (name == "auto" and measured is not None):
         if measured is None:
             raise Refusal(
-                f"teacache_profile is measured and {file_name} has no coefficients of its own", NO_PROFILE
+                f"cache.profile is measured and {file_name} has no coefficients of its own", NO_PROFILE
             )
         return Profile("measured", tuple(measured))
     if name == "auto":
@@ -231,8 +230,8 @@ class TeaCache(Option):
     def check(self, run: Run) -> None:
         if self.multiplier < 1:
             raise Refusal(
-                f"teacache_multiplier is {self.multiplier:g}; a speed-up is at least 1, and 0 is off",
-                "Set 0, or 1.5 to 2.5",
+                f"cache.multiplier is {self.multiplier:g}; a speed-up is at least 1",
+                "Set 1.5 to 2.5",
             )
 
     def sized(self, size: StepSize) -> StepSize:
@@ -240,18 +239,18 @@ class TeaCache(Option):
 
     def begin(self, run: Run, embed_time: EmbedTime, record: SampleRecord) -> EditCall | None:
         assert self.profile is not None
-        told = run.timesteps[run.first_step :]
+        told = [run.timesteps[step] for step in run.asked]
         record.plan = plan_steps(embed_time(told), self.profile, self.multiplier, self.start_percent)
         residuals = Residuals(record.plan)
 
         def edit(call: Call) -> Call:
-            return replace(call, around=(*call.around, residuals.around(call.step - run.first_step)))
+            return replace(call, around=(*call.around, residuals.around(call.step - run.asked.start)))
 
         return edit
 
     def report(self, run: Run, record: SampleRecord) -> Iterable[str]:
         """The plan as a line of marks (# computed, . reused, 0 no velocity), what it promised and gave."""
-        plan, zeros = record.plan, run.first_step
+        plan, zeros = record.plan, run.asked.start - run.own_steps.start
         assert plan is not None and self.profile is not None
         total = len(plan.compute)
         speed_up = total / plan.computed
@@ -262,7 +261,7 @@ class TeaCache(Option):
         yield "plan: " + "0" * zeros + "".join("#" if compute else "." for compute in plan.compute)
         if plan.computed != plan.wanted:
             yield (
-                f"teacache_multiplier {self.multiplier:g} asks for {plan.wanted} computed steps; the "
+                f"cache.multiplier {self.multiplier:g} asks for {plan.wanted} computed steps; the "
                 f"nearest that can be is {plan.computed}, {speed_up:.2f}x"
             )
         timed = list(zip(plan.compute, record.seconds[zeros:]))[1:]  # the first step also loads the model

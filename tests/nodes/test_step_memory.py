@@ -17,12 +17,14 @@ from wan21.wan.memory import (
     StepSize,
     step_bytes,
 )
+from wan21.wan.nag import Nag
+from wan21.wan.option import Call
 from wan21.wan.teacache import Plan, Residuals
 
 TOY = WanConfig(in_dim=36, dim=256, ffn_dim=1024, num_heads=2, num_layers=2, text_dim=64, image_dim=1280)
 
 
-def counted(config, latent, dtype, plan, passes=2, image_tokens=0, device="cuda", teacache=False):
+def counted(config, latent, dtype, plan, passes=2, image_tokens=0, device="cuda", teacache=False, nag=None):
     """Peak of the new tensors of a step. On `cuda` they are fake: shapes, and no device needed.
 
     The model computes float32 where the loaded one does: patches, time, modulation, residual stream.
@@ -43,15 +45,18 @@ def counted(config, latent, dtype, plan, passes=2, image_tokens=0, device="cuda"
         with PeakBytes(device) as meter:
             runner = Residuals(Plan((True, False), 0.0, 1)).around(0)(run_blocks) if teacache else run_blocks
             names = ("cond", "uncond")[:passes]
+            reads = {} if nag is None else {"context_attention": nag(Call(names)).context_attention}
+            alone = {"uncond": text[:1]} if nag is not None and passes == 1 else {}
             for group in [names] if plan.joint else [(name,) for name in names]:
                 how = {"attention": attention, "runner": runner, "execute": block_executor(plan.parts)}
+                how |= {**reads, "contexts": alone}
                 model(x, timestep, text, clip, pass_names=group, **how)
     return meter.peak
 
 
-def estimated(config, latent, dtype, plan, passes=2, image_tokens=0, teacache=False):
+def estimated(config, latent, dtype, plan, passes=2, image_tokens=0, **options):
     """The estimate, less what is held outside the model call: the latents, the input and its parts."""
-    size = StepSize(config, latent, passes, dtype.itemsize, image_tokens=image_tokens, teacache=teacache)
+    size = StepSize(config, latent, passes, dtype.itemsize, image_tokens=image_tokens, **options)
     area, together = 16 * size.tokens, passes if plan.joint else 1
     return step_bytes(size, plan) - area * (16 * (LATENT_COPIES + passes) + together * 2 * config.in_dim)
 
@@ -86,6 +91,17 @@ def test_estimate_with_teacache(plan):
     ours = estimated(config, SHORT, torch.bfloat16, plan, teacache=True)
     assert 0.97 < ours / real < 1.1, f"{ours / GIB:.2f} estimated, {real / GIB:.2f} GiB counted"
     assert real > 1.05 * plain
+
+
+@pytest.mark.parametrize("plan", PLANS[2:], ids=str)
+def test_estimate_with_nag(plan):
+    config = replace(SIZES["i2v-14B"], num_layers=1)
+    how = {"passes": 1, "image_tokens": 257}
+    real = counted(config, LARGE, torch.bfloat16, plan, nag=Nag().begin(None, None, None), **how)
+    plain = counted(config, LARGE, torch.bfloat16, plan, **how)
+    ours = estimated(config, LARGE, torch.bfloat16, plan, nag=True, **how)
+    assert 0.97 < ours / real < 1.1, f"{ours / GIB:.2f} estimated, {real / GIB:.2f} GiB counted"
+    assert real > 1.03 * plain or plan.parts > 1
 
 
 @pytest.mark.parametrize("plan", PLANS[::3], ids=str)

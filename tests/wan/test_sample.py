@@ -117,7 +117,7 @@ def options(*chosen, **fields):
 def sample_again(job, toy, noise):
     """`sample` with both denoisers around the toy -> (latent, record, what these said)"""
     said = []
-    plans = plans_from(True, len(job.pass_names))
+    plans = plans_from(True, len(job.legs[0].pass_names))
     inner = WithinMemory(toy, plans, getattr(toy, "make_room", lambda: False), said.append)
     return *sample(job, FiniteOrSdpa(inner, said.append), noise, None), said
 
@@ -197,12 +197,12 @@ def test_an_explicit_attention_reaches_the_model(noise, two):
     assert all(call.attention is SDPA and not call.plan.joint for _, _, call in toy.calls)
 
 
-def sample_midpoint(velocity, x, sigmas, callback=None):
+def sample_midpoint(x, sigmas, callback=None, noise=None):
     """The midpoint method: a second velocity half way down each step."""
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         middle = (sigma + sigma_next) / 2
-        half = x + (middle - sigma) * velocity(x, sigma)
-        v = velocity(half, middle)
+        half = x + (middle - sigma) * (yield x, sigma)
+        v = yield half, middle
         if callback is not None:
             callback(i, x - sigma * v, x)
         x = x + (sigma_next - sigma) * v

@@ -54,7 +54,7 @@ def test_layers_are_read(text, layers):
 
 @pytest.mark.parametrize("text", ["nine", "9,,10", "-1", "9.5", "9;10", "²"])
 def test_what_is_not_a_block_number_is_named(text):
-    with pytest.raises(ValueError, match="skip_layers holds"):
+    with pytest.raises(ValueError, match=r"skip_layers\.layers holds"):
         parse_layers(text)
 
 

@@ -18,15 +18,24 @@ from helpers import relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wan21.wan.sigmas import flow_sigmas, partial_sigmas
-from wan21.wan.solvers import SOLVERS, sample_dpmpp_2m, sample_unipc
+from wan21.wan.solvers import ADD_NOISE, SOLVERS, sample_dpmpp_2m, sample_unipc, solve
 
 SHAPE = (1, 4, 2, 3, 3)  # B C F H W; nothing depends on it
 
+# Those that add noise on the way are compared with the host's in tests/nodes/test_native_sampling.py.
+ODE_SOLVERS = sorted(SOLVERS.keys() - set(ADD_NOISE))
+ode_solver = pytest.mark.parametrize("solver", ODE_SOLVERS)
 every_solver = pytest.mark.parametrize("solver", sorted(SOLVERS))
 
 
 def noise(seed=0, dtype=torch.float64):
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def fresh(x):
+    """New noise of the shape of x, the same in each run."""
+    generator = torch.Generator().manual_seed(3)
+    return lambda sigma, sigma_next: torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
 def toy_velocity(x, sigma):
@@ -81,7 +90,7 @@ SCHEDULES.append((4, 0.3))  # shifts DPM-Solver++'s first sigma to 0.99999999999
 def test_unipc_equals_diffusers_in_float64(steps, shift, float64_by_default):
     sigmas = flow_sigmas(steps, shift, "unipc")
     expected = run_diffusers(diffusers_scheduler("unipc", shift), noise(), sigmas)
-    assert relative(sample_unipc(toy_velocity, noise(), sigmas), expected) < 1e-12
+    assert relative(solve(sample_unipc, toy_velocity, noise(), sigmas), expected) < 1e-12
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
@@ -90,7 +99,7 @@ def test_equals_diffusers_in_float32(solver, steps, shift):
     sigmas = flow_sigmas(steps, shift, solver)
     x = noise(dtype=torch.float32)
     expected = run_diffusers(diffusers_scheduler(solver, shift), x, sigmas)
-    assert relative(SOLVERS[solver](toy_velocity, x, sigmas), expected) < 3e-6
+    assert relative(solve(SOLVERS[solver], toy_velocity, x, sigmas), expected) < 3e-6
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
@@ -98,16 +107,16 @@ def test_partial_run_equals_diffusers(solver):
     sigmas = partial_sigmas(12, 5.0, solver, 0.6)
     x = noise(dtype=torch.float32)
     expected = run_diffusers(diffusers_scheduler(solver, 5.0), x, sigmas)
-    assert relative(SOLVERS[solver](toy_velocity, x, sigmas), expected) < 3e-6
+    assert relative(solve(SOLVERS[solver], toy_velocity, x, sigmas), expected) < 3e-6
 
 
-@every_solver
+@ode_solver
 @given(st.integers(1, 60), st.floats(0.1, 100), st.floats(0.05, 1))
 @settings(deadline=None, max_examples=40)
 def test_constant_velocity_is_solved_exactly(solver, steps, shift, denoise):
     sigmas = partial_sigmas(steps, shift, solver, denoise)
     v = noise(1)
-    end = SOLVERS[solver](lambda x, sigma: v, noise(), sigmas)
+    end = solve(SOLVERS[solver], lambda x, sigma: v, noise(), sigmas)
     torch.testing.assert_close(end, noise() - sigmas[0] * v, rtol=0, atol=1e-12)
 
 
@@ -146,7 +155,7 @@ def test_order_of_convergence_on_wans_schedules(solver, lowest, highest, shift, 
     errors = []
     for steps in (160, 320, 640):
         sigmas = partial_sigmas(steps, shift, solver, denoise)
-        end = SOLVERS[solver](gaussian_velocity, noise(), sigmas)
+        end = solve(SOLVERS[solver], gaussian_velocity, noise(), sigmas)
         errors.append(relative(end, gaussian_flow(noise(), sigmas[0])))
     assert all(lowest < p < highest for p in measured_orders(errors)), (errors, measured_orders(errors))
 
@@ -159,16 +168,16 @@ def test_order_of_convergence_on_even_lambdas(solver, order):
     for steps in (40, 80, 160):
         sigmas = [1 / (1 + math.exp(-2 + 4 * i / steps)) for i in range(steps + 1)]
         seen = []
-        SOLVERS[solver](gaussian_velocity, noise(), sigmas, lambda i, x0, x, seen=seen: seen.append(x))
+        solve(SOLVERS[solver], gaussian_velocity, noise(), sigmas, lambda i, x0, x, seen=seen: seen.append(x))
         errors.append(relative(seen[-1], gaussian_flow(noise(), sigmas[0], sigmas[-2])))
     assert all(abs(p - order) < 0.25 for p in measured_orders(errors)), (errors, measured_orders(errors))
 
 
 def test_second_order_pays_at_twenty_steps():
     errors = {}
-    for solver, sample in SOLVERS.items():
+    for solver in ODE_SOLVERS:
         sigmas = flow_sigmas(20, 3.0, solver)
-        end = sample(gaussian_velocity, noise(), sigmas)
+        end = solve(SOLVERS[solver], gaussian_velocity, noise(), sigmas)
         errors[solver] = relative(end, gaussian_flow(noise(), sigmas[0]))
     assert errors["unipc"] < errors["dpm++"] < errors["euler"] / 3, errors
 
@@ -176,30 +185,30 @@ def test_second_order_pays_at_twenty_steps():
 def test_dpmpp_is_finite_from_pure_noise():
     for steps, shift in [(1, 5.0), (2, 5.0), (3, 5.0), (30, 16.0), (30, 0.3)]:
         x = noise(dtype=torch.float32).requires_grad_()
-        end = sample_dpmpp_2m(toy_velocity, x, flow_sigmas(steps, shift, "dpm++"))
+        end = solve(sample_dpmpp_2m, toy_velocity, x, flow_sigmas(steps, shift, "dpm++"))
         end.square().sum().backward()
         assert end.isfinite().all() and x.grad.isfinite().all()
 
 
-@every_solver
+@ode_solver
 def test_one_and_two_steps_by_hand(solver):
     # One step is Euler's for all. Of two, DPM-Solver++ has no second-order step and UniPC's corrector only
     # touches a latent that the last step discards.
     x, s0 = noise(), 0.8
     one = x - s0 * toy_velocity(x, s0)
-    torch.testing.assert_close(SOLVERS[solver](toy_velocity, x, [s0, 0.0]), one)
+    torch.testing.assert_close(solve(SOLVERS[solver], toy_velocity, x, [s0, 0.0]), one)
     half = x - 0.5 * toy_velocity(x, s0)
     two = half - 0.3 * toy_velocity(half, 0.3)
-    torch.testing.assert_close(SOLVERS[solver](toy_velocity, x, [s0, 0.3, 0.0]), two)
+    torch.testing.assert_close(solve(SOLVERS[solver], toy_velocity, x, [s0, 0.3, 0.0]), two)
 
 
 def test_unipc_takes_a_grid_that_starts_at_one():
     x = noise()
-    end = sample_unipc(gaussian_velocity, x, flow_sigmas(50, 5.0, "euler"))
+    end = solve(sample_unipc, gaussian_velocity, x, flow_sigmas(50, 5.0, "euler"))
     assert relative(end, gaussian_flow(x, 1.0)) < 2e-3
 
 
-@every_solver
+@ode_solver
 def test_velocity_is_asked_once_per_sigma_and_callback_sees_it(solver):
     sigmas = flow_sigmas(9, 5.0, solver)
     asked, seen = [], []
@@ -209,7 +218,7 @@ def test_velocity_is_asked_once_per_sigma_and_callback_sees_it(solver):
         asked.append((sigma, x, v))
         return v
 
-    SOLVERS[solver](velocity, noise(), sigmas, lambda i, x0, x: seen.append((i, x0, x)))
+    solve(SOLVERS[solver], velocity, noise(), sigmas, lambda i, x0, x: seen.append((i, x0, x)))
     assert [sigma for sigma, _, _ in asked] == sigmas[:-1]
     assert all(type(sigma) is float for sigma, _, _ in asked)
     assert [i for i, _, _ in seen] == list(range(9))
@@ -224,9 +233,9 @@ def test_runs_are_isolated(solver):
     before = x.clone()
     sigmas = flow_sigmas(12, 5.0, solver)
     kept = list(sigmas)
-    first = SOLVERS[solver](toy_velocity, x, sigmas)
-    SOLVERS[solver](gaussian_velocity, x, flow_sigmas(5, 3.0, solver))
-    again = SOLVERS[solver](toy_velocity, x, sigmas, lambda *seen: None)
+    first = solve(SOLVERS[solver], toy_velocity, x, sigmas, noise=fresh(x))
+    solve(SOLVERS[solver], gaussian_velocity, x, flow_sigmas(5, 3.0, solver), noise=fresh(x))
+    again = solve(SOLVERS[solver], toy_velocity, x, sigmas, lambda *seen: None, fresh(x))
     assert torch.equal(first, again)
     assert torch.equal(x, before) and sigmas == kept
 
@@ -234,22 +243,22 @@ def test_runs_are_isolated(solver):
 @every_solver
 def test_a_cancelled_run_leaves_nothing_behind(solver):
     x, sigmas = noise(), flow_sigmas(6, 5.0, solver)
-    expected = SOLVERS[solver](toy_velocity, x, sigmas)
+    expected = solve(SOLVERS[solver], toy_velocity, x, sigmas, noise=fresh(x))
 
     def cancel(i, x0, x):
         if i == 3:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        SOLVERS[solver](toy_velocity, x, sigmas, cancel)
-    assert torch.equal(SOLVERS[solver](toy_velocity, x, sigmas), expected)
+        solve(SOLVERS[solver], toy_velocity, x, sigmas, cancel, fresh(x))
+    assert torch.equal(solve(SOLVERS[solver], toy_velocity, x, sigmas, noise=fresh(x)), expected)
 
 
-@every_solver
+@ode_solver
 def test_latent_stays_float32_under_a_bfloat16_model(solver):
     v = noise(1, torch.bfloat16)
     sigmas = flow_sigmas(8, 5.0, solver)
-    end = SOLVERS[solver](lambda x, sigma: v, noise(dtype=torch.float32), sigmas)
+    end = solve(SOLVERS[solver], lambda x, sigma: v, noise(dtype=torch.float32), sigmas)
     assert end.dtype == torch.float32
     torch.testing.assert_close(end, noise(dtype=torch.float32) - sigmas[0] * v.float())
 
@@ -257,5 +266,6 @@ def test_latent_stays_float32_under_a_bfloat16_model(solver):
 @every_solver
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
 def test_any_shape(solver, shape):
-    end = SOLVERS[solver](gaussian_velocity, torch.full(shape, 0.5), flow_sigmas(4, 5.0, solver))
+    x = torch.full(shape, 0.5)
+    end = solve(SOLVERS[solver], gaussian_velocity, x, flow_sigmas(4, 5.0, solver), noise=fresh(x))
     assert end.shape == shape and end.isfinite().all()
