@@ -18,7 +18,7 @@ from .memory import MemoryWatch, need_host_bytes, plan_memory
 from .model import checkpoint_name, config_of, is_ours
 from .patches import ignored_patches, refused_patch
 from .progress import Progress, StepProgress, check_cancelled, speaking_as, tell
-from .sampling import Prepared, as_video_latent, run_sampling
+from .sampling import Prepared, as_video_latent, fresh_noise, run_sampling, sigma_below_one
 from .stored import spoilt_weight
 from .text_encoder import load_text_encoder
 from .upsample import (
@@ -55,6 +55,7 @@ __all__ = [
     "describe_conditioning",
     "encode_video",
     "fill_spans_with_model",
+    "fresh_noise",
     "has_guide",
     "ignored_patches",
     "is_ours",
@@ -72,6 +73,7 @@ __all__ = [
     "read_lora",
     "refused_patch",
     "run_sampling",
+    "sigma_below_one",
     "speaking_as",
     "spoilt_weight",
     "tell",

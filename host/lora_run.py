@@ -163,7 +163,7 @@ class LoraRun:
             return
         if transformer_options.get("sample_sigmas") is None:
             raise _UNKNOWN_STEP
-        sigmas = transformer_options["sample_sigmas"].tolist()
+        sigmas = transformer_options["sample_sigmas"].cpu().tolist()
         call = transformer_options.get(CALL)
         step = step_at(float(transformer_options["sigmas"][0]), sigmas) if call is None else call.step
         self._set([scheduled(lora.values, step, len(sigmas) - 1) for lora in self.loras])

@@ -118,7 +118,7 @@ def refused_patch(model: ModelPatcher) -> Refusal | None:
     if "easycache" in options["transformer_options"]:
         return Refusal(
             "the MODEL carries EasyCache or LazyCache, which acts on the host's own steps",
-            "Remove it and set teacache_multiplier, or sample with the host's KSampler",
+            "Remove it and set cache to teacache, or sample with the host's KSampler",
         )
     if options.get("context_handler") is not None:
         return Refusal(

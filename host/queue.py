@@ -17,6 +17,8 @@ from aiohttp import web
 from nodes import NODE_CLASS_MAPPINGS  # pyright: ignore[reportAttributeAccessIssue]
 from server import PromptServer  # pyright: ignore[reportAttributeAccessIssue]
 
+from .node_inputs import describe_inputs
+
 # Our client id at the host, which sends the progress of a job to its client alone. It is random because a
 # websocket that gives the same id would replace ours.
 OBSERVER = f"wan21-jobs-{secrets.token_hex(16)}"
@@ -159,12 +161,7 @@ class Host:
         node = NODE_CLASS_MAPPINGS.get(node_class)
         if node is None:
             return None
-        groups = node.INPUT_TYPES()
-        return {
-            name: _described(spec)
-            for group in ("required", "optional")
-            for name, spec in groups.get(group, {}).items()
-        }
+        return describe_inputs(node.INPUT_TYPES())
 
     def model_path(self, folder: str, name: str) -> Path:
         """The path of a listed model file."""
@@ -197,11 +194,3 @@ def _sentence(problem: dict[str, Any]) -> str:
     if problem.get("type") == "custom_validation_failed" and " - " in details:
         return details.partition(" - ")[2]  # "input - complaint", from a node that checks its own inputs
     return f"{message.removesuffix('.')}: {details}" if details else message
-
-
-def _described(spec: tuple[Any, ...]) -> dict[str, Any]:
-    kind, options = spec[0], dict(spec[1]) if len(spec) > 1 else {}
-    if isinstance(kind, list | tuple):  # a choice as older nodes write it
-        options["options"] = list(kind)
-        kind = "COMBO"
-    return options | {"type": kind}

@@ -8,11 +8,13 @@ import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
+from comfy.k_diffusion import sampling as k_diffusion
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..wan.inpaint import Kept
 from ..wan.option import Call
+from ..wan.solvers import NoiseSampler
 from .memory import make_room, tell_out_of_memory
 from .model import CALL, NEED, TEXTS
 from .patches import refuse_compiled_fp8
@@ -26,12 +28,14 @@ class Prepared:
         positive: CONDITIONING.
         negative: CONDITIONING, or None when nothing reads it.
         sigmas: the schedule, one more than steps.
+        adds_noise: whether noise is added to the latent at the start.
         need: bytes of a step beside the weights, for which the host makes room; None for its own guess.
     """
 
     positive: list
     negative: list | None
     sigmas: list[float]
+    adds_noise: bool = True
     need: int | None = None
 
 
@@ -108,7 +112,8 @@ class _Sampler(comfy.samplers.Sampler):
             mask = _mask_by_sigma(guider, sigmas, denoise_mask, extra_args["model_options"])
             kept = Kept(latent_image, noise, mask)
         samples, self.beside = self.run(denoiser, noise, latent_image, kept)
-        return samples
+        # A latent that keeps noise is handed on in the host's way: the next sampler scales it by 1 - sigma.
+        return guider.inner_model.model_sampling.inverse_noise_scaling(sigmas[-1], samples)
 
 
 def _mask_by_sigma(guider, sigmas, mask, model_options) -> Callable[[float], Tensor]:
@@ -135,6 +140,23 @@ def as_video_latent(model: ModelPatcher, latent: dict) -> tuple[dict, str | None
     return latent | {"samples": fitted}, said
 
 
+def fresh_noise(solver: str, like: Tensor, sigmas: list[float], seed: int) -> NoiseSampler | None:
+    """The noise that a solver adds on the way: the host's own, of the same seed."""
+    if solver == "lcm":
+        return k_diffusion.default_noise_sampler(like, seed=seed)
+    if solver == "dpm++_sde":
+        low, high = min(sigma for sigma in sigmas if sigma > 0), max(sigmas)
+        tree: Any = k_diffusion.BrownianTreeNoiseSampler(like, low, high, seed=seed, cpu=True)
+        return lambda sigma, sigma_next: tree(torch.tensor(sigma), torch.tensor(sigma_next))
+    return None
+
+
+def sigma_below_one(model: ModelPatcher) -> float:
+    """What the host's stochastic solvers take for a first sigma of 1."""
+    model_sampling: Any = model.get_model_object("model_sampling")
+    return float(model_sampling.percent_to_sigma(1e-4))
+
+
 def run_sampling(
     model: ModelPatcher, prepared: Prepared, latent: dict, seed: int, run: Run
 ) -> tuple[Tensor, Any]:
@@ -156,7 +178,9 @@ def run_sampling(
     """
     refuse_compiled_fp8(model)
     samples = latent["samples"]
-    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    noise = torch.zeros_like(samples)
+    if prepared.adds_noise:
+        noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     guider = comfy.samplers.CFGGuider(model)
     positive = prepared.positive
     if prepared.need is not None:

@@ -9,7 +9,6 @@ import comfy.text_encoders.sd3_clip
 import comfy.text_encoders.wan
 import comfy.utils
 import folder_paths
-import sentencepiece
 import torch
 from torch import Tensor
 
@@ -100,6 +99,8 @@ def _tokenizer(path: Path, stored: Tensor | None, vocab_size: int) -> bytes:
     if size > MAX_TOKENIZER_BYTES or not is_bytes:
         raise Refusal(f"{name} is no tokenizer: up to {MAX_TOKENIZER_BYTES} bytes are read", AGAIN)
     model = beside.read_bytes() if stored is None else stored.numpy().tobytes()
+    import sentencepiece  # here: the host loads it with its first text encoder, and starts without
+
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
     except (RuntimeError, ValueError) as error:

@@ -33,6 +33,23 @@ def check_model(model: host.ModelPatcher) -> None:
         raise refusal
 
 
+def check_second_model(model: host.ModelPatcher, second: host.ModelPatcher) -> None:
+    """Whether a second MODEL can carry on what the first began."""
+    if not host.is_ours(second):
+        raise Refusal(
+            "model_low_noise was not loaded by Wan21ModelLoader",
+            "Load it with Wan21ModelLoader, or run both with the host's KSamplerAdvanced",
+        )
+    if refusal := host.refused_patch(second):
+        raise refusal.about("model_low_noise")
+    kinds = [host.config_of(one).kind for one in (model, second)]
+    if host.config_of(model).takes_image != host.config_of(second).takes_image:
+        raise Refusal(
+            f"model is {kinds[0]} and model_low_noise {kinds[1]}: they are not experts of one model",
+            "Load the high- and the low-noise file of one release",
+        )
+
+
 def check_num_frames(num_frames: int) -> None:
     """Whether a video may have so many frames."""
     if num_frames < 1 or num_frames % VAE_STRIDE[0] != 1:

@@ -1,6 +1,7 @@
 """The sampler's report: what was run, in sentences that fit a text preview."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from ..wan.conditioning import pixel_frames
 from ..wan.config import VAE_STRIDE
@@ -8,45 +9,74 @@ from ..wan.option import Run, SampleRecord
 from ..wan.sample import SampleJob
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one model did of a run.
+
+    Attributes:
+        job: what was asked for, with the options of this model.
+        run: the same on this model and latent.
+        record: what was done.
+        memory: one sentence.
+    """
+
+    job: SampleJob
+    run: Run
+    record: SampleRecord
+    memory: str
+
+
 def sampling_report(
-    job: SampleJob,
-    run: Run,
-    record: SampleRecord,
-    seed: int,
-    memory: str,
-    end_alone: bool = False,
-    warnings: Sequence[str] = (),
+    parts: Sequence[Part], seed: int, end_alone: bool = False, warnings: Sequence[str] = ()
 ) -> str:
     """Text of one finished run.
 
     Args:
-        job: what was asked for.
-        run: the same on this model and latent.
-        record: what was done.
+        parts: of the models that took steps, one or two.
         seed: that was used.
-        memory: one sentence.
         end_alone: the last latent is the end image, which gives no frames.
         warnings: sentences on what was adjusted or left out.
     """
-    batch, _, frames, height, width = run.shape
-    config, seconds = run.config, record.seconds
+    first = parts[0]
+    job, record = first.job, first.record
+    batch, _, frames, height, width = first.run.shape
+    seconds = [second for part in parts for second in part.record.seconds]
     steady = seconds[1:] or seconds  # the first step also loads the model
+    tokens = frames * -(-height // 2) * -(-width // 2)
+    schedule = f"shift {job.flow_shift:g}, denoise {job.denoise:g}"
+    if job.given_sigmas is not None:
+        schedule = "sigmas as given"
     lines = [
-        f"model: {config.kind}, {config.num_layers} blocks, width {config.dim}",
+        f"model: {_model(first)}",
         f"size: {width * VAE_STRIDE[2]}x{height * VAE_STRIDE[1]}, {pixel_frames(frames - end_alone)} frames"
         + (f", batch {batch}" if batch > 1 else ""),
-        f"latent: {frames} frames of {width}x{height}, {frames * -(-height // 2) * -(-width // 2)} tokens",
+        f"latent: {frames} frames of {width}x{height}, {tokens} tokens",
         f"seed: {seed}",
-        f"solver: {job.solver}, {len(seconds)} steps, guidance {job.guidance_scale:g}, "
-        f"shift {job.flow_shift:g}, denoise {job.denoise:g}",
+        f"solver: {job.solver}, {len(seconds)} steps, guidance {job.guidance_scale:g}, {schedule}",
         f"sigmas: {_numbers(record.sigmas, '.4f')}",
         f"timesteps: {_numbers(record.timesteps, 'g')}",
-        f"passes: {_passes(record.passes)}",
-        *(line for option in job.active(run) for line in option.report(run, record)),
+        *(line for part in parts for line in _of_part(part, len(parts) > 1 or job.boundary > 0)),
         f"time: {sum(seconds):.1f} s, {sum(steady) / len(steady):.2f} s per step",
-        f"memory: {memory}",
     ]
     return "\n".join(lines + [f"note: {warning}" for warning in warnings])
+
+
+def _model(part: Part) -> str:
+    config = part.run.config
+    return f"{config.kind}, {config.num_layers} blocks, width {config.dim}"
+
+
+def _of_part(part: Part, is_expert: bool) -> Iterable[str]:
+    job, run, own = part.job, part.run, part.run.own_steps
+    if is_expert:
+        name = "low-noise" if own.start or run.timesteps[0] < 1000 * job.boundary else "high-noise"
+        second = job.low_noise_guidance_scale if name == "low-noise" else None
+        scale = job.guidance_scale if second is None else second
+        yield f"{name} expert: {_model(part)}, steps {own.start + 1} to {own.stop}, guidance {scale:g}"
+    yield f"passes: {_passes(part.record.passes)}"
+    for option in job.active(run):
+        yield from option.report(run, part.record)
+    yield f"memory: {part.memory}"
 
 
 def _numbers(values: Iterable[float], spec: str) -> str:

@@ -2,142 +2,34 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from .. import host
-from ..wan.attention import CHOICES
-from ..wan.config import CLIP_TOKENS, VAE_STRIDE, WanConfig
+from ..wan.config import CLIP_TOKENS, WanConfig
 from ..wan.execution import Execution
-from ..wan.guidance import CfgZeroStar, ZeroInit
 from ..wan.memory import MemoryPlan, plans_from
-from ..wan.option import Option, Run
+from ..wan.option import Run
 from ..wan.refusal import Refusal
 from ..wan.retry import FiniteOrSdpa, NotFinite, WithinMemory
-from ..wan.riflex import MODES, Riflex
-from ..wan.sample import SampleJob, sample
-from ..wan.sigmas import is_full_run
-from ..wan.skip_layer import SkipLayers, parse_layers
+from ..wan.sample import Leg, SampleJob, Sampling
+from ..wan.sigmas import BELOW_ONE, check_sigmas
 from ..wan.solvers import SOLVERS
-from ..wan.teacache import PROFILES, Profile, TeaCache, choose_profile
 from . import checks
 from .kept_latent import SAMPLING_SECONDS, kept_until_done
 from .load import CATEGORY
 from .named import named
-from .report import sampling_report
+from .report import Part, sampling_report
+from .sampler_inputs import Group, check_names, execution_of, option_inputs, options_of, step_range_of
 
 NODE = "Wan21Sampler"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
-
-
-def option_inputs() -> list[Any]:
-    """The inputs added after the first ones: each is optional, and its default leaves the numbers alone."""
-    return [
-        io.Float.Input(
-            "teacache_multiplier",
-            default=0.0,
-            min=0.0,
-            max=10.0,
-            step=0.05,
-            optional=True,
-            tooltip="Target speed-up: steps that change little reuse what an earlier one made. 0 is off; "
-            "1.5 to 2.5 is usual. The report shows which steps were computed.",
-        ),
-        io.Int.Input(
-            "teacache_start_percent",
-            default=0,
-            min=0,
-            max=100,
-            optional=True,
-            tooltip="The first steps, of this share, are all computed; higher keeps more of the motion.",
-        ),
-        io.Boolean.Input(
-            "cfg_star",
-            default=False,
-            optional=True,
-            tooltip="CFG-Zero*: scales the negative pass to fit the positive one before they are combined.",
-        ),
-        io.Int.Input(
-            "cfg_star_start_step",
-            default=0,
-            min=0,
-            max=1000,
-            optional=True,
-            tooltip="Plain guidance before this step, counted from 0.",
-            advanced=True,
-        ),
-        io.Int.Input(
-            "zero_init_steps",
-            default=0,
-            min=0,
-            max=1000,
-            optional=True,
-            tooltip="In the first steps of this number the latent is left as it is. 0 is off; the authors of "
-            "CFG-Zero* use 1 for image-to-video.",
-            advanced=True,
-        ),
-        io.Combo.Input(
-            "riflex",
-            options=list(MODES),
-            default="off",
-            optional=True,
-            tooltip="RIFLEx, against repetition in long clips. It changes nothing below 181 frames; from "
-            "there on auto and on are the same.",
-        ),
-        io.Boolean.Input(
-            "joint_pass",
-            default=True,
-            optional=True,
-            tooltip="Both passes go through each block before the next one. Off takes less memory; "
-            "the numbers are the same.",
-        ),
-        io.Combo.Input(
-            "attention",
-            options=list(CHOICES),
-            default="auto",
-            optional=True,
-            tooltip="auto takes the fastest installed one that agrees with sdpa on this device.",
-            advanced=True,
-        ),
-        io.String.Input(
-            "skip_layers",
-            default="",
-            optional=True,
-            tooltip="Skip-layer guidance: blocks that the negative pass leaves out, such as 9 or 9,10. Empty "
-            "is off.",
-        ),
-        io.Int.Input(
-            "skip_layer_start_percent",
-            default=10,
-            min=0,
-            max=100,
-            optional=True,
-            tooltip="The blocks are left out from here on.",
-            advanced=True,
-        ),
-        io.Int.Input(
-            "skip_layer_end_percent",
-            default=90,
-            min=0,
-            max=100,
-            optional=True,
-            tooltip="The blocks are left out up to here.",
-            advanced=True,
-        ),
-        io.Combo.Input(
-            "teacache_profile",
-            options=list(PROFILES),
-            default="auto",
-            optional=True,
-            tooltip="Coefficients of TeaCache. auto takes those of the checkpoint itself, or chooses by "
-            "model, file name and size; measured are those of scripts/calibrate_teacache.py.",
-            advanced=True,
-        ),
-    ]
+BOUNDARY_IMAGE, BOUNDARY_TEXT = 0.9, 0.875  # of the two experts, in shares of 1000 timesteps
 
 
 class Wan21Sampler(io.ComfyNode):
@@ -191,6 +83,7 @@ class Wan21Sampler(io.ComfyNode):
                 ),
                 *option_inputs(),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             outputs=[io.Latent.Output(display_name="latent"), io.String.Output(display_name="report")],
         )
 
@@ -213,116 +106,166 @@ class Wan21Sampler(io.ComfyNode):
         flow_shift: float,
         solver: str,
         denoise: float,
-        joint_pass: bool = True,
-        attention: str = "auto",
+        step_range: Group = None,
+        execution: Group = None,
+        model_low_noise: host.ModelPatcher | None = None,
+        expert_boundary: float | None = 0.0,
+        low_noise_guidance_scale: float | None = 0.0,
+        sigmas: Tensor | None = None,
         **options: Any,
     ) -> io.NodeOutput:
         """`options` are the inputs of `options_of`."""
-        job = SampleJob(steps, guidance_scale, flow_shift, solver, denoise)
-        with nullcontext() if is_full_run(denoise) else kept_until_done(latent, "refine or decode it"):
-            checks.check_model(model)
+        if cls.hidden is not None and cls.hidden.prompt:
+            node = cls.hidden.prompt.get(cls.hidden.unique_id)
+            check_names({} if node is None else node["inputs"], cls.define_schema().inputs)
+        checks.check_model(model)
+        job = SampleJob(
+            steps,
+            guidance_scale,
+            flow_shift,
+            solver,
+            denoise,
+            given_sigmas=None if sigmas is None else given_sigmas(sigmas),
+            below_one=host.sigma_below_one(model) if sigmas is not None and solver in BELOW_ONE else 1.0,
+            part=step_range_of(step_range),
+        )
+        models = [model]
+        if model_low_noise is not None:
+            checks.check_second_model(model, model_low_noise)
+            models.append(model_low_noise)
+            job = with_experts(job, host.config_of(model), expert_boundary, low_noise_guidance_scale)
+        with nullcontext() if job.starts_from_noise else kept_until_done(latent, "refine or decode it"):
             latent, note = host.as_video_latent(model, latent)
             latent = host.with_guide(latent, positive)
-            check_start(latent, denoise)
-            job = replace(job, options=options_of(model, latent["samples"].shape, **options))
-            prepared = prepare(model, positive, negative, latent, job, joint_pass, attention)
-            prepared.warnings[:0] = [note] if note else []
-            return cls._sampled(model, prepared, latent, seed)
+            check_start(latent, job)
+            prepared = [
+                prepare(one, positive, negative, latent, job, leg, execution, options)
+                for one, leg in zip(models, job.legs)
+            ]
+            notes = [note] if note else []
+            notes += warnings_on_start(latent, job) + warnings_on_legs(job, len(models))
+            return cls._sampled(models, prepared, latent, seed, notes)
 
     @classmethod
     def _sampled(
-        cls, model: host.ModelPatcher, prepared: "Prepared", latent: dict, seed: int
+        cls,
+        models: Sequence[host.ModelPatcher],
+        prepared: Sequence["Prepared"],
+        latent: dict,
+        seed: int,
+        notes: list[str],
     ) -> io.NodeOutput:
-        job = prepared.job
         if seed == -1:
             seed = secrets.randbelow(2**32)
-        on_step = host.StepProgress(model, job.steps)
-        notes: list[str] = []
-
-        def note(sentence: str) -> None:
-            notes.append(sentence)
-            host.tell(sentence)
-
-        for sentence in (*prepared.warnings, *job.idle_options(prepared.run)):
-            note(sentence)
-
-        def run(denoiser, noise, start, kept):
-            inner = WithinMemory(denoiser, prepared.plans, denoiser.make_room, note)
-            try:
-                return sample(job, FiniteOrSdpa(inner, note), noise, start, on_step, kept)
-            except NotFinite as error:
-                raise Refusal(error.problem, checks.BROKEN_LATENT) from error
-
-        with host.MemoryWatch(model.load_device) as memory:
-            samples, record = host.run_sampling(model, prepared, latent, seed, run)
+        walk = Walk(seed, [one for one in prepared if one.leg.steps])
+        for sentence in (*notes, *walk.notes_before()):
+            walk.note(sentence)
+        samples = latent["samples"]
+        parts = []
+        for model, one in zip(models, prepared):
+            if one.leg.steps:
+                with host.MemoryWatch(model.load_device) as memory:
+                    samples, record = host.run_sampling(model, one, latent, seed, walk.run_of(model, one))
+                parts.append(Part(one.job, one.run, record, f"{one.memory}; {memory.said}"))
         checks.check_finite(samples)
-        report = sampling_report(
-            job,
-            prepared.run,
-            record,
-            seed,
-            f"{prepared.memory}; {memory.said}",
-            prepared.has_guide,
-            notes,
-        )
-        earlier = 0 if is_full_run(job.denoise) else latent.get(SAMPLING_SECONDS, 0)  # what this one refined
-        seconds = {SAMPLING_SECONDS: earlier + sum(record.seconds)}
-        return io.NodeOutput(latent | {"samples": samples} | seconds, report)
+        report = sampling_report(parts, seed, prepared[0].has_guide, walk.notes)
+        job = prepared[0].job
+        earlier = 0 if job.starts_from_noise else latent.get(SAMPLING_SECONDS, 0)  # what this one refined
+        seconds = sum(sum(part.record.seconds) for part in parts)
+        return io.NodeOutput(latent | {"samples": samples, SAMPLING_SECONDS: earlier + seconds}, report)
 
 
-def options_of(
-    model: host.ModelPatcher,
-    shape: tuple[int, ...],
-    *,
-    teacache_multiplier: float = 0.0,
-    teacache_start_percent: int = 0,
-    teacache_profile: str = "auto",
-    cfg_star: bool = False,
-    cfg_star_start_step: int = 0,
-    zero_init_steps: int = 0,
-    riflex: str = "off",
-    skip_layers: str = "",
-    skip_layer_start_percent: int = 10,
-    skip_layer_end_percent: int = 90,
-) -> tuple[Option, ...]:
-    """The options that the node's inputs turn on, in the order in which they act.
+class Walk:
+    """One run over the models that carry it out, and what is said of it.
 
     Args:
-        model: a MODEL of ours.
-        shape: of the latent, [B, 16, T, h, w].
+        seed: of the noise.
+        prepared: what each model does, of those that have steps.
+    """
+
+    def __init__(self, seed: int, prepared: Sequence["Prepared"]):
+        self.seed = seed
+        self.prepared = prepared
+        self.notes: list[str] = []
+        self.sampling: Sampling | None = None
+
+    def note(self, sentence: str) -> None:
+        """Takes a sentence for the report, and says it at once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+            host.tell(sentence)
+
+    def notes_before(self) -> list[str]:
+        """What is known before the first step; of two models, named where it holds for one of them."""
+        told = [[*one.warnings, *one.job.idle_options(one.run)] for one in self.prepared]
+        if len(told) == 1:
+            return told[0]
+        names = ("high-noise expert", "low-noise expert")
+        return [
+            sentence if all(sentence in other for other in told) else f"{name}: {sentence}"
+            for name, sentences in zip(names, told)
+            for sentence in sentences
+        ]
+
+    def run_of(self, model: host.ModelPatcher, prepared: "Prepared") -> Any:
+        """The function that the host calls with the loaded model: it takes the steps of one leg."""
+
+        def run(denoiser, noise, start, kept):
+            job = prepared.job
+            if self.sampling is None:
+                on_step = host.StepProgress(model, prepared.run.steps)
+                levels = [job.first_sigma, *job.sigmas[1:]]
+                fresh = host.fresh_noise(job.solver, noise, levels, self.seed)
+                self.sampling = Sampling(job, noise, start, on_step, fresh)
+            inner = FiniteOrSdpa(
+                WithinMemory(denoiser, prepared.plans, denoiser.make_room, self.note), self.note
+            )
+            try:
+                record = self.sampling.advance(inner, prepared.leg, kept, job.options)
+            except NotFinite as error:
+                spoilt = host.spoilt_weight(model.model.diffusion_model)
+                if spoilt is None:
+                    raise Refusal(error.problem, checks.BROKEN_LATENT) from error
+                name = host.checkpoint_name(model)
+                raise Refusal(
+                    f"{error.problem}: {spoilt} in {name} holds NaN or infinite numbers",
+                    "The file is damaged, or was converted wrongly: get it again",
+                ) from error
+            return self.sampling.latent, record
+
+        return run
+
+
+def given_sigmas(sigmas: Tensor) -> tuple[float, ...]:
+    """The numbers of a SIGMAS.
 
     Raises:
-        Refusal: an input cannot be read, or there are no TeaCache coefficients for the model.
+        Refusal: they are no schedule of a flow model.
     """
-    options: list[Option] = []
-    if riflex != "off":
-        options.append(Riflex(riflex))
-    if zero_init_steps:
-        options.append(ZeroInit(zero_init_steps))
-    if cfg_star:
-        options.append(CfgZeroStar(cfg_star_start_step))
-    if layers := parse_layers(skip_layers):
-        options.append(SkipLayers(layers, skip_layer_start_percent, skip_layer_end_percent))
-    if teacache_multiplier not in (0, 1):
-        profile = profile_of(model, shape, teacache_profile) if teacache_multiplier > 1 else None
-        options.append(TeaCache(teacache_multiplier, teacache_start_percent, profile))
-    return tuple(options)
+    told = [float(sigma) for sigma in sigmas.flatten()]
+    check_sigmas(told)
+    return tuple(told)
 
 
-def profile_of(model: host.ModelPatcher, shape: tuple[int, ...], name: str) -> Profile:
-    """The TeaCache coefficients of a MODEL for a latent of this shape."""
-    pixels = shape[-2] * shape[-1] * VAE_STRIDE[1] * VAE_STRIDE[2]
-    measured = host.measured_coefficients(model)
-    return choose_profile(name, host.config_of(model), host.checkpoint_name(model), pixels, measured)
+def with_experts(
+    job: SampleJob, config: WanConfig, boundary: float | None, guidance_scale: float | None
+) -> SampleJob:
+    """The job with a second model; 0 and None are the release's boundary and the first one's guidance.
+
+    Source: Wan2.2, wan/configs (`boundary`).
+    """
+    release = BOUNDARY_IMAGE if config.takes_image else BOUNDARY_TEXT
+    return replace(job, boundary=boundary or release, low_noise_guidance_scale=guidance_scale or None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(host.Prepared):
-    """A job that has passed every check.
+    """What one model does of a job, past every check.
 
     Attributes:
-        job: what to sample.
-        run: the same on this model and latent.
+        job: what to sample, with the options of this model.
+        leg: its steps and guidance.
+        run: the job on this model and latent.
         plans: memory plans, the first to begin with.
         memory: one sentence on them.
         has_guide: whether the last latent frame is the end image, which is dropped when the run is done.
@@ -330,6 +273,7 @@ class Prepared(host.Prepared):
     """
 
     job: SampleJob
+    leg: Leg
     run: Run
     plans: Sequence[MemoryPlan]
     memory: str
@@ -343,28 +287,32 @@ def prepare(
     negative: list,
     latent: dict,
     job: SampleJob,
-    joint: bool,
-    attention: str,
+    leg: Leg,
+    execution: Group,
+    options: Mapping[str, Any],
 ) -> Prepared:
-    """Checks the rest of the job, before anything runs, and chooses how to carry it out.
+    """Checks the rest of the job for one model, before anything runs, and chooses how to carry it out.
 
     Args:
         model: a MODEL of ours.
         positive, negative: CONDITIONING.
         latent: LATENT.
-        job: with its options.
-        joint: whether the passes walk the blocks together.
-        attention: one of `wan.attention.CHOICES`.
+        job: without options.
+        leg: of the model.
+        execution: the input of the node.
+        options: inputs of `options_of`.
     """
     config, shape = host.config_of(model), tuple(latent["samples"].shape)
-    run = job.run_on(config, shape)
-    for option in job.options:
+    job = replace(job, options=options_of(model, shape, **options))
+    run = job.run_on(config, shape, leg)
+    for option in job.options if leg.steps else ():
         option.check(run)
-    warnings = [
+    warnings = host.notes_on_file(model)
+    warnings += [
         f"{name} set on the MODEL by another node is not used here" for name in host.ignored_patches(model)
     ]
     conds = {"positive": positive}
-    if "uncond" in (*job.pass_names, *job.contexts):
+    if "uncond" in leg.pass_names or job.reads_negative:
         conds["negative"] = negative
     beside = 0
     for name, cond in conds.items():
@@ -374,10 +322,11 @@ def prepare(
         warnings += checks.notes_on_conditioning(config, shape, about)
         warnings += [f"{name}: {note}"] if note else []
         beside = max(beside, about.frames_beside)
-    warnings += warnings_on_images(config, positive) + warnings_on_start(latent, job.denoise)
-    execution = Execution(joint, host.choose_attention_for(model, attention))
-    job = replace(job, options=(*job.options, execution))
-    passes = len(job.pass_names)
+    warnings += warnings_on_images(config, positive, job.boundary > 0)
+    joint, attention = execution_of(execution)
+    execute = Execution(joint, host.choose_attention_for(model, attention))
+    job = replace(job, options=(*job.options, execute))
+    passes = len(leg.pass_names)
     plans = plans_from(joint, passes)
     walked = (*shape[:2], shape[2] + beside, *shape[3:])
     plans, need, memory = host.plan_memory(model, walked, plans, passes, job.active(run))
@@ -385,47 +334,78 @@ def prepare(
         positive=conds["positive"],
         negative=conds.get("negative"),
         sigmas=job.sigmas,
+        adds_noise=job.part.add_noise,
         need=need,
         job=job,
+        leg=leg,
         run=run,
         plans=plans,
         memory=memory,
-        has_guide=host.has_guide(positive),
+        has_guide=host.has_guide(positive) and job.sigmas[-1] == 0,
         warnings=warnings,
     )
 
 
-def check_start(latent: dict, denoise: float) -> None:
+def check_start(latent: dict, job: SampleJob) -> None:
     """Whether the LATENT is one of Wan2.1 that this sampler can start from."""
     checks.check_latent(latent["samples"])
-    if not is_full_run(denoise) and not latent["samples"].any():
-        raise Refusal(
-            f"denoise is {denoise:g} and the latent is empty; there is no video to start from",
-            "Set denoise to 1, or connect an encoded video (VAEEncode)",
+    if job.starts_from_noise or latent["samples"].any() or job.sigmas[0] > 0.9999:
+        return
+    what = f"denoise is {job.denoise:g}"
+    if job.given_sigmas is not None or job.part.start_at_step:
+        what = f"the first noise level is {job.sigmas[0]:.4g}"
+    raise Refusal(
+        f"{what} and the latent is empty; there is no video to start from",
+        "Start from pure noise (denoise 1, step 0), or connect an encoded video (VAEEncode)",
+    )
+
+
+def warnings_on_start(latent: dict, job: SampleJob) -> list[str]:
+    """What of the inputs is not used."""
+    warnings = []
+    if job.starts_from_noise and "noise_mask" not in latent and latent["samples"].any():
+        warnings.append(
+            "the latent holds a video, and at denoise 1 nothing of it is used; below 1 it is the start"
         )
+    if job.given_sigmas is not None:
+        warnings.append("sigmas are connected: steps, flow_shift and denoise are not used")
+    if job.part.start_at_step and job.solver in ("unipc", "dpm++"):
+        warnings.append(
+            f"{job.solver} looks back at earlier steps, and a later part of a run begins without them: two "
+            "parts differ a little from the whole"
+        )
+    return warnings
 
 
-def warnings_on_start(latent: dict, denoise: float) -> list[str]:
-    """What a full run does not take from a latent."""
-    if not is_full_run(denoise) or "noise_mask" in latent or not latent["samples"].any():
+def warnings_on_legs(job: SampleJob, models: int) -> list[str]:
+    """Which of two experts has nothing to do."""
+    if models < 2:
         return []
-    return ["the latent holds a video, and at denoise 1 nothing of it is used; below 1 it is the start"]
+    first, second = job.legs
+    told = f"boundary {job.boundary:g}, timesteps {job.told[0]:g} to {job.told[-1]:g}"
+    if not first.steps:
+        return [f"model (the high-noise expert) has no step here and is not loaded: {told}"]
+    if not second.steps:
+        return [f"model_low_noise has no step here and is not loaded: {told}"]
+    return []
 
 
-def warnings_on_images(config: WanConfig, positive: list) -> list[str]:
+def warnings_on_images(config: WanConfig, positive: list, two_experts: bool) -> list[str]:
     """What is unusual about images and this model, and can be run all the same."""
     warnings = []
     if host.has_guide(positive) and config.image_tokens:
         warnings.append(
             "add_frames_for_end_image is on and the model is first-last-frame, which was trained with it off"
         )
-    if config.takes_image and config.image_dim is None:
-        warnings.append(
-            "the model has no image branch, as Wan2.2-A14B: CLIP vision is not used. If it is one of the two "
-            "experts (high noise, low noise), it is made for its part of the steps; the host's "
-            "KSamplerAdvanced runs both"
-        )
     clip = host.describe_conditioning("", positive).clip
+    if config.takes_image and config.image_dim is None:
+        if not two_experts:
+            warnings.append(
+                "the model has no image branch, as Wan2.2-A14B. If it is one of the two experts (high noise, "
+                "low noise), it is made for its part of the steps: connect the other as model_low_noise"
+            )
+        if clip is not None:
+            warnings.append("the model has no image branch: CLIP vision is not used")
     if config.image_tokens and clip is not None and clip[-2] == CLIP_TOKENS:
         warnings.append(
             "a first-last-frame model reads CLIP features of both images; clip_vision_end is missing"

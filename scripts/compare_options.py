@@ -28,24 +28,29 @@ from wan21.nodes.vae_decode import Wan21VAEDecode  # noqa: E402
 
 CASES = {
     "plain": {},
-    "teacache-1.5": {"teacache_multiplier": 1.5},
-    "teacache-2": {"teacache_multiplier": 2.0},
-    "teacache-2.5": {"teacache_multiplier": 2.5},
-    "cfg-zero-star": {"cfg_star": True},
-    "zero-init-1": {"zero_init_steps": 1},
-    "teacache-2+cfg-zero-star": {"teacache_multiplier": 2.0, "cfg_star": True},
-    "skip-layers": {"skip_layers": "middle"},
+    "teacache-1.5": {"cache": {"multiplier": 1.5}},
+    "teacache-2": {"cache": {"multiplier": 2.0}},
+    "teacache-2.5": {"cache": {"multiplier": 2.5}},
+    "cfg-zero-star": {"cfg_star": {}},
+    "zero-init-1": {"cfg_star": {"zero_init_steps": 1, "start_step": 1000}},
+    "teacache-2+cfg-zero-star": {"cache": {"multiplier": 2.0}, "cfg_star": {}},
+    "nag": {"nag": {}},
+    "skip-layers": {"skip_layers": {"layers": "middle"}},
     "riflex": {"riflex": "on"},
-    "separate-passes": {"joint_pass": False},
+    "separate-passes": {"execution": {"joint_pass": False}},
 }
+ON = {"cache": "teacache", "cfg_star": "on", "nag": "on", "skip_layers": "on", "execution": "custom"}
 COLUMNS = 5  # frames of a video in the picture
 LABEL_HEIGHT = 18
 
 
 def run_case(local, conditioning, options, args):
     """-> (video [F, H, W, 3], seconds of sampling, report)."""
-    if options.get("skip_layers") == "middle":  # Wan2GP's 9 of 30 or 40, at the same depth of this model
-        options = options | {"skip_layers": str(9 * local.config.num_layers // 30)}
+    options = {k: v if k == "riflex" else {k: ON[k], **v} for k, v in options.items()}
+    if "skip_layers" in options:  # Wan2GP's 9 of 30 or 40, at the same depth of this model
+        options["skip_layers"]["layers"] = str(9 * local.config.num_layers // 30)
+    if "cache" in options:
+        options["cache"]["profile"] = args.teacache_profile
     start = time.perf_counter()
     latent, report = Wan21Sampler.execute(
         local.model,
@@ -56,7 +61,6 @@ def run_case(local, conditioning, options, args):
         flow_shift=args.flow_shift,
         solver=args.solver,
         denoise=1.0,
-        teacache_profile=args.teacache_profile,
         **options,
     ).result
     seconds = time.perf_counter() - start
@@ -74,6 +78,7 @@ def compare(files, args):
         video, seconds, report = run_case(local, conditioning, CASES[name], args)
         videos[name] = video
         computed = re.search(r"teacache: (\d+) of", report)
+        zeros = CASES[name].get("cfg_star", {}).get("zero_init_steps", 0)
         rows.append(
             (
                 name,
@@ -81,7 +86,7 @@ def compare(files, args):
                 (rows[0][1] if rows else seconds) / seconds,
                 psnr(video, videos["plain"]),
                 ssim(video, videos["plain"]),
-                int(computed[1]) if computed else args.steps - CASES[name].get("zero_init_steps", 0),
+                int(computed[1]) if computed else args.steps - zeros,
             )
         )
     return rows, videos

@@ -29,6 +29,7 @@ STEPS = 20
 SAMPLING = {"guidance_scale": 3, "flow_shift": 3}  # what suits the bundled checkpoint
 PROMPT = "pan left"
 PROMPTS = {"t2v": "a red circle moves right", "long_video": "rotate clockwise", "fast": "zoom in"}
+PROMPTS |= {"four_steps": "pan right", "wan22_i2v": "zoom out", "wan22_four_steps": "pan up"}
 PICTURES = 9
 WIDTH = 512
 

@@ -23,7 +23,10 @@ REPOSITORY = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged"
 
 # Group -> columns of node titles, and the groups from left to right, top to bottom.
 GROUPS = {
-    "Load": [["Model", "Text encoder", "VAE", "CLIP vision"]],
+    "Load": [
+        ["Model", "High-noise model", "Low-noise model", "Text encoder", "VAE", "CLIP vision"],
+        ["LoRA", "High-noise LoRA", "Low-noise LoRA"],
+    ],
     "Prompt": [["Positive prompt", "Negative prompt"]],
     "Start image": [["Start image"], ["Start image features"]],
     "End image": [["End image"], ["End image features"]],
@@ -73,8 +76,14 @@ FILES = {
     "Wan21TextEncoderLoader": ("text_encoder_name", "text_encoders"),
     "Wan21VAELoader": ("vae_name", "vae"),
     "CLIPVisionLoader": ("clip_name", "clip_vision"),
+    "Wan21LoraLoader": ("lora_name", "loras"),
 }
-SIDES_AND_FRAMES = "Sides are multiples of 16; frames are 4n+1 (5, 9 … 81) at 16 a second."
+# Files that are not in `REPOSITORY`, by how their names begin.
+ELSEWHERE = {
+    "wan2.2_": "https://huggingface.co/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files/{folder}/",
+    "lightx2v_": "https://huggingface.co/Kijai/WanVideo_comfy/resolve/main/Lightx2v/",
+}
+SIDES_AND_FRAMES = "Sides are multiples of 16 (8 works too); frames are 4n+1 (5, 9 … 81) at 16 a second."
 TEXT_ENCODER = "**Text encoder**: set `device` to `cpu` to keep it out of GPU memory."
 NOTES = {
     "quick_start": (
@@ -98,9 +107,35 @@ NOTES = {
         "less closely.",
         TEXT_ENCODER,
     ),
+    "four_steps": (
+        "# Image to video in 4 steps\nA LoRA that was distilled to four steps without guidance: 4 passes "
+        "through the model in place of 60.",
+        "**LoRA**: LightX2V's for the 480p model. **Sampler**: 4 steps, guidance 1, shift 5 and euler are "
+        "what it was trained on; `lcm` adds noise on the way. At guidance 1 the negative prompt is not read: "
+        "switch `nag` on to have it act.",
+        "**Start image**: your picture. **Positive prompt**: what moves in it, and how the camera does.",
+        f"**Image to video**: size and length. {SIDES_AND_FRAMES}",
+        TEXT_ENCODER,
+    ),
+    "wan22_i2v": (
+        "# Wan2.2 image to video\nTwo experts of 14B: one for the steps of high noise, one for the rest.",
+        "**High-noise model**, **Low-noise model**: both files of one release; the sampler changes over by "
+        "itself. **Sampler**: the release runs 40 steps at guidance 3.5 and shift 5.",
+        "**Start image**: your picture. **Positive prompt**: what moves in it, and how the camera does.",
+        f"**Image to video**: size and length. {SIDES_AND_FRAMES} There is no CLIP vision in these models.",
+        TEXT_ENCODER,
+    ),
+    "wan22_four_steps": (
+        "# Wan2.2 image to video in 4 steps\nBoth experts with their LoRA: two steps each.",
+        "**High-noise LoRA**, **Low-noise LoRA**: LightX2V's pair. **Sampler**: 4 steps, guidance 1, shift 5 "
+        "and euler are what they were trained on; switch `nag` on to have the negative prompt act.",
+        "**Start image**: your picture. **Positive prompt**: what moves in it, and how the camera does.",
+        f"**Image to video**: size and length. {SIDES_AND_FRAMES}",
+        TEXT_ENCODER,
+    ),
     "fast": (
         "# Image to video, fast\nHalf of the steps reuse what another step computed (TeaCache).",
-        "**Sampler**: `teacache_multiplier` is the speed-up asked for; 1.5 stays nearer to the full run, 2.5 "
+        "**Sampler**: `cache.multiplier` is the speed-up asked for; 1.5 stays nearer to the full run, 2.5 "
         "is for drafts. **Report** shows the computed steps and the speed-up measured. `cfg_star` "
         "(CFG-Zero*) costs nothing; switch it off to compare.",
         "**Start image**: your picture. **Positive prompt**: what moves in it, and how the camera does.",
@@ -253,7 +288,8 @@ def _offer_download(node):
     name = node["widgets_values"][widgets.index(input_name)]
     if name in bundled.FILES.values():
         return None
-    url = f"{REPOSITORY}/resolve/main/split_files/{folder}/{name}"
+    where = next((url for begins, url in ELSEWHERE.items() if name.startswith(begins)), None)
+    url = (where or f"{REPOSITORY}/resolve/main/split_files/{{folder}}/").format(folder=folder) + name
     node["properties"]["models"] = [{"name": name, "url": url, "directory": folder}]
     return folder, name, url
 
@@ -264,8 +300,7 @@ def _note(name, files, node_id):
     if files:
         text += [
             "## Files",
-            f"From [Comfy-Org/Wan_2.1_ComfyUI_repackaged]({REPOSITORY}/tree/main/split_files) into these "
-            "folders of ComfyUI; then press `R`.",
+            "Into these folders of ComfyUI; then press `R`.",
             "\n".join(f"- `models/{folder}`: [{file}]({url})" for folder, file, url in files),
         ]
     text += ["## What to change", "\n".join(f"- {change}" for change in changes)]

@@ -30,7 +30,8 @@ class AppField:
         default: used when the field is left out; `REQUIRED`, or `FROM_NODE` for the node's.
         node, input: class of the node it sets, and the name of the input; None where `graph` sets more than
             one input.
-        neutral: value that asks for nothing, accepted when the host lacks the node or the input.
+        neutral: value that asks for nothing, accepted when the host lacks the node or the input, and outside
+            the limits of the input.
         choices: field's value -> node's value, where the two are written differently.
         limits: further keywords of pydantic's `Field`.
         check: raises `ValueError` for a wrong value of the right type and range; called with the value and
@@ -72,6 +73,11 @@ def _check_size(text: str, node_inputs: NodeInputs) -> None:
 def _check_num_frames(value: int, _: NodeInputs) -> None:
     if value % 4 != 1:
         raise ValueError(f"is {value}; it must be 4n+1, such as {max(1, value - (value - 1) % 4)}")
+
+
+def _check_teacache(value: float, _: NodeInputs) -> None:
+    if 0 < value < 1:
+        raise ValueError(f"is {value:g}; a speed-up is at least 1, and 0 is off")
 
 
 def _check_lora_url(url: str, _: NodeInputs) -> None:
@@ -185,16 +191,18 @@ FIELDS = (
         name="teacache",
         kind=float,
         description="Target speed-up of TeaCache, such as 2; 0 is off.",
+        default=0.0,
         node=SAMPLER,
-        input="teacache_multiplier",
+        input="cache.multiplier",
         neutral=0.0,
+        check=_check_teacache,
     ),
     AppField(
         name="teacache_start_percent",
         kind=int,
         description="Share of the steps, in percent, before TeaCache begins.",
         node=SAMPLER,
-        input="teacache_start_percent",
+        input="cache.start_percent",
         neutral=0,
     ),
     AppField(
@@ -239,7 +247,7 @@ FIELDS = (
         kind=bool,
         description="Take both passes through each block together; the numbers are the same.",
         node=SAMPLER,
-        input="joint_pass",
+        input="execution.joint_pass",
         neutral=True,
     ),
     AppField(
@@ -247,23 +255,25 @@ FIELDS = (
         kind=str,
         description="Attention backend.",
         node=SAMPLER,
-        input="attention",
+        input="execution.attention",
         neutral="auto",
     ),
     AppField(
         name="cfg_star",
         kind=bool,
         description="CFG-Zero* guidance.",
+        default=False,
         node=SAMPLER,
         input="cfg_star",
         neutral=False,
+        choices={True: "on", False: "off"},
     ),
     AppField(
         name="cfg_star_step",
         kind=int,
         description="Plain guidance before this step.",
         node=SAMPLER,
-        input="cfg_star_start_step",
+        input="cfg_star.start_step",
         neutral=0,
     ),
     AppField(
@@ -297,6 +307,12 @@ FIELDS = (
     _model_file("vae", "vae"),
     _model_file("clip_vision", "clip_vision"),
 )
+# Group of the sampler's inputs -> (off, on, the fields that switch it on when they are not neutral).
+GROUPS = {
+    "cache": ("off", "teacache", ("teacache",)),
+    "cfg_star": ("off", "on", ("cfg_star",)),
+    "execution": ("auto", "custom", ("joint_pass", "attention")),
+}
 NODES = tuple(dict.fromkeys(row.node for row in FIELDS if row.node))
 
 

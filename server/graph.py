@@ -11,6 +11,7 @@ from typing import Any
 from .fields import (
     DECODE,
     FIELDS,
+    GROUPS,
     I2V,
     LORA,
     NONE,
@@ -143,6 +144,12 @@ def _shift(values: Mapping[str, Any], first_last: bool) -> float:
     return SHIFT_SMALL if width * height <= SMALL_PIXELS else SHIFT_LARGE
 
 
+def _is_on(group: str, values: Mapping[str, Any]) -> bool:
+    """Whether a field asks for anything of a group of the sampler's inputs."""
+    neutral = {row.name: row.neutral for row in FIELDS}
+    return any(values[field] != neutral[field] for field in GROUPS[group][2])
+
+
 class _Builder:
     """Changes a graph in place, and notes which field set which input."""
 
@@ -168,7 +175,7 @@ class _Builder:
         defaults = {}
         for name, spec in (self._inputs_of(kind) or {}).items():
             options = spec.get("options") or [None]
-            if spec["type"] in _WIDGETS and spec.get("default", options[0]) is not None:
+            if "." not in name and spec["type"] in _WIDGETS and spec.get("default", options[0]) is not None:
                 defaults[name] = spec.get("default", options[0])
         node_id = str(1 + max(map(int, self.nodes)))
         self.nodes[node_id] = {"class_type": kind, "inputs": defaults | inputs, "_meta": {"title": title}}
@@ -200,9 +207,13 @@ class _Builder:
     def set_fields(self, values: Mapping[str, Any]) -> None:
         """Sets the fields of the table that have a node input, then those that set more than one."""
         for row in FIELDS:
-            value = values[row.name]
-            if row.node and row.input and available(row, self._inputs_of) and value is not None:
+            value, group = values[row.name], (row.input or "").split(".")[0]
+            if value is None or (group in GROUPS and not _is_on(group, values)):
+                continue
+            if row.node and row.input and available(row, self._inputs_of):
                 self.set(row.node, row.input, row.choices[value] if row.choices else value, row.name)
+        for group, (off, on, fields) in GROUPS.items():
+            self.set(SAMPLER, group, on if _is_on(group, values) else off, fields[0])
         for field, title in _TITLED.items():
             if values[field]:
                 self.set(title, "text", as_written(values[field]), field)

@@ -66,6 +66,8 @@ def _definition(row: AppField, node_inputs: NodeInputs) -> tuple[Any, Any]:
     if row.check is not None:
         kind = Annotated[kind, AfterValidator(_validator(row.check, node_inputs))]
     ranges = {limit: spec[name] for limit, name in (("ge", "min"), ("le", "max")) if name in spec}
+    if "ge" in ranges and isinstance(row.neutral, int | float):
+        ranges["ge"] = min(ranges["ge"], row.neutral)
     return kind, Field(_default(row, spec), description=row.description, **row.limits, **ranges)
 
 

@@ -5,6 +5,7 @@ Nothing here needs the host before a fixture is made.
 
 import pytest
 import torch
+from helpers import grouped
 from lib.host_server import HostServer, group_lives
 from lib.pack import ROOT
 from lib.random_checkpoints import FLF2V, I2V, T2V, TEXT_ENCODER, VAE, make_checkpoints
@@ -108,11 +109,12 @@ def image_to_video(prompts, vae, picture):
 
 @pytest.fixture
 def sample():
-    """Runs Wan21Sampler; keywords replace inputs. -> (latent, report)"""
+    """Runs Wan21Sampler; keywords replace inputs, groups as of `grouped`. -> (latent, report)"""
     from wan21.nodes.sampler import Wan21Sampler
 
     def run(model, positive, negative, latent, **inputs):
         defaults = dict(seed=3, steps=3, guidance_scale=4.0, flow_shift=3.0, solver="unipc", denoise=1.0)
-        return Wan21Sampler.execute(model, positive, negative, latent, **(defaults | inputs)).result
+        given = grouped(**(defaults | inputs))
+        return Wan21Sampler.execute(model, positive, negative, latent, **given).result
 
     return run

@@ -4,6 +4,7 @@ import re
 
 import pytest
 from lib.pack import LINK_NAME, ROOT
+from wan21.host.node_inputs import describe_inputs
 
 PAGES = ROOT / "web" / "docs"
 # Inputs that need no tooltip.
@@ -22,7 +23,7 @@ def our_nodes(server):
 def section(page, title):
     """First column of the table under a heading, in order."""
     body = page.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
-    return re.findall(r"^\| `(\w+)` \|", body, re.MULTILINE)
+    return re.findall(r"^\| `([\w.]+)` \|", body, re.MULTILINE)
 
 
 def test_every_node_has_a_page_and_every_page_a_node(our_nodes):
@@ -34,8 +35,7 @@ def test_pages_name_the_inputs_and_outputs(our_nodes):
     for node_id, node in our_nodes.items():
         page = (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
         assert page.startswith(f"# {node['display_name']}\n")
-        order = node["input_order"]
-        assert section(page, "Inputs") == [*order["required"], *order.get("optional", [])], node_id
+        assert section(page, "Inputs") == [*describe_inputs(node["input"])], node_id
         assert section(page, "Outputs") == node["output_name"], node_id
 
 
@@ -70,11 +70,9 @@ def test_ranges_and_choices_are_those_documented(our_nodes):
 
 
 def defaults(node):
-    for group in node["input"].values():
-        for name, spec in group.items():
-            options = spec[1] if len(spec) > 1 else {}
-            if "default" in options:
-                yield name, options["default"]
+    for name, options in describe_inputs(node["input"]).items():
+        if "default" in options:
+            yield name, options["default"]
 
 
 def format_default(default):
@@ -99,7 +97,6 @@ def test_widgets_have_tooltips_and_combos_options(our_nodes):
 
 def widgets(node):
     """Inputs that are set on the node itself; (name, (type, options))."""
-    for group in node["input"].values():
-        for name, spec in group.items():
-            if spec[0] in {"INT", "FLOAT", "BOOLEAN", "STRING", "COMBO"}:
-                yield name, spec
+    for name, options in describe_inputs(node["input"]).items():
+        if options["type"] in {"INT", "FLOAT", "BOOLEAN", "STRING", "COMBO"}:
+            yield name, (options["type"], options)

@@ -93,7 +93,7 @@ def test_bad_values_are_refused_before_anything_runs(client, graph, node, inputs
 
 def test_a_failed_check_names_the_node_to_the_client(client, graph):
     wrong = copy.deepcopy(graph)
-    wrong[find_node(graph, "Wan21Sampler")]["inputs"]["skip_layers"] = "99"
+    wrong[find_node(graph, "Wan21Sampler")]["inputs"] |= {"skip_layers": "on", "skip_layers.layers": "99"}
     with pytest.raises(JobFailed, match=r"Wan21Sampler: .*block 99.*0 to 5") as failed:
         client.run(wrong)
     assert not failed.value.job.previews

@@ -12,7 +12,7 @@ from helpers import relative
 from torch._dynamo.utils import counters
 from wan21 import host
 
-TEACACHE = dict(teacache_multiplier=2.0, teacache_profile="t2v_1.3b")
+TEACACHE = dict(cache__multiplier=2.0, cache__profile="t2v_1.3b")
 
 
 @pytest.fixture
@@ -39,14 +39,19 @@ def steps(monkeypatch):
 def test_no_recompilation_after_the_second_step_and_no_graph_break(models, compiled, prompts, sample, steps):
     latent = {"samples": torch.zeros(1, 16, 2, 4, 6)}
     counters.clear()
-    options = [{}, TEACACHE, {"skip_layers": "1"}, TEACACHE | {"skip_layers": "1", "cfg_star": True}]
+    options = [
+        {},
+        TEACACHE,
+        {"skip_layers__layers": "1"},
+        TEACACHE | {"skip_layers__layers": "1", "cfg_star": True},
+    ]
     for inputs in options:
         plain, _ = sample(models["t2v"], *prompts, latent, **({"steps": 6} | inputs))
         steps.clear()
         ours, report = sample(compiled, *prompts, latent, **({"steps": 6} | inputs))
         assert torch.equal(ours["samples"], plain["samples"]), inputs
         assert ("teacache: 3 of 6" in report or "teacache: 4 of 6" in report) == (
-            "teacache_multiplier" in inputs
+            "cache__multiplier" in inputs
         )
         assert len(set(steps[1:])) == 1, f"compiled again after the second step: {steps}"
         if inputs:
@@ -60,7 +65,9 @@ def test_walking_alone_and_another_size(models, compiled, prompts, sample):
     """What is baked into a graph is not the pass, the step or the size."""
     for shape, joint in (((1, 16, 2, 4, 6), True), ((1, 16, 2, 4, 6), False), ((1, 16, 3, 6, 4), True)):
         latent = {"samples": torch.zeros(shape)}
-        options = dict(steps=3, joint_pass=joint, skip_layers="0", skip_layer_start_percent=0)
+        options = dict(
+            steps=3, execution__joint_pass=joint, skip_layers__layers="0", skip_layers__start_percent=0
+        )
         plain, compiled_out = (sample(m, *prompts, latent, **options)[0] for m in (models["t2v"], compiled))
         assert torch.equal(plain["samples"], compiled_out["samples"])
 
@@ -88,7 +95,7 @@ def test_inductor_itself_compiles_the_model(models, prompts, sample):
     """Generated code in place of PyTorch's kernels: the same video up to rounding, options included."""
     torch._dynamo.reset()
     latent = {"samples": torch.zeros(1, 16, 2, 4, 6)}
-    options = TEACACHE | {"steps": 6, "skip_layers": "1", "cfg_star": True}
+    options = TEACACHE | {"steps": 6, "skip_layers__layers": "1", "cfg_star": True}
     try:
         compiled = TorchCompileModel.execute(models["t2v"], "inductor").result[0]
         plain, ours = (

@@ -151,7 +151,7 @@ def test_a_mask_that_an_image_model_reads_in_place_of_its_own(models, prompts, s
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
 def test_a_mask_of_ones_changes_no_bit(models, prompts, sample, solver):
-    for options in ({}, {"zero_init_steps": 1, "cfg_star": True}):
+    for options in ({}, {"cfg_star__zero_init_steps": 1, "cfg_star": True}):
         job = {"solver": solver, "denoise": 0.5, "steps": 4, **options}
         plain = sample(models["t2v"], *prompts, video(), **job)[0]["samples"]
         ones = video() | {"noise_mask": torch.ones(1, 32, 48)}
@@ -333,8 +333,8 @@ def test_what_was_left_out_is_on_the_node_in_the_log_and_in_the_report(models, p
     with caplog.at_level("INFO"):
         _, report = sample(model, *prompts, video(), riflex="auto", cfg_star=True, guidance_scale=1.0)
     expected = (
-        "ModelSampling (its shift) set on the MODEL by another node is not used here",
         "the latent holds a video, and at denoise 1 nothing of it is used; below 1 it is the start",
+        "ModelSampling (its shift) set on the MODEL by another node is not used here",
         "riflex auto acts from 97 frames on; this video has 5",
         "cfg_star has no effect at guidance_scale 1, which runs no unconditional pass",
     )

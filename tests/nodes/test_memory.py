@@ -33,7 +33,7 @@ def told(monkeypatch):
 
 @pytest.mark.parametrize("scale, joint, passes", [(1.0, True, 1), (4.0, True, 2), (4.0, False, 2)])
 def test_the_manager_is_told_the_bytes_of_our_plan(job, sample, told, scale, joint, passes):
-    sample(*job, guidance_scale=scale, joint_pass=joint, steps=1)
+    sample(*job, guidance_scale=scale, execution__joint_pass=joint, steps=1)
     size = StepSize(host.config_of(job[0]), (1, 16, 3, 8, 10), passes, itemsize=4)
     need = step_bytes(size, MemoryPlan(joint))
     assert told == [(need, need)]
@@ -90,11 +90,11 @@ def with_attention(model, override):
 OPTIONS = [
     {},
     dict(
-        teacache_multiplier=2.0,
-        teacache_profile="t2v_1.3b",
+        cache__multiplier=2.0,
+        cache__profile="t2v_1.3b",
         steps=6,
-        skip_layers="1",
-        skip_layer_start_percent=50,
+        skip_layers__layers="1",
+        skip_layers__start_percent=50,
     ),
 ]
 

@@ -50,7 +50,7 @@ def test_twenty_jobs_leave_memory_flat(bytes_before, files, prompts, sample, tmp
         model = host.load_model(files["t2v"])
         model = host.add_lora(model, host.read_lora(loras[i % 2], model), 1.0, (1.0, 0.5) if i % 3 else ())
         latent = {"samples": torch.zeros(1, 16, 2 + i % 2, 4 + 2 * (i % 3), 6)}
-        cached = dict(teacache_multiplier=2.0, teacache_profile="t2v_1.3b") if i % 4 == 3 else {}
+        cached = dict(cache__multiplier=2.0, cache__profile="t2v_1.3b") if i % 4 == 3 else {}
         sample(model, *prompts, latent, steps=2, **cached)
         del model, latent
         process.append(held_bytes())

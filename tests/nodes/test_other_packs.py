@@ -170,7 +170,11 @@ def test_a_rule_that_skips_the_negative_pass_leaves_the_positive_alone(models, p
             (patched, {}),
             (
                 models["t2v"],
-                {"skip_layers": "0", "skip_layer_start_percent": 0, "skip_layer_end_percent": 100},
+                {
+                    "skip_layers__layers": "0",
+                    "skip_layers__start_percent": 0,
+                    "skip_layers__end_percent": 100,
+                },
             ),
         )
     )

@@ -8,7 +8,7 @@ import types
 import comfy.model_management as management
 import pytest
 import torch
-from helpers import relative
+from helpers import grouped, relative
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -16,14 +16,31 @@ from safetensors.torch import load_file, save_file
 from wan21 import host
 from wan21.nodes.sampler import Wan21Sampler
 from wan21.wan import attention
+from wan21.wan.solvers import SOLVERS
 
 STEPS = 6
-TEACACHE = dict(teacache_multiplier=2.0, teacache_profile="t2v_1.3b")
-NEUTRAL = dict(
-    teacache_multiplier=0.0, teacache_start_percent=0, cfg_star=False, cfg_star_start_step=0,
-    zero_init_steps=0, riflex="off", joint_pass=True, attention="auto", skip_layers="",
-    skip_layer_start_percent=10, skip_layer_end_percent=90, teacache_profile="auto",
-)  # fmt: skip
+TEACACHE = dict(cache__multiplier=2.0, cache__profile="t2v_1.3b")
+GROUPS = {
+    "cache": ("off", {"teacache": {"multiplier": 2.0, "start_percent": 0, "profile": "auto"}}),
+    "cfg_star": ("off", {"on": {"start_step": 0, "zero_init_steps": 0}}),
+    "nag": ("off", {"on": {"scale": 11.0, "tau": 2.5, "alpha": 0.25}}),
+    "skip_layers": ("off", {"on": {"layers": "9", "start_percent": 10, "end_percent": 90}}),
+    "step_range": (
+        "all",
+        {
+            "part": {
+                "start_at_step": 0, "end_at_step": 10000, "add_noise": "enable",
+                "return_with_leftover_noise": "disable",
+            }
+        },
+    ),
+    "execution": ("auto", {"custom": {"joint_pass": True, "attention": "auto"}}),
+}  # fmt: skip
+OPTIONAL = [
+    "cache", "cfg_star", "nag", "skip_layers", "riflex", "step_range", "execution", "model_low_noise",
+    "expert_boundary", "low_noise_guidance_scale", "sigmas",
+]  # fmt: skip
+OFF = {name: {name: off} for name, (off, _) in GROUPS.items()}
 
 
 @pytest.fixture
@@ -51,31 +68,43 @@ def count_blocks(models):
         handle.remove()
 
 
-def test_the_neutral_settings_are_the_defaults_and_change_no_bit(run):
+def test_the_inputs_are_those_of_the_contract():
     inputs = {i.id: i for i in Wan21Sampler.define_schema().inputs}
-    assert {name: inputs[name].default for name in NEUTRAL} == NEUTRAL
-    assert all(inputs[name].optional for name in NEUTRAL)
-    assert list(inputs)[-len(NEUTRAL) :] == [*NEUTRAL]
+    assert list(inputs)[-len(OPTIONAL) :] == OPTIONAL
+    assert all(inputs[name].optional for name in OPTIONAL)
+    for name, (off, on) in GROUPS.items():
+        first, second = inputs[name].options
+        assert (first.key, first.inputs) == (off, [])
+        assert {second.key: {i.id: i.default for i in second.inputs}} == on
+        assert all(i.optional for i in second.inputs)
+
+
+def test_what_is_left_out_has_its_default_and_off_changes_no_bit(run):
     without, report = run()
-    explicit, explicit_report = run(**NEUTRAL)
-    assert torch.equal(without, explicit)
-    assert [line for line in report.splitlines() if "time" not in line and "memory" not in line] == [
-        line for line in explicit_report.splitlines() if "time" not in line and "memory" not in line
-    ]
+    for inputs in (
+        OFF,
+        dict.fromkeys(GROUPS),
+        {"execution": {"execution": "custom", "joint_pass": None}},
+    ):
+        explicit, explicit_report = run(**inputs)
+        assert torch.equal(without, explicit)
+        assert [line for line in report.splitlines() if "time" not in line and "memory" not in line] == [
+            line for line in explicit_report.splitlines() if "time" not in line and "memory" not in line
+        ]
 
 
 @pytest.mark.parametrize(
     "neutral",
     [
-        {"teacache_multiplier": 1.0, "teacache_profile": "i2v_480p"},
-        {"teacache_start_percent": 50},
-        {"cfg_star": True, "cfg_star_start_step": STEPS},
-        {"cfg_star_start_step": 3},
+        {"cache__multiplier": 1.0, "cache__profile": "i2v_480p"},
+        {"cfg_star__start_step": STEPS},
+        {"nag__scale": 1.0},
+        {"nag__alpha": 0.0},
         {"riflex": "on"},
         {"riflex": "auto"},
-        {"joint_pass": False},
-        {"attention": "sdpa"},
-        {"skip_layers": "0", "skip_layer_start_percent": 0, "skip_layer_end_percent": 1},
+        {"execution__joint_pass": False},
+        {"execution__attention": "sdpa"},
+        {"skip_layers__layers": "0", "skip_layers__start_percent": 0, "skip_layers__end_percent": 1},
     ],
     ids=str,
 )
@@ -87,13 +116,13 @@ def test_joint_pass_is_one_walk(run, count_blocks):
     run(steps=1)
     assert count_blocks == [0, 0, 1, 1]
     count_blocks.clear()
-    run(steps=1, joint_pass=False)
+    run(steps=1, execution__joint_pass=False)
     assert count_blocks == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("joint", [True, False])
 def test_teacache_computes_the_steps_of_its_plan(run, count_blocks, joint):
-    samples, report = run(**TEACACHE, joint_pass=joint, steps=12)
+    samples, report = run(**TEACACHE, execution__joint_pass=joint, steps=12)
     computed, total = map(int, re.search(r"teacache: (\d+) of (\d+) steps", report).groups())
     marks = re.search(r"plan: ([#.]+)\n", report)[1]
     assert total == 12 == len(marks) and computed == marks.count("#") < 12
@@ -103,11 +132,11 @@ def test_teacache_computes_the_steps_of_its_plan(run, count_blocks, joint):
 
 
 def test_teacache_in_both_ways_of_walking_gives_the_same_bytes(run):
-    assert torch.equal(run(**TEACACHE)[0], run(**TEACACHE, joint_pass=False)[0])
+    assert torch.equal(run(**TEACACHE)[0], run(**TEACACHE, execution__joint_pass=False)[0])
 
 
 def test_a_multiplier_out_of_reach_names_the_nearest(run):
-    _, report = run(teacache_multiplier=6.0, teacache_profile="t2v_1.3b", steps=6)
+    _, report = run(cache__multiplier=6.0, cache__profile="t2v_1.3b", steps=6)
     assert "asks for 1 computed steps; the nearest that can be is 2, 3.00x" in report
 
 
@@ -118,7 +147,7 @@ def test_teacache_on_a_part_of_the_schedule(run):
 
 
 def test_zero_init_saves_its_steps(run, count_blocks):
-    samples, report = run(zero_init_steps=2, **TEACACHE)
+    samples, report = run(cfg_star__zero_init_steps=2, cfg_star__start_step=99, **TEACACHE)
     assert "zero-init: the first 2 steps" in report and re.search(r"plan: 00#[#.]+#\n", report)
     assert count_blocks.count(0) % 2 == 0 and len(count_blocks) <= (STEPS - 2) * 4
     assert relative(samples, run()[0]) > 1e-3
@@ -129,13 +158,13 @@ def test_cfg_star_and_skip_layers_take_part(run, count_blocks):
     starred, report = run(cfg_star=True)
     assert relative(starred, plain) > 1e-3 and "guidance: CFG-Zero* from step 0" in report
     count_blocks.clear()
-    skipped, report = run(skip_layers="1", skip_layer_start_percent=0, skip_layer_end_percent=100)
+    skipped, report = run(skip_layers__layers="1", skip_layers__start_percent=0, skip_layers__end_percent=100)
     assert relative(skipped, plain) > 1e-3 and "skip layers: 1 of the unconditional pass" in report
     assert count_blocks == [0, 0, 1] * STEPS
 
 
 def test_options_without_an_unconditional_pass_say_so(run):
-    samples, report = run(guidance_scale=1.0, cfg_star=True, skip_layers="0,1")
+    samples, report = run(guidance_scale=1.0, cfg_star=True, skip_layers__layers="0,1")
     assert "cfg_star has no effect at guidance_scale 1" in report
     assert "skip_layers has no effect at guidance_scale 1" in report
     assert torch.equal(samples, run(guidance_scale=1.0)[0])
@@ -172,43 +201,43 @@ def own(files, tmp_path):
 def test_a_model_of_unknown_size_needs_its_own_coefficients(run):
     message = r"^Wan21Sampler: there are no TeaCache .* of width 256 .*Run scripts/calibrate_teacache\.py"
     with pytest.raises(ValueError, match=message):
-        run(teacache_multiplier=2.0)
+        run(cache__multiplier=2.0)
     with pytest.raises(ValueError, match=r"measured and wan21-random-t2v\.safetensors has no coefficients"):
-        run(teacache_multiplier=2.0, teacache_profile="measured")
+        run(cache__multiplier=2.0, cache__profile="measured")
 
 
 def test_coefficients_in_the_metadata_and_beside_the_file(own, run):
     model = own(teacache_coefficients="[0.5, 0.0]")
     for profile in ("auto", "measured"):
-        _, report = run(model, teacache_multiplier=2.0, teacache_profile=profile)
+        _, report = run(model, cache__multiplier=2.0, cache__profile=profile)
         assert "profile measured" in report
     beside = own.path.with_name("mine.safetensors.teacache.json")
     beside.write_text(json.dumps([0.0, 0.0, 1.0]))  # another rule: every step changes alike
-    _, report = run(model, teacache_multiplier=2.0)
+    _, report = run(model, cache__multiplier=2.0)
     assert "plan: #.#.##" in report or "plan: #..#.#" in report
     beside.write_text("[1, 'x']")
     with pytest.raises(ValueError, match=r"Wan21Sampler: mine\.safetensors\.teacache\.json: "):
-        run(model, teacache_multiplier=2.0)
+        run(model, cache__multiplier=2.0)
 
 
 def test_damaged_metadata_is_named(own, run):
     with pytest.raises(
         ValueError, match=r"teacache_coefficients in the metadata of mine\.safetensors: .*list of numbers"
     ):
-        run(own(teacache_coefficients='{"a": 1}'), teacache_multiplier=2.0)
+        run(own(teacache_coefficients='{"a": 1}'), cache__multiplier=2.0)
 
 
 # --- errors ------------------------------------------------------------------------------------------
 
 BAD = [
-    ({"teacache_multiplier": 0.5}, "teacache_multiplier is 0.5; a speed-up is at least 1"),
-    ({"zero_init_steps": STEPS}, "zero_init_steps is 6 of 6 steps"),
-    ({"skip_layers": "1,2,9"}, "skip_layers names block 2, 9; the model has 2, from 0. Set .* from 0 to 1"),
-    ({"skip_layers": "first"}, "skip_layers holds 'first'"),
-    ({"skip_layers": "0", "skip_layer_start_percent": 90}, "no step lies between"),
-    ({"attention": "flash"}, "attention is flash, and flash_attn is not installed; get it with pip install"),
-    ({"attention": "sage"}, "attention is sage, and sageattention is not installed.*can be used here: sdpa"),
-    ({"attention": "xformers"}, "attention is xformers, and xformers is not installed"),
+    ({"cache__multiplier": 0.5}, "cache.multiplier is 0.5; a speed-up is at least 1"),
+    ({"cfg_star__zero_init_steps": STEPS}, "zero_init_steps is 6 and the model has 6 of 6 steps"),
+    ({"skip_layers__layers": "1,2,9"}, "skip_layers names block 2, 9; the model has 2, from 0"),
+    ({"skip_layers__layers": "first"}, "layers holds 'first'"),
+    ({"skip_layers__layers": "0", "skip_layers__start_percent": 90}, "no step lies between"),
+    ({"execution__attention": "flash"}, "flash, and flash_attn is not installed; get it with pip install"),
+    ({"execution__attention": "sage"}, "sage, and sageattention is not installed.*can be used here: sdpa"),
+    ({"execution__attention": "xformers"}, "attention is xformers, and xformers is not installed"),
 ]  # fmt: skip
 
 
@@ -226,7 +255,7 @@ def test_an_installed_backend_is_refused_on_the_cpu(run, monkeypatch):
     attention._import.cache_clear()
     try:
         with pytest.raises(ValueError, match="flash, and it needs a CUDA device and the model runs on cpu"):
-            run(attention="flash")
+            run(execution__attention="flash")
     finally:
         attention._import.cache_clear()
 
@@ -246,7 +275,7 @@ def test_an_override_of_another_pack_is_honoured_when_auto(models, run):
     through, _ = run(model, steps=1)
     assert calls == [0] * 4 + [1] * 4  # self- and cross-attention of two passes in two blocks
     calls.clear()
-    plain, _ = run(model, steps=1, attention="sdpa")
+    plain, _ = run(model, steps=1, execution__attention="sdpa")
     assert calls == [] and relative(through, plain) < 1e-5
 
 
@@ -267,18 +296,18 @@ def test_sdpa_replaces_the_hosts_own_choice_on_the_cpu_only(monkeypatch):
 some = st.fixed_dictionaries(
     {
         "guidance_scale": st.sampled_from([1.0, 4.0]),
-        "solver": st.sampled_from(["unipc", "dpm++", "euler"]),
-        "teacache_multiplier": st.sampled_from([0.0, 1.5, 2.0]),
-        "teacache_start_percent": st.sampled_from([0, 40]),
-        "teacache_profile": st.sampled_from(["t2v_1.3b", "i2v_480p"]),
-        "cfg_star": st.booleans(),
-        "cfg_star_start_step": st.integers(0, 3),
-        "zero_init_steps": st.integers(0, 2),
+        "solver": st.sampled_from(sorted(SOLVERS)),
+        "cache__multiplier": st.sampled_from([1.0, 1.5, 2.0]),
+        "cache__start_percent": st.sampled_from([0, 40]),
+        "cache__profile": st.sampled_from(["t2v_1.3b", "i2v_480p"]),
+        "cfg_star__start_step": st.integers(0, 3),
+        "cfg_star__zero_init_steps": st.integers(0, 2),
         "riflex": st.sampled_from(["auto", "on", "off"]),
-        "attention": st.sampled_from(["auto", "sdpa"]),
-        "skip_layers": st.sampled_from(["", "0", "0,1"]),
-        "skip_layer_start_percent": st.integers(0, 40),
-        "skip_layer_end_percent": st.integers(50, 100),
+        "execution__attention": st.sampled_from(["auto", "sdpa"]),
+        "nag__scale": st.sampled_from([1.0, 11.0]),
+        "skip_layers__layers": st.sampled_from(["0", "0,1"]),
+        "skip_layers__start_percent": st.integers(0, 40),
+        "skip_layers__end_percent": st.integers(50, 100),
         "denoise": st.sampled_from([1.0, 0.6]),
     }
 )
@@ -299,31 +328,25 @@ def test_any_options_leave_nothing_behind(run, models, options, other, size, oth
     """A job gives the same bytes whatever ran before it, and in both ways of walking the passes."""
     first, _ = run(latent=LATENTS[size], steps=4, **options)
     run(latent=LATENTS[other_size], steps=4, **other)
-    again, _ = run(latent=LATENTS[size], steps=4, **options, joint_pass=False)
+    again, _ = run(latent=LATENTS[size], steps=4, **options, execution__joint_pass=False)
     assert torch.equal(first, again)
     assert "wan21_call" not in models["t2v"].model_options["transformer_options"]
 
 
 @quickly
-@given(
-    options=some, off=st.sampled_from(["teacache_multiplier", "cfg_star", "zero_init_steps", "skip_layers"])
-)
-def test_a_neutral_option_is_absent_beside_any_others(run, options, off):
-    """Switched off, an option's other inputs do not matter."""
-    related = {
-        "teacache_multiplier": {"teacache_start_percent": 0, "teacache_profile": "auto"},
-        "cfg_star": {"cfg_star_start_step": 0},
-        "zero_init_steps": {},
-        "skip_layers": {"skip_layer_start_percent": 10, "skip_layer_end_percent": 90},
-    }[off]
-    options = options | {off: NEUTRAL[off]}
+@given(options=some, off=st.sampled_from(["cache", "cfg_star", "nag", "skip_layers"]))
+def test_a_group_that_is_off_is_absent_beside_any_others(run, options, off):
+    """Its settings, which the editor keeps, do not matter."""
+    rest = {name: value for name, value in options.items() if not name.startswith(f"{off}__")}
+    kept = grouped(**options)[off] | {off: "off"}
     latent = LATENTS[(2, 4, 6)]
-    rest = {name: value for name, value in (options | related).items() if name != off}
-    assert torch.equal(run(latent=latent, steps=4, **options)[0], run(latent=latent, steps=4, **rest)[0])
+    assert torch.equal(
+        run(latent=latent, steps=4, **rest, **{off: kept})[0], run(latent=latent, steps=4, **rest)[0]
+    )
 
 
 def test_a_cancelled_run_leaves_nothing_behind(models, run):
-    options = TEACACHE | {"cfg_star": True, "skip_layers": "1"}
+    options = TEACACHE | {"cfg_star": True, "skip_layers__layers": "1"}
     expected, _ = run(**options)
     block = models["t2v"].model.diffusion_model.blocks[1]
     calls = []

@@ -31,7 +31,7 @@ def test_calibration_writes_what_the_sampler_then_uses(files, tmp_path, sample, 
     model.with_name("tiny.safetensors.teacache.json").write_text(json.dumps(coefficients))
     latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
     loaded = host.load_model(model)
-    _, report = sample(loaded, *prompts, latent, steps=10, flow_shift=5.0, teacache_multiplier=2.0)
+    _, report = sample(loaded, *prompts, latent, steps=10, flow_shift=5.0, cache__multiplier=2.0)
     assert "teacache: 5 of 10 steps computed, profile measured" in report
     model.with_name("tiny.safetensors.teacache.json").unlink()
     calibrate_teacache.embed(model, coefficients)

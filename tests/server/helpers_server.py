@@ -12,6 +12,7 @@ import time
 import inferencesh
 from aiohttp import web
 from lib.random_checkpoints import FLF2V, I2V, T2V, TEXT_ENCODER, VAE
+from wan21.host.node_inputs import describe_inputs
 from wan21.nodes.image_to_video import Wan21ImageToVideo
 from wan21.nodes.lora import Wan21LoraLoader
 from wan21.nodes.sampler import Wan21Sampler
@@ -40,12 +41,7 @@ def node_inputs(node_class):
         return {name: {"type": "COMBO", "options": names} for name, names in LISTS[node_class].items()}
     if node_class not in nodes:
         return None
-    groups = nodes[node_class].INPUT_TYPES()
-    return {
-        name: spec[1] | {"type": spec[0]}
-        for group in ("required", "optional")
-        for name, spec in groups.get(group, {}).items()
-    }
+    return describe_inputs(nodes[node_class].INPUT_TYPES())
 
 
 class FakeHost:

@@ -170,8 +170,9 @@ def test_every_option_reaches_its_node(api, job):
     )  # fmt: skip
     sampler = nodes["Wan21Sampler"]
     expected = {
-        "teacache_multiplier": 2.0, "teacache_start_percent": 10, "riflex": "on", "joint_pass": False,
-        "attention": "sdpa", "cfg_star": True, "cfg_star_start_step": 2, "flow_shift": 7.5,
+        "cache": "teacache", "cache.multiplier": 2.0, "cache.start_percent": 10, "riflex": "on",
+        "execution": "custom", "execution.joint_pass": False, "execution.attention": "sdpa",
+        "cfg_star": "on", "cfg_star.start_step": 2, "flow_shift": 7.5,
     }  # fmt: skip
     assert {name: sampler[name] for name in expected} == expected
     lora = nodes["Wan21LoraLoader"]
@@ -310,3 +311,11 @@ def test_fields_that_do_not_fit(api, job, image, fields, path, message):
         fields = fields | {"end_image": image}
     errors = refused(api, job(**fields))
     assert errors.keys() == {f"input.{path}"} and message in errors[f"input.{path}"]
+
+
+def test_a_host_input_of_any_type_is_described():
+    """The host's type for anything says of itself that it is unequal to nothing."""
+    from comfy.comfy_types.node_typing import IO
+    from wan21.host.node_inputs import describe_inputs
+
+    assert describe_inputs({"required": {"source": (IO.ANY, {})}}) == {"source": {"type": "*"}}
