@@ -6,6 +6,7 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from . import server
+from .nodes.clips import Wan21JoinClips
 from .nodes.image_to_video import Wan21ImageToVideo
 from .nodes.load import Wan21ModelLoader, Wan21TextEncoderLoader, Wan21VAELoader
 from .nodes.lora import Wan21LoraLoader
@@ -37,4 +38,5 @@ class Wan21Extension(ComfyExtension):
             Wan21VAEDecode,
             Wan21TemporalUpsample,
             Wan21SpatialUpsample,
+            Wan21JoinClips,
         ]

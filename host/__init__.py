@@ -14,7 +14,7 @@ from .guide import GUIDE, has_guide, with_guide
 from .latent_file import KeptLatent
 from .load import DTYPES, WEIGHT_DTYPES, load_model, notes_on_file
 from .lora import add_lora, other_family, packed_by_another_pack, read_lora
-from .memory import MemoryWatch, need_host_bytes, plan_memory
+from .memory import MemoryWatch, frame_device, need_host_bytes, plan_memory
 from .model import checkpoint_name, config_of, is_ours
 from .patches import ignored_patches, refused_patch
 from .progress import Progress, StepProgress, check_cancelled, speaking_as, tell
@@ -55,6 +55,7 @@ __all__ = [
     "describe_conditioning",
     "encode_video",
     "fill_spans_with_model",
+    "frame_device",
     "fresh_noise",
     "has_guide",
     "ignored_patches",

@@ -70,6 +70,13 @@ def plan_memory(
     return plans, need, said
 
 
+def frame_device(need: float) -> torch.device:
+    """The device on which frames are worked on, with room made on it for so many bytes."""
+    device = comfy.model_management.get_torch_device()
+    comfy.model_management.free_memory(need, device)
+    return device
+
+
 def need_host_bytes(need: float, what: str, fix: str) -> None:
     """Makes room in host memory out of the host's caches, and refuses what does not fit even then.
 

@@ -106,25 +106,35 @@ def check_frames(images: Tensor, least: int = 1) -> None:
         images: [F, H, W, C] as the host hands it.
         least: the fewest frames that make sense.
     """
+    check_shape(images)
+    if len(images) < least:
+        raise Refusal(
+            f"images holds {len(images)} frame; there is no time between frames to fill",
+            f"Connect at least {least} frames, or leave this node out",
+        )
+    check_finite_frames(images)
+
+
+def check_shape(images: Tensor, name: str = "images") -> None:
+    """Whether an IMAGE has the shape of a video, [F, H, W, 3]."""
     shape = tuple(images.shape)
     if len(shape) != 4 or 0 in shape:
         raise Refusal(
-            f"images has the shape {list(shape)}; it must be frames [F, H, W, 3]", "Connect a video"
+            f"{name} has the shape {list(shape)}; it must be frames [F, H, W, 3]", "Connect a video"
         )
     if shape[3] != 3:
         raise Refusal(
-            f"images has {shape[3]} channel(s); frames are RGB, 3 channels",
+            f"{name} has {shape[3]} channel(s); frames are RGB, 3 channels",
             "Take the alpha channel off with SplitImageWithAlpha, or connect colour frames",
         )
-    if shape[0] < least:
-        raise Refusal(
-            f"images holds {shape[0]} frame; there is no time between frames to fill",
-            f"Connect at least {least} frames, or leave this node out",
-        )
+
+
+def check_finite_frames(images: Tensor, name: str = "images") -> None:
+    """Whether every pixel of frames [F, H, W, 3] is a number."""
     for i, frame in enumerate(images):  # one at a time: the mask of a whole clip takes a quarter of its bytes
         if not torch.isfinite(frame).all():
             raise Refusal(
-                f"frame {i} of images holds NaN or infinite pixels",
+                f"frame {i} of {name} holds NaN or infinite pixels",
                 "Look at the node that made it, often a failed decode",
             )
 
