@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from kornia.color import lab_to_rgb, rgb_to_lab
 from torch import Tensor
 
 MAX_GAIN = 1.25  # most by which contrast grows, and its inverse the most by which it falls
@@ -31,6 +30,8 @@ class ColorMatch:
 
     def __call__(self, frame: Tensor) -> Tensor:
         """[H, W, 3] -> the same in other colours, float32 in [0, 1], on the device of the match."""
+        from kornia.color import lab_to_rgb  # as in `_lab`
+
         lab = _lab(frame, self.mean.device)
         lab = (lab - self.mean) * self.gain + (self.mean + self.shift)
         return lab_to_rgb(lab).movedim(0, -1)
@@ -74,4 +75,6 @@ def _statistics(images: Tensor, device: torch.device, on_frame: Callable[[], Non
 
 def _lab(frame: Tensor, device: torch.device) -> Tensor:
     """[H, W, 3] -> (3, H, W) in L*a*b*, float32."""
+    from kornia.color import rgb_to_lab  # here: to import it takes a quarter of a second
+
     return rgb_to_lab(frame.to(device, torch.float32).clamp(0, 1).movedim(-1, 0))

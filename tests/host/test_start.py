@@ -20,6 +20,7 @@ NODE_IDS = {
     "Wan21VAEDecode",
     "Wan21TemporalUpsample",
     "Wan21SpatialUpsample",
+    "Wan21JoinClips",
 }
 IMPORT_BUDGET_S = 0.3  # of CPU time, which a busy machine does not lengthen
 
