@@ -21,6 +21,19 @@ from lib.pack import ROOT
 WORKFLOWS = ROOT / "workflows"
 REPOSITORY = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged"
 
+
+def _segment(number):
+    """Columns of node titles of a segment that goes on from the one before."""
+    before = number - 1
+    known = [f"Last frames of {before}", f"First of the last frames of {before}"]
+    return [
+        [f"Positive prompt {number}", *known, f"Start image features {number}"],
+        [f"Image to video {number}"],
+        [f"Sampler {number}"],
+        [f"Report {number}", f"Decode {number}", f"Join {number}"],
+    ]
+
+
 # Group -> columns of node titles, and the groups from left to right, top to bottom.
 GROUPS = {
     "Load": [
@@ -31,10 +44,18 @@ GROUPS = {
     "Start image": [["Start image"], ["Start image features"]],
     "End image": [["End image"], ["End image features"]],
     "Source": [["Source video"], ["Frames of the video", "First frames", "Resize", "Encode"]],
-    "Sample": [["Image to video", "Size and length"], ["Sampler", "Report"]],
+    "Sample": [["Image to video", "Size and length", "Size of the clip"], ["Sampler", "Report", "Decode 1"]],
+    "Second segment": _segment(2),
+    "Third segment": _segment(3),
     "Video": [["Decode", "More frames", "More pixels", "Create video"], ["Save video"]],
 }
-COLUMNS = [["Load"], ["Prompt", "Start image", "End image", "Source"], ["Sample"], ["Video"]]
+COLUMNS = [
+    ["Load"],
+    ["Prompt", "Start image", "End image", "Source"],
+    ["Sample"],
+    ["Second segment", "Third segment"],
+    ["Video"],
+]
 COLOURS = {
     "Load": "#3f789e",
     "Prompt": "#8A8",
@@ -42,6 +63,8 @@ COLOURS = {
     "End image": "#a1309b",
     "Source": "#a1309b",
     "Sample": "#b58b2a",
+    "Second segment": "#b58b2a",
+    "Third segment": "#b58b2a",
     "Video": "#88A",
 }
 GAP = 20
@@ -65,7 +88,14 @@ SIZES = {  # (width, least height) in pixels; a node is never lower than its inp
     "Report": (WIDE, 280),
     "Save video": (420, 460),
 }
-PREVIEW_HEIGHT = {"Sampler": 220, "Decode": 90}  # room below the inputs for the picture or text of a run
+SIZES |= {f"Positive prompt {number}": (WIDE, 130) for number in (2, 3)}
+SIZES |= {f"Report {number}": (WIDE, 280) for number in (2, 3)}
+PREVIEW_HEIGHT = {"Sampler": 220, "Sampler 2": 220, "Sampler 3": 220, "Decode": 90, "Decode 1": 90}
+PREVIEW_HEIGHT |= {
+    "Decode 2": 90,
+    "Decode 3": 90,
+    "Size of the clip": 60,
+}  # room below the inputs for the picture or text of a run
 NOTE_SIZE = (440, 480)
 TITLE_HEIGHT = 30  # the bar above a node, and a group's own title
 COLUMN_GAP = 50
@@ -183,6 +213,21 @@ NOTES = {
         "**Sampler**: the release runs 50 steps at guidance 5 and shift 16.",
         "**add_frames_for_end_image** stays off for this model. Turn it on to use an end image "
         "with a plain i2v model.",
+        TEXT_ENCODER,
+    ),
+    "segments": (
+        "# Segments\nThree prompts, one after the other, in one video of 14 seconds: each segment goes on from the "
+        "last frames of the one before.",
+        "**Positive prompt**, **2**, **3**: what happens in each segment. **Negative prompt** serves all.",
+        "**Last frames**: five tell the next segment how things move; one (batch_index -1, length 1) only where "
+        "they are. Set `overlap` of **Join** to the same number.",
+        "**Join**: `match_color` brings the colours of a segment to those of the one before.",
+        "**Image to video** of the first segment: size and, as in the others, length. "
+        f"{SIDES_AND_FRAMES} The others take the size from **Size of the clip**.",
+        "A segment more: copy the nodes of the last, connect **Last frames** and **Join** to it. A segment less: "
+        "connect **Create video** to the join before.",
+        "**CLIP vision** is optional: delete its nodes to save memory, the video then follows its first frames "
+        "less closely.",
         TEXT_ENCODER,
     ),
     "t2v": (

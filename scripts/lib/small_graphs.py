@@ -39,6 +39,8 @@ def small_graph(graph, size=(64, 64), num_frames=5, steps=2, image=None, video=N
         for name, value in node["inputs"].items():
             if isinstance(value, list):
                 continue  # linked
+            if name == "length" and node["inputs"].get("batch_index") == -value:
+                continue  # the last frames of a clip, from which the next goes on
             if name in values:
                 node["inputs"][name] = values[name]
     return graph

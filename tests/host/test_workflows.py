@@ -41,13 +41,18 @@ def test_runs(path, client, image, video):
     assert len(frames) == num_frames
     assert {(frame.width, frame.height) for frame in frames} == {size}
     assert fps == expected_fps(graph)
-    decode = find_node(graph, "Decode")
-    said = [text for node, text in job.texts if node == decode]
-    assert [text.split(":")[0] for text in said] == ["decodes whole frames"] * (
-        graph[decode]["inputs"]["tile_size"] == "auto"
-    )
-    report = job.outputs[find_node(graph, "Report")]["text"][0]
-    assert f"{SIZE[0]}x{SIZE[1]}, {NUM_FRAMES} frames" in report
+    for decode in nodes_of(graph, "Wan21VAEDecode"):
+        said = [text for node, text in job.texts if node == decode]
+        assert [text.split(":")[0] for text in said] == ["decodes whole frames"] * (
+            graph[decode]["inputs"]["tile_size"] == "auto"
+        )
+    reports = [job.outputs[node]["text"][0] for node in nodes_of(graph, "PreviewAny")]
+    assert len(reports) == len(nodes_of(graph, "Wan21Sampler"))
+    assert all(f"{SIZE[0]}x{SIZE[1]}, {NUM_FRAMES} frames" in report for report in reports)
+
+
+def nodes_of(graph, kind):
+    return [node_id for node_id, node in graph.items() if node["class_type"] == kind]
 
 
 def read_video(client, job):
@@ -57,9 +62,10 @@ def read_video(client, job):
 
 
 def expected_clip(graph):
-    """(frames, (width, height)): what was sampled, or x2 in time and 1.5x in space."""
+    """(frames, (width, height)): what was sampled and joined, or x2 in time and 1.5x in space."""
     kinds = {node["class_type"] for node in graph.values()}
     num_frames = 2 * NUM_FRAMES - 1 if "Wan21TemporalUpsample" in kinds else NUM_FRAMES
+    num_frames += sum(NUM_FRAMES - graph[i]["inputs"]["overlap"] for i in nodes_of(graph, "Wan21JoinClips"))
     return num_frames, (SIZE[0] * 3 // 2, SIZE[1] * 3 // 2) if "Wan21SpatialUpsample" in kinds else SIZE
 
 
@@ -81,6 +87,25 @@ def test_nodes_and_inputs_are_the_hosts(path, client):
         title = node["_meta"]["title"]
         assert required.keys() <= node["inputs"].keys(), f"{title} lacks inputs"
         assert node["inputs"].keys() <= describe_inputs(inputs).keys(), f"{title} has unknown inputs"
+
+
+def test_joined_clips_share_the_frames_that_the_second_took(path):
+    """Join -> the second clip's frames -> sampler -> image to video -> the last frames of the clip before."""
+    graph = json.loads(path.read_text(encoding="utf-8"))
+
+    def above(node_id, name):
+        return graph[node_id]["inputs"][name][0]
+
+    for join in nodes_of(graph, "Wan21JoinClips"):
+        start = above(above(above(above(join, "images_2"), "latent"), "latent"), "start_image")
+        overlap = graph[join]["inputs"]["overlap"]
+        assert (graph[start]["inputs"]["batch_index"], graph[start]["inputs"]["length"]) == (
+            -overlap,
+            overlap,
+        )
+        before = above(join, "images_1")
+        before = above(before, "images_2") if graph[before]["class_type"] == "Wan21JoinClips" else before
+        assert above(start, "image") == before
 
 
 def test_titles_are_unique(path):
