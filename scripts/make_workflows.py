@@ -90,12 +90,9 @@ SIZES = {  # (width, least height) in pixels; a node is never lower than its inp
 }
 SIZES |= {f"Positive prompt {number}": (WIDE, 130) for number in (2, 3)}
 SIZES |= {f"Report {number}": (WIDE, 280) for number in (2, 3)}
-PREVIEW_HEIGHT = {"Sampler": 220, "Sampler 2": 220, "Sampler 3": 220, "Decode": 90, "Decode 1": 90}
-PREVIEW_HEIGHT |= {
-    "Decode 2": 90,
-    "Decode 3": 90,
-    "Size of the clip": 60,
-}  # room below the inputs for the picture or text of a run
+# Room below the inputs for the picture or text of a run.
+PREVIEW_HEIGHT = {"Sampler": 220, "Sampler 2": 220, "Sampler 3": 220, "Size of the clip": 60}
+PREVIEW_HEIGHT |= dict.fromkeys(("Decode", "Decode 1", "Decode 2", "Decode 3"), 90)
 NOTE_SIZE = (440, 480)
 TITLE_HEIGHT = 30  # the bar above a node, and a group's own title
 COLUMN_GAP = 50
@@ -216,18 +213,19 @@ NOTES = {
         TEXT_ENCODER,
     ),
     "segments": (
-        "# Segments\nThree prompts, one after the other, in one video of 14 seconds: each segment goes on from the "
-        "last frames of the one before.",
-        "**Positive prompt**, **2**, **3**: what happens in each segment. **Negative prompt** serves all.",
-        "**Last frames**: five tell the next segment how things move; one (batch_index -1, length 1) only where "
-        "they are. Set `overlap` of **Join** to the same number.",
+        "# Segments\nThree prompts, one after the other, in one video of 14 seconds: each segment goes on "
+        "from the last frames of the one before.",
+        "**Start image**: your picture. **Positive prompt**, **2** and **3**: what happens in each segment. "
+        "**Negative prompt** serves all.",
+        "**Last frames**: five tell the next segment how things move; one (batch_index -1, length 1) only "
+        "where they are. Set `overlap` of **Join** to the same number.",
         "**Join**: `match_color` brings the colours of a segment to those of the one before.",
-        "**Image to video** of the first segment: size and, as in the others, length. "
-        f"{SIDES_AND_FRAMES} The others take the size from **Size of the clip**.",
-        "A segment more: copy the nodes of the last, connect **Last frames** and **Join** to it. A segment less: "
-        "connect **Create video** to the join before.",
-        "**CLIP vision** is optional: delete its nodes to save memory, the video then follows its first frames "
-        "less closely.",
+        f"**Image to video**: size and length. {SIDES_AND_FRAMES} The second and third take the size from "
+        "**Size of the clip**.",
+        "A segment more: copy the nodes of the third, its **Last frames** from **Decode 3**, its **Join** "
+        "after **Join 3**. A segment less: connect **Create video** to **Join 2**.",
+        "**CLIP vision** is optional: delete its nodes to save memory, the video then follows its first "
+        "frames less closely.",
         TEXT_ENCODER,
     ),
     "t2v": (
