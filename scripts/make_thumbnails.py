@@ -28,8 +28,19 @@ NUM_FRAMES = 17
 STEPS = 20
 SAMPLING = {"guidance_scale": 3, "flow_shift": 3}  # what suits the bundled checkpoint
 PROMPT = "pan left"
-PROMPTS = {"t2v": "a red circle moves right", "long_video": "rotate clockwise", "fast": "zoom in"}
-PROMPTS |= {"four_steps": "pan right", "wan22_i2v": "zoom out", "wan22_four_steps": "pan up"}
+PROMPTS = {  # graph -> title -> text
+    "t2v": {"Positive prompt": "a red circle moves right"},
+    "long_video": {"Positive prompt": "rotate clockwise"},
+    "fast": {"Positive prompt": "zoom in"},
+    "four_steps": {"Positive prompt": "pan right"},
+    "wan22_i2v": {"Positive prompt": "zoom out"},
+    "wan22_four_steps": {"Positive prompt": "pan up"},
+    "segments": {
+        "Positive prompt": "pan left",
+        "Positive prompt 2": "zoom in",
+        "Positive prompt 3": "rotate clockwise",
+    },
+}
 PICTURES = 9
 WIDTH = 512
 
@@ -48,8 +59,11 @@ def main():
             for name in names:
                 graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
                 small = small_graph(graph, SIZE, NUM_FRAMES, STEPS, image, video)
-                small = fill(small, "Positive prompt", text=PROMPTS.get(name, PROMPT))
-                small = fill(small, "Wan21Sampler", **SAMPLING)
+                for title, prompt in PROMPTS.get(name, {"Positive prompt": PROMPT}).items():
+                    small = fill(small, title, text=prompt)
+                for node in small.values():
+                    if node["class_type"] == "Wan21Sampler":
+                        node["inputs"].update(SAMPLING)
                 clip = folder / f"{name}.mp4"
                 clip.write_bytes(_run(server.client, small))
                 _thumbnail(clip).save(WORKFLOWS / f"{name}.jpg", quality=85)
