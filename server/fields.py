@@ -3,7 +3,9 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from ..net.links import check_link
 
@@ -14,11 +16,13 @@ REQUIRED = object()
 FROM_NODE = object()
 MAX_TEXT = 5000  # a snapshot repeats it, and old clients stop at lines of 128 KiB
 MAX_URL = 4096
+MAX_SEGMENTS = 16  # of one video, the first included
 NONE = "none"
 SIZE = re.compile(r"(\d{1,5})[*x](\d{1,5})")
 
 I2V, SAMPLER, LORA = "Wan21ImageToVideo", "Wan21Sampler", "Wan21LoraLoader"
-DECODE, TEMPORAL, SPATIAL = "Wan21VAEDecode", "Wan21TemporalUpsample", "Wan21SpatialUpsample"
+DECODE, JOIN = "Wan21VAEDecode", "Wan21JoinClips"
+TEMPORAL, SPATIAL = "Wan21TemporalUpsample", "Wan21SpatialUpsample"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,12 @@ def _check_lora_url(url: str, _: NodeInputs) -> None:
         check_link(url)
 
 
+def _check_segments(texts: list[str], _: NodeInputs) -> None:
+    length = sum(map(len, texts))
+    if length > MAX_TEXT:
+        raise ValueError(f"have {length} characters together; the most is {MAX_TEXT}")
+
+
 def _model_file(part: str, folder: str) -> AppField:
     return AppField(
         name=part,
@@ -102,6 +112,15 @@ FIELDS = (
         description="What happens in the video.",
         default=REQUIRED,
         limits={"min_length": 1, "max_length": MAX_TEXT},
+    ),
+    AppField(
+        name="segments",
+        kind=list[Annotated[str, Field(min_length=1)]],
+        description="Prompts of what happens after that, in one video: each segment has num_frames frames "
+        "and goes on from the last 5 of the one before.",
+        default=[],
+        limits={"max_length": MAX_SEGMENTS - 1},
+        check=_check_segments,
     ),
     AppField(
         name="image",

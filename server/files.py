@@ -154,13 +154,20 @@ class Files:
         """
         restored = dict(values)
         for name, value in values.items():
-            if name in IMAGE_FIELDS or not isinstance(value, str) or not value.startswith(URI):
-                continue
-            row = await self._upload(owner, name, value)
-            if row.filename is not None or row.size > MAX_TEXT_BYTES:
-                raise invalid((name, "is a file; the client uploads texts that name a file on its machine"))
-            restored[name] = base64.b64encode(Path(row.path).read_bytes()).decode()
+            if isinstance(value, list):
+                restored[name] = [await self._text(owner, name, item) for item in value]
+            elif name not in IMAGE_FIELDS:
+                restored[name] = await self._text(owner, name, value)
         return restored
+
+    async def _text(self, owner: str, field: str, value: Any) -> Any:
+        """A value as it was given, where it is the address of an uploaded text."""
+        if not isinstance(value, str) or not value.startswith(URI):
+            return value
+        row = await self._upload(owner, field, value)
+        if row.filename is not None or row.size > MAX_TEXT_BYTES:
+            raise invalid((field, "is a file; the client uploads texts that name a file on its machine"))
+        return base64.b64encode(Path(row.path).read_bytes()).decode()
 
     async def _upload(self, owner: str, field: str, uri: str) -> FileRow:
         try:

@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from .fields import (
     FIELDS,
     GROUPS,
     I2V,
+    JOIN,
     LORA,
     NONE,
     SAMPLER,
@@ -38,6 +39,8 @@ LOADERS = {  # part -> (node, input)
 _WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 _TITLED = {"prompt": "Positive prompt", "negative_prompt": "Negative prompt"}  # field -> title of its node
 REPORT, LORA_REPORT = "Report", "LoRA report"  # titles
+KNOWN_FRAMES = 5  # of a segment, from which the next goes on
+SEEDS = 2**64  # of the sampler
 
 
 @dataclass
@@ -46,7 +49,8 @@ class JobGraph:
 
     Attributes:
         nodes: the graph.
-        roles: "sampler", "video", "last_frame", "report", and with a LoRA "lora_report" -> node id.
+        roles: "sampler" (of the first segment), "video", "last_frame", "report", "report 2" ... of further
+            segments, and with a LoRA "lora_report" -> node id.
         fields: (node id, input name) -> field of the app that set it.
     """
 
@@ -130,6 +134,7 @@ def build_graph(
     for field, title in (("image", "Start image"), ("end_image", "End image")):
         if images.get(field):
             builder.set(title, "image", images[field], field)
+    builder.add_segments(values["segments"])
     builder.add_options(values)
     builder.set_fields({**values, "shift": _shift(values, first_last)})
     return JobGraph(builder.nodes, builder.finish(output_prefix), builder.fields)
@@ -181,15 +186,51 @@ class _Builder:
         self.nodes[node_id] = {"class_type": kind, "inputs": defaults | inputs, "_meta": {"title": title}}
         return node_id
 
+    def add_segments(self, prompts: Sequence[str]) -> None:
+        """Adds a segment for each prompt, as in the graph `segments`: it goes on from the one before."""
+        first = {kind: self.only(kind) for kind in (I2V, SAMPLER, DECODE)}
+        features = find(self.nodes, "CLIPVisionEncode")
+        video = self.nodes[self.only("CreateVideo")]["inputs"]
+        prompt, report = self.only(_TITLED["prompt"]), self.only(REPORT)
+        frames: list[Any] = [first[DECODE], 0]
+        for number, text in enumerate(prompts, 2):
+            last = {"image": frames, "batch_index": -KNOWN_FRAMES, "length": KNOWN_FRAMES}
+            known = self.add("ImageFromBatch", f"Last frames of {number - 1}", **last)
+            links: dict[str, Any] = {"start_image": [known, 0]}
+            if features:
+                one = {"image": [known, 0], "batch_index": 0, "length": 1}
+                picture = self.add("ImageFromBatch", f"First of the last frames of {number - 1}", **one)
+                links["clip_vision_start"] = [self._copy(features[0], number, image=[picture, 0]), 0]
+            links["positive"] = [self._copy(prompt, number, text=as_written(text)), 0]
+            self.fields[links["positive"][0], "text"] = "segments"
+            start = self._copy(first[I2V], number, **links)
+            inputs = {"positive": [start, 0], "negative": [start, 1], "latent": [start, 2]}
+            sampler = self._copy(first[SAMPLER], number, **inputs)
+            self._copy(report, number, source=[sampler, 1])
+            frames = [self._copy(first[DECODE], number, latent=[sampler, 0]), 0]
+            clips = {"images_1": video["images"], "images_2": frames}
+            join = {"overlap": KNOWN_FRAMES, "blend": "linear", "match_color": False}
+            video["images"] = [self.add(JOIN, f"Join {number}", **clips, **join), 0]
+
+    def _copy(self, node_id: str, number: int, **inputs: Any) -> str:
+        """Adds a node like another for a further segment, and returns its id."""
+        node = copy.deepcopy(self.nodes[node_id])
+        node["inputs"] |= inputs
+        node["_meta"]["title"] += f" {number}"
+        copied = str(1 + max(map(int, self.nodes)))
+        self.nodes[copied] = node
+        return copied
+
     def add_options(self, values: Mapping[str, Any]) -> None:
         """Adds the nodes that only some jobs need: LoRA loader, upsamplers."""
-        sampler, video, decode = (self.only(kind) for kind in (SAMPLER, "CreateVideo", DECODE))
+        samplers, video = find(self.nodes, SAMPLER), self.only("CreateVideo")
         if values["lora_url"]:
-            model = self.nodes[sampler]["inputs"]["model"]
+            model = self.nodes[samplers[0]]["inputs"]["model"]
             lora = self.add(LORA, "LoRA", model=model)
-            self.nodes[sampler]["inputs"]["model"] = [lora, 0]
+            for sampler in samplers:
+                self.nodes[sampler]["inputs"]["model"] = [lora, 0]
             self.add("PreviewAny", LORA_REPORT, source=[lora, 1])
-        frames = [decode, 0]
+        frames = self.nodes[video]["inputs"]["images"]
         if values["temporal_upsampling"] != NONE:
             node = self.add(TEMPORAL, "More frames", images=frames)
             frames = [node, 0]
@@ -217,6 +258,8 @@ class _Builder:
         for field, title in _TITLED.items():
             if values[field]:
                 self.set(title, "text", as_written(values[field]), field)
+        for i, node_id in enumerate(find(self.nodes, SAMPLER)):  # segments of one prompt differ
+            self.nodes[node_id]["inputs"]["seed"] = (values["seed"] + i) % SEEDS
         width, height = parse_size(values["size"])
         self.set(I2V, "width", width, "size")
         self.set(I2V, "height", height, "size")
@@ -227,11 +270,14 @@ class _Builder:
     def finish(self, output_prefix: str) -> dict[str, str]:
         """Names the outputs, saves the last frame too, and returns the roles."""
         video, save, report = (self.only(name) for name in ("CreateVideo", "SaveVideo", REPORT))
+        samplers = find(self.nodes, SAMPLER)
         self.nodes[save]["inputs"]["filename_prefix"] = f"{output_prefix}/video"
         images = self.nodes[video]["inputs"]["images"]
         last = self.add("ImageFromBatch", "Last frame", image=images, batch_index=-1, length=1)
         prefix = f"{output_prefix}/last_frame"
         saved = self.add("SaveImage", "Save last frame", images=[last, 0], filename_prefix=prefix)
-        roles = {"sampler": self.only(SAMPLER), "video": save, "last_frame": saved, "report": report}
+        roles = {"sampler": samplers[0], "video": save, "last_frame": saved, "report": report}
+        for number in range(2, 1 + len(samplers)):
+            roles[f"report {number}"] = self.only(f"{REPORT} {number}")
         reports = find(self.nodes, LORA_REPORT)
         return roles | ({"lora_report": reports[0]} if reports else {})

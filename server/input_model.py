@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from .fields import FIELDS, FROM_NODE, REQUIRED, AppField, Check, NodeInputs, available
+from .graph import KNOWN_FRAMES
 from .problems import invalid
 
 MIN_FRAMES_OF_PAIR = 5
@@ -41,6 +42,10 @@ def read_input(model: type[BaseModel], data: object) -> dict[str, Any]:
         raise invalid(("num_frames", f"must be at least {MIN_FRAMES_OF_PAIR} with an end image"))
     if values["add_frames_for_end_image"] and not values["end_image"]:
         raise invalid(("add_frames_for_end_image", "is for an end image, and there is none"))
+    if values["segments"] and values["end_image"]:
+        raise invalid(("end_image", "is for a video of one segment; leave it or segments out"))
+    if values["segments"] and values["num_frames"] <= KNOWN_FRAMES:
+        raise invalid(("num_frames", f"must be at least {KNOWN_FRAMES + 4} with segments"))
     return values
 
 

@@ -1,16 +1,24 @@
 """The host's messages about one job become a state, a percentage and log lines."""
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from .fields import DECODE, I2V, LORA, SAMPLER, SPATIAL, TEMPORAL
+from .fields import DECODE, I2V, JOIN, LORA, SAMPLER, SPATIAL, TEMPORAL
 from .graph import Graph
 from .problems import of_node
 from .states import CANCELLING, PREPARING, RUNNING, UPLOADING
 
-WEIGHTS = {SAMPLER: 80.0, DECODE: 10.0, TEMPORAL: 6.0, SPATIAL: 4.0, I2V: 4.0}  # rough shares of the time
+WEIGHTS = {
+    SAMPLER: 80.0,
+    DECODE: 10.0,
+    TEMPORAL: 6.0,
+    SPATIAL: 4.0,
+    I2V: 4.0,
+    JOIN: 1.0,
+}  # rough shares of the time
 OTHER_WEIGHT = 0.5
 MAX_LOGS = 40
 MAX_SAID = 256  # nodes
@@ -52,7 +60,10 @@ class JobProgress:
         self._roles = roles
         self._clock = clock
         self._done = dict.fromkeys(graph, 0.0)
-        self._steps: list[tuple[int, float]] = []  # (step, when)
+        self._identities: dict[str, str] = {}
+        self._samplers = [i for i, kind in self._classes.items() if kind == SAMPLER]  # one a segment
+        self._reports = [i for role, i in roles.items() if role.startswith("report")]
+        self._steps: dict[str, list[tuple[int, float]]] = {}  # sampler -> (step, when)
 
     def handle(self, kind: str, data: dict[str, Any]) -> News:
         """Counts one message of the host in, and says what is new."""
@@ -91,12 +102,16 @@ class JobProgress:
 
     def _identity(self, node_id: str) -> str:
         """What decides whether the host runs a node again: its class and inputs, and those of its sources."""
-        node = self._graph[node_id]
-        inputs = {
-            name: [self._identity(value[0]), value[1]] if isinstance(value, list) else value
-            for name, value in node["inputs"].items()
-        }
-        return json.dumps([node["class_type"], inputs], sort_keys=True)
+        if node_id not in self._identities:
+            node = self._graph[node_id]
+            inputs = {
+                name: [self._identity(value[0]), value[1]] if isinstance(value, list) else value
+                for name, value in node["inputs"].items()
+            }
+            # A digest: written out, the sources of the last of many segments would fill the memory.
+            written = json.dumps([node["class_type"], inputs], sort_keys=True)
+            self._identities[node_id] = hashlib.sha256(written.encode()).hexdigest()
+        return self._identities[node_id]
 
     def _of_reports(self, node_id: str, output: dict[str, Any]) -> Iterable[str]:
         """What the reports that a node shows say of matching and adjusting."""
@@ -104,7 +119,7 @@ class JobProgress:
         lines = texts[0].splitlines()
         if node_id == self._roles.get("lora_report"):
             return [of_node(LORA, line) for line in lines]
-        if node_id == self._roles["report"]:
+        if node_id in self._reports:
             return [of_node(SAMPLER, line.removeprefix(NOTE)) for line in lines if line.startswith(NOTE)]
         return []
 
@@ -116,23 +131,25 @@ class JobProgress:
             self._done[node_id] = 1.0 if at["state"] == "finished" else at["value"] / max(1, at["max"])
             if at["state"] == "running":
                 state = self._state(node_id)
-                if node_id == self._roles["sampler"]:
-                    line = self._step(int(at["value"]), int(at["max"]))
+                if node_id in self._samplers:
+                    line = self._step(node_id, int(at["value"]), int(at["max"]))
         return News(state, line)
 
     def _state(self, node_id: str) -> int | None:
-        if node_id == self._roles["sampler"]:
+        if node_id in self._samplers:
             return RUNNING
         return UPLOADING if node_id in (self._roles["video"], self._roles["last_frame"]) else None
 
-    def _step(self, step: int, steps: int) -> str | None:
-        if not step or (self._steps and self._steps[-1][0] == step):
+    def _step(self, sampler: str, step: int, steps: int) -> str | None:
+        taken = self._steps.setdefault(sampler, [])
+        if not step or (taken and taken[-1][0] == step):
             return None
-        self._steps.append((step, self._clock()))
-        if len(self._steps) == 1:
-            return f"{STEP}{step}/{steps}"
-        (first, begin), (last, end) = self._steps[0], self._steps[-1]
-        return f"{STEP}{step}/{steps}, {(end - begin) / (last - first):.2f} s per step"
+        taken.append((step, self._clock()))
+        line = f"{STEP}{step}/{steps}"
+        if len(self._samplers) > 1:
+            line += f" of segment {1 + self._samplers.index(sampler)}"
+        (first, begin), (last, end) = taken[0], taken[-1]
+        return line if len(taken) == 1 else f"{line}, {(end - begin) / (last - first):.2f} s per step"
 
 
 def later(state: int, new: int | None) -> int:

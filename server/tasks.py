@@ -286,7 +286,8 @@ class Tasks:
         for role in ("video", "last_frame"):
             item = outputs[row.roles[role]]["images"][0]
             paths[role] = folder / item["subfolder"] / item["filename"]
-        reports = [row.roles[role] for role in ("lora_report", "report") if role in row.roles]
+        roles = ["lora_report", *(role for role in row.roles if role.startswith("report"))]
+        reports = [row.roles[role] for role in roles if role in row.roles]
         report = "\n".join(outputs[node_id]["text"][0] for node_id in reports)
         paths["report"] = paths["video"].parent / "report.txt"
         paths["report"].write_text(report + "\n", encoding="utf-8")

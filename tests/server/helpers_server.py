@@ -121,7 +121,8 @@ class FakeHost:
 
     def write_outputs(self, prompt_id):
         """Write what the graph of a job would, and return the host's record of it."""
-        outputs = {self.node(prompt_id, "PreviewAny"): {"text": ("seed: 1",)}}
+        nodes = self.graphs[prompt_id].items()
+        outputs = {i: {"text": ("seed: 1",)} for i, node in nodes if node["class_type"] == "PreviewAny"}
         for kind, ending in (("SaveVideo", "mp4"), ("SaveImage", "png")):
             node_id = self.node(prompt_id, kind)
             prefix = self.graphs[prompt_id][node_id]["inputs"]["filename_prefix"]
