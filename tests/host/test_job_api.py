@@ -55,6 +55,19 @@ def test_run_gives_video_last_frame_report_and_seed(jobs, server):
     assert server.client.history(prompt_id)["status"]["status_str"] == "success"
 
 
+def test_segments_are_one_video(jobs):
+    result = jobs.run(request(num_frames=9, seed=3, segments=["zoom in", "still"]))
+    output = result["output"]
+    with av.open(io.BytesIO(requests.get(output["video"]).content)) as container:
+        assert len(list(container.decode(video=0))) == 9 + 4 + 4
+    report = requests.get(output["report"]).text
+    assert [f"seed: {seed}" in report for seed in (3, 4, 5)] == [True] * 3 and output["seed"] == 3
+    steps = [entry["content"] for entry in result["logs"] if entry["content"].startswith("step")]
+    assert [line.split(",")[0] for line in steps if "2/2" in line] == [
+        f"step 2/2 of segment {number}" for number in (1, 2, 3)
+    ]
+
+
 def test_stream_has_states_steps_progress_and_previews(jobs):
     updates, percentages, preview = [], [], None
     for update in jobs.run(request(num_inference_steps=4), stream=True):
