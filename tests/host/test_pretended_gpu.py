@@ -30,7 +30,14 @@ GRAPHS = ["fast", "first_last_frame", "low_memory", "upscaled", "video_to_video"
 # before their use.
 NODES = {
     True: ["test_host_model", "test_weights", "test_gguf", "test_lora", "test_sampler"],
-    False: ["test_host_vae", "test_vae_decode", "test_memory", "test_image_to_video", "test_upsample"],
+    False: [
+        "test_host_vae",
+        "test_vae_decode",
+        "test_memory",
+        "test_image_to_video",
+        "test_upsample",
+        "test_clips",
+    ],
 }
 LEFT_OUT = {
     True: "test_weight_dtype or test_fp8_stores or convrot_w4a4 or cannot_hold or test_each_step_has",
