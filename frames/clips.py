@@ -33,7 +33,7 @@ def join_clips(
     second: Tensor,
     overlap: int,
     blend: str,
-    recolor: Callable[[Tensor], Tensor] = lambda frame: frame,
+    recolor: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """One clip of two, each frame written once into the result.
@@ -58,7 +58,8 @@ def join_clips(
         if weight < 1:
             result[i] = first[i]
         if weight > 0:
-            frame = recolor(second[i - start]).to(result)
+            frame = second[i - start] if recolor is None else recolor(second[i - start])
+            frame = frame.to(result)
             result[i] = frame if weight == 1 else torch.lerp(result[i], frame, weight)
         progress(i + 1, total)
     return result

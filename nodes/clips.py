@@ -82,8 +82,8 @@ class Wan21JoinClips(io.ComfyNode):
                 f"{frames} frames of {_size(images_1)}",
                 "Save the clips and join the files, or make them smaller",
             )
-        recolor = {"recolor": _color_match(images_1, images_2, overlap)} if match_color else {}
-        result = join_clips(images_1, images_2, overlap, blend, progress=host.Progress(), **recolor)
+        recolor = _color_match(images_1, images_2, overlap) if match_color else None
+        result = join_clips(images_1, images_2, overlap, blend, recolor, host.Progress())
         log.info(
             "%s: %d and %d frames of %s -> %d, overlap %d, %s%s, %.1f s", NODE, len(images_1), len(images_2),
             _size(images_1), frames, overlap, blend, ", colours matched" * match_color,
