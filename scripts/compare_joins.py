@@ -6,11 +6,12 @@
 Runs on the bundled checkpoint and on pictures that a program drew. For each segment: how far its mean colour
 is from that of the start image (in L*a*b*, frames that are new in it) and its contrast (deviation of L*) in
 percent of the start image's. Seam: the largest change from frame to frame at a join, over the mean change
-elsewhere. The first row is the drawn clip itself: what the motion alone does to colour and contrast.
-All numbers are means over pictures.
+elsewhere (- where nothing moves). The first row is the drawn clip itself: what the motion alone does to
+colour and contrast. All numbers are means over pictures.
 """
 
 import argparse
+import math
 
 from lib import bundled
 from lib.markdown import table
@@ -165,7 +166,10 @@ def as_table(rows):
     formats = ["{:.1f}", "{:.0f} %"] * SEGMENTS + ["{:.2f}"] * len(BLENDS)
     return table(
         ("joined with", *columns, *(f"seam, {blend}" for blend in BLENDS)),
-        ((name, *(f.format(number) for f, number in zip(formats, row))) for name, row in rows.items()),
+        (
+            (name, *("-" if math.isnan(number) else f.format(number) for f, number in zip(formats, row)))
+            for name, row in rows.items()
+        ),
     )
 
 
