@@ -13,7 +13,7 @@ from ..wan.files.kinds import LORA, not_a
 from ..wan.lora import parse_schedule
 from ..wan.refusal import Refusal
 from .load import CATEGORY, about_file
-from .lora_report import check_lora, left_out, lora_report
+from .lora_report import check_lora, left_out, lora_report, notes
 from .named import named
 
 NODE = "Wan21LoraLoader"
@@ -99,6 +99,8 @@ class Wan21LoraLoader(io.ComfyNode):
             host.tell(f"{path.name}: left out {'; '.join(left_out(lora))}")
             for key, reason in lora.unmatched.items():
                 logging.warning("lora key not loaded: %s (%s)", key, reason)
+        for note in notes(lora):
+            host.tell(note)
         lines = [f"LoRA: {path.name}, strength {_strength(strength, schedule)}", *lora_report(lora)]
         return io.NodeOutput(host.add_lora(model, lora, strength, schedule), "\n".join(lines))
 

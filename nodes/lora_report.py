@@ -51,7 +51,18 @@ def lora_report(lora: Lora) -> list[str]:
     outside = sorted(layer for layer in layers if not layer.startswith("blocks."))
     if outside:
         lines.append(f"outside the blocks: {listed(outside)}")
-    return lines + [f"left out: {text}" for text in left_out(lora)]
+    return lines + [f"left out: {text}" for text in left_out(lora)] + notes(lora)
+
+
+def notes(lora: Lora) -> list[str]:
+    """What differs from the host's own loader."""
+    magnitudes = [patch.magnitude for _, patch in lora.patches if patch.magnitude is not None]
+    if not any(magnitude.shape[0] > 1 for magnitude in magnitudes):
+        return []
+    return [
+        "dora: each output is divided by its norm in the changed weight, as in the paper and in PEFT; the "
+        "host's LoraLoaderModelOnly divides by that in the plain weight"
+    ]
 
 
 def left_out(lora: Lora) -> list[str]:

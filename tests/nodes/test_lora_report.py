@@ -74,3 +74,12 @@ def test_blocks_are_named_as_ranges():
         file |= low_rank(f"blocks.{i}.self_attn.q")
     lines = lora_report(match_lora(file | low_rank("text_embedding.2"), shapes_of(in_dim=16, num_layers=6)))
     assert "blocks: 0-2, 4" in lines and "outside the blocks: text_embedding.2" in lines
+
+
+def test_a_dora_says_how_it_differs_from_the_hosts_loader():
+    plain = low_rank("blocks.0.self_attn.q")
+    assert "dora" not in "\n".join(lora_report(match_lora(plain, T2V)))
+    rows, columns = T2V["blocks.0.self_attn.q.weight"]
+    for sides, differs in (((rows, 1), True), ((rows,), True), ((1, columns), False)):
+        file = plain | {"blocks.0.self_attn.q.dora_scale": torch.ones(sides)}
+        assert ("LoraLoaderModelOnly divides" in "\n".join(lora_report(match_lora(file, T2V)))) == differs
