@@ -48,8 +48,8 @@ class Wan21ImageToVideo(io.ComfyNode):
                     tooltip="The first frame; or the last 5, 9, 13 ... frames of a clip to go on from, which "
                     "the video then begins with.",
                 ),
-                io.Int.Input("width", default=832, min=16, max=MAX_SIDE, step=16),
-                io.Int.Input("height", default=480, min=16, max=MAX_SIDE, step=16),
+                io.Int.Input("width", default=832, min=16, max=MAX_SIDE, step=8),
+                io.Int.Input("height", default=480, min=16, max=MAX_SIDE, step=8),
                 io.Int.Input(
                     "num_frames",
                     default=81,

@@ -139,7 +139,7 @@ FIELDS = (
     AppField(
         name="size",
         kind=str,
-        description="Width and height in pixels, multiples of 16: 832*480 or 832x480.",
+        description="Width and height in pixels, multiples of 8: 832*480 or 832x480.",
         default="832*480",
         limits={"max_length": 16},
         check=_check_size,

@@ -319,3 +319,10 @@ def test_a_host_input_of_any_type_is_described():
     from wan21.host.node_inputs import describe_inputs
 
     assert describe_inputs({"required": {"source": (IO.ANY, {})}}) == {"source": {"type": "*"}}
+
+
+def test_sides_are_those_that_the_node_takes(api, job):
+    nodes, _ = graph_of(api, job(size="1080*1920"))
+    assert (nodes["Wan21ImageToVideo"]["width"], nodes["Wan21ImageToVideo"]["height"]) == (1080, 1920)
+    with pytest.raises(Exception, match="width is 1084; it must be a multiple of 8"):
+        graph_of(api, job(size="1084*1920"))
