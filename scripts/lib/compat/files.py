@@ -80,7 +80,7 @@ class Files:
 
 
 def _nearer(verdict, exact, native, ours):
-    """Of a format that also rounds its inputs, where a last bit decides: is ours as near the exact numbers?"""
+    """Of a format that rounds its inputs too, where a last bit decides: is ours as near the exact numbers?"""
     apart = [distance(outcome.tensors, exact.tensors) for outcome in (ours, native)]
     if None in apart or apart[0][1] > 1.05 * apart[1][1] or apart[0][1] < ACTS:
         return verdict
