@@ -59,6 +59,23 @@ def test_merged_with_another_as_its_unpacked_weights_would_be(pair, files, run, 
         assert relative(ours, expected) < 1e-3
 
 
+def test_hook_loras_act_as_the_hosts_loader_and_are_refused_on_packed_bytes(pair, files, prompts, lora):  # noqa: F811
+    from comfy_extras.nodes_hooks import ConditioningSetProperties, CreateHookLora
+
+    [hooks] = CreateHookLora().create_hook(lora, 1.0, 0.0)
+    hooked = [ConditioningSetProperties().set_properties(c, 1.0, "default", hooks=hooks)[0] for c in prompts]
+    job = ({"samples": torch.zeros(1, 16, 2, 4, 4)}, [1.0, 0.5, 0.0], 3.0, 5)
+    with pytest.raises(ValueError, match="hooks carry a LoRA, and a GGUF model's packed weights"):
+        host_euler(host.load_model(pair[0]), *hooked, *job)
+    for dtype in ("default", "fp8_e4m3fn"):
+        model = host.load_model(files["t2v"], dtype)
+        plain = host_euler(model, *prompts, *job)
+        loaded = host_euler(LoraLoaderModelOnly().load_lora_model_only(model, lora, 1.0)[0], *prompts, *job)
+        assert relative(loaded, plain) > 5e-3
+        assert relative(host_euler(model, *hooked, *job), loaded) < 1e-6
+        assert torch.equal(host_euler(model, *prompts, *job), plain)
+
+
 def test_lora_save_takes_a_difference_and_refuses_packed_bytes(pair, lora, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     model = host.load_model(pair[0])
