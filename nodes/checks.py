@@ -185,10 +185,21 @@ def check_conditioning(config: WanConfig, latent_shape: Sequence[int], cond: hos
             f"{cond.name} carries {', '.join(cond.unsupported)}, which this sampler does not apply",
             "Remove the nodes that set it, or sample with the host's KSampler",
         )
+    _check_finite(cond)
     _check_text(config, cond)
     _check_image_latent(config, latent_shape, cond)
     _check_frames_beside(config, cond)
     _check_clip(config, cond)
+
+
+def _check_finite(cond: host.Conditioning) -> None:
+    makers = {"text": "text encoder", "image": "VAE", "CLIP vision": "CLIP vision model"}
+    for part in cond.not_finite:
+        raise Refusal(
+            f"the {part} features in {cond.name} hold NaN or infinite numbers",
+            f"The {makers[part]}'s file is damaged, or it was run in fp16 and overflowed: get the file "
+            "again, or load it in bf16 or fp32",
+        )
 
 
 def _check_text(config: WanConfig, cond: host.Conditioning) -> None:

@@ -360,3 +360,21 @@ def test_a_full_run_is_one_by_one_rule(models, prompts, sample):
     assert torch.equal(full, sample(models["t2v"], *prompts, latent)[0]["samples"])
     with pytest.raises(ValueError, match="the latent is empty"):
         sample(models["t2v"], *prompts, latent, denoise=0.9999)
+
+
+@pytest.mark.parametrize(
+    "part, maker", [("text", "text encoder"), ("image", "VAE"), ("CLIP vision", "CLIP vision model")]
+)
+def test_nan_in_conditioning_is_blamed_on_what_made_it(models, image_to_video, sample, part, maker):
+    positive, negative, latent = image_to_video(clip_vision_start=clip_vision())
+    text, extra = negative[0]
+    if part == "text":
+        text = text.clone().index_fill_(1, torch.tensor(3), float("nan"))
+    elif part == "image":
+        extra = {**extra, "concat_latent_image": extra["concat_latent_image"] / 0}
+    else:
+        spoilt = clip_vision()
+        spoilt.penultimate_hidden_states[0, 0, 0] = float("inf")
+        extra = {**extra, "clip_vision_output": spoilt}
+    with pytest.raises(ValueError, match=f"^Wan21Sampler: the {part} features in negative hold NaN.*{maker}"):
+        sample(models["i2v"], positive, [[text, extra]], latent)
