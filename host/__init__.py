@@ -9,7 +9,7 @@ from comfy.sd import VAE
 
 from .attention import choose_attention_for
 from .coefficients import measured_coefficients
-from .conditioning import Conditioning, describe_conditioning, trim_clip_vision
+from .conditioning import Conditioning, describe_conditioning, not_finite, trim_clip_vision
 from .guide import GUIDE, has_guide, with_guide
 from .latent_file import KeptLatent
 from .load import DTYPES, WEIGHT_DTYPES, load_model, notes_on_file
@@ -67,6 +67,7 @@ __all__ = [
     "measured_coefficients",
     "need_host_bytes",
     "no_upscale_model",
+    "not_finite",
     "notes_on_file",
     "other_family",
     "packed_by_another_pack",

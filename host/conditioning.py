@@ -42,7 +42,6 @@ class Conditioning:
         clip: CLIP features [B, I, 1280].
         unsupported: keys by which other nodes ask for what our sampler does not do.
         unread: keys of other nodes that no Wan2.1 model of this kind reads, the host's neither.
-        not_finite: what of it holds NaN or infinite numbers: "text", "image", "CLIP vision".
         frames_beside: latent frames that the model reads behind the video's and does not denoise.
     """
 
@@ -54,7 +53,6 @@ class Conditioning:
     clip: tuple[int, ...] | None
     unsupported: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
-    not_finite: tuple[str, ...] = ()
     frames_beside: int = 0
 
 
@@ -63,22 +61,31 @@ def describe_conditioning(name: str, conditioning: list) -> Conditioning:
     text, options = conditioning[0] if conditioning else (None, {})
     shape = {k: tuple(v.shape) for k, v in options.items() if torch.is_tensor(v)}
     clip = options.get("clip_vision_output")
-    features = None if clip is None else clip.penultimate_hidden_states
-    parts = {"text": text, "image": options.get("concat_latent_image"), "CLIP vision": features}
     return Conditioning(
         name=name,
         entries=len(conditioning),
         text=None if text is None else tuple(text.shape),
         image_latent=shape.get("concat_latent_image"),
         mask=shape.get("concat_mask"),
-        clip=None if features is None else tuple(features.shape),
+        clip=None if clip is None else tuple(clip.penultimate_hidden_states.shape),
         unsupported=tuple(k for k in UNSUPPORTED if k in options and options[k] != NEUTRAL.get(k)),
         unread=tuple(
             k for k in options if k not in (*UNSUPPORTED, *READ, *OF_HOST) and options[k] is not None
         ),
-        not_finite=tuple(k for k, v in parts.items() if v is not None and not torch.isfinite(v).all()),
         frames_beside=shape["time_dim_concat"][2] if "time_dim_concat" in shape else 0,
     )
+
+
+def not_finite(conditioning: list) -> list[str]:
+    """What of a CONDITIONING holds NaN or infinite numbers: "text", "image", "CLIP vision"."""
+    text, options = conditioning[0] if conditioning else (None, {})
+    clip = options.get("clip_vision_output")
+    parts = {
+        "text": text,
+        "image": options.get("concat_latent_image"),
+        "CLIP vision": None if clip is None else clip.penultimate_hidden_states,
+    }
+    return [name for name, part in parts.items() if part is not None and not torch.isfinite(part).all()]
 
 
 def trim_clip_vision(conditioning: list, config: WanConfig) -> tuple[list, str | None]:

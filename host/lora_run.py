@@ -42,6 +42,16 @@ _UNKNOWN_STEP = Refusal(
 )
 
 
+def _step_of(transformer_options: dict) -> tuple[int, int]:
+    """(step, steps): our sampler tells them; of the host's the noise levels do, which wait for the device."""
+    if call := transformer_options.get(CALL):
+        return call.step, call.steps
+    if transformer_options.get("sample_sigmas") is None:
+        raise _UNKNOWN_STEP
+    sigmas = transformer_options["sample_sigmas"].cpu().tolist()
+    return step_at(float(transformer_options["sigmas"][0]), sigmas), len(sigmas) - 1
+
+
 @dataclass
 class ActiveLora:
     """A LoRA in a run.
@@ -161,12 +171,8 @@ class LoraRun:
         """Takes the strengths of the step that a call with these options belongs to."""
         if all(len(lora.values) == 1 for lora in self.loras):
             return
-        if transformer_options.get("sample_sigmas") is None:
-            raise _UNKNOWN_STEP
-        sigmas = transformer_options["sample_sigmas"].cpu().tolist()
-        call = transformer_options.get(CALL)
-        step = step_at(float(transformer_options["sigmas"][0]), sigmas) if call is None else call.step
-        self._set([scheduled(lora.values, step, len(sigmas) - 1) for lora in self.loras])
+        step, steps = _step_of(transformer_options)
+        self._set([scheduled(lora.values, step, steps) for lora in self.loras])
 
     def _set(self, strengths: list[float | None], is_first: bool = False) -> None:
         if not is_first and strengths == [lora.value for lora in self.loras]:

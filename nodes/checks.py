@@ -185,18 +185,18 @@ def check_conditioning(config: WanConfig, latent_shape: Sequence[int], cond: hos
             f"{cond.name} carries {', '.join(cond.unsupported)}, which this sampler does not apply",
             "Remove the nodes that set it, or sample with the host's KSampler",
         )
-    _check_finite(cond)
     _check_text(config, cond)
     _check_image_latent(config, latent_shape, cond)
     _check_frames_beside(config, cond)
     _check_clip(config, cond)
 
 
-def _check_finite(cond: host.Conditioning) -> None:
+def check_finite_conditioning(name: str, conditioning: list) -> None:
+    """Whether a CONDITIONING holds numbers; what made those that are none is named."""
     makers = {"text": "text encoder", "image": "VAE", "CLIP vision": "CLIP vision model"}
-    for part in cond.not_finite:
+    for part in host.not_finite(conditioning):
         raise Refusal(
-            f"the {part} features in {cond.name} hold NaN or infinite numbers",
+            f"the {part} features in {name} hold NaN or infinite numbers",
             f"The {makers[part]}'s file is damaged, or it was run in fp16 and overflowed: get the file "
             "again, or load it in bf16 or fp32",
         )

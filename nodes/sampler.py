@@ -318,6 +318,7 @@ def prepare(
     for name, cond in conds.items():
         conds[name], note = host.trim_clip_vision(cond, config)
         about = host.describe_conditioning(name, conds[name])
+        checks.check_finite_conditioning(name, conds[name])
         checks.check_conditioning(config, shape, about)
         warnings += checks.notes_on_conditioning(config, shape, about)
         warnings += [f"{name}: {note}"] if note else []
