@@ -59,17 +59,17 @@ def match_colors(
     bounded_gain = gain.clamp(1 / MAX_GAIN, MAX_GAIN)
     bounded_shift = shift.clamp(-MAX_SHIFT, MAX_SHIFT)
     limited = bool((gain != bounded_gain).any() or (shift != bounded_shift).any())
-    return ColorMatch(mean.float(), bounded_gain.float(), bounded_shift.float(), limited)
+    return ColorMatch(*(t.float().to(device) for t in (mean, bounded_gain, bounded_shift)), limited)
 
 
 def _statistics(images: Tensor, device: torch.device, on_frame: Callable[[], None]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of L*a*b* over all pixels, (3, 1, 1) float64."""
+    """Mean and deviation of L*a*b* over all pixels, (3, 1, 1) float64 on the CPU: not every device has it."""
     sums = torch.zeros(2, 3, dtype=torch.float64)
     for frame in images:
         on_frame()
         lab = _lab(frame, device).flatten(1)
-        sums += torch.stack([lab.mean(dim=1), lab.square().mean(dim=1)]).double().cpu() / len(images)
-    mean, square = sums.to(device)[..., None, None]
+        sums += torch.stack([lab.mean(dim=1), lab.square().mean(dim=1)]).cpu().double() / len(images)
+    mean, square = sums[..., None, None]
     return mean, (square - mean * mean).clamp_min(0).sqrt().clamp_min(FLAT)
 
 

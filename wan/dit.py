@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionFn, sdpa
 from .config import PATCH_SIZE, WanConfig
+from .device import is_wide
 from .inplace import may_overwrite
 from .rope import apply_rope, axis_frequencies, rope_table
 
@@ -84,7 +85,7 @@ def own_text(p: Pass, texts: Mapping[str, Tensor]) -> AttendText:
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     """Timesteps [B] in [0, 1000] -> [B, dim] float32, cosines first; angles in float64 where there is one."""
     half, device = dim // 2, timestep.device
-    wide = torch.float32 if device.type in ("mps", "xpu") else torch.float64
+    wide = torch.float64 if is_wide(device) else torch.float32
     frequency = 10000.0 ** -(torch.arange(half, dtype=wide, device=device) / half)
     angle = torch.outer(timestep.to(wide), frequency)  # (B, dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=1).float()  # (B, dim)

@@ -7,6 +7,7 @@ B batch, L tokens = F*H*W of the patch grid, N heads, D head width. Pairs are in
 import torch
 from torch import Tensor
 
+from .device import is_wide
 from .inplace import may_overwrite
 
 TOKENS_AT_ONCE = 8192  # turned in float32 at a time: no float32 copy of a whole 16-bit input
@@ -55,11 +56,7 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
         x: [B, L, N, D].
         table: from `rope_table`, the rows of these tokens.
     """
-    if torch.compiler.is_compiling():  # inductor generates no code for complex numbers
-        pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, N, D/2, 2)
-        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-    if not may_overwrite():
+    if not may_overwrite() or torch.compiler.is_compiling():
         return _turn(x.float(), table).to(x.dtype)
     for part, rotation in zip(x.split(TOKENS_AT_ONCE, dim=1), table.split(TOKENS_AT_ONCE, dim=-4)):
         part.copy_(_turn(part.float(), rotation))
@@ -67,5 +64,9 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, table: Tensor) -> Tensor:
-    turned, rotation = (torch.view_as_complex(t) for t in (x.unflatten(-1, (-1, 2)), table))
-    return torch.view_as_real(turned * rotation).flatten(-2)  # (B, L, N, D)
+    pairs = x.unflatten(-1, (-1, 2))  # (B, L, N, D/2, 2)
+    if torch.compiler.is_compiling() or not is_wide(x.device):  # inductor writes no code for complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)  # (B, L, N, D)
+    turned = torch.view_as_complex(pairs) * torch.view_as_complex(table)
+    return torch.view_as_real(turned).flatten(-2)  # (B, L, N, D)

@@ -6,6 +6,8 @@ from diffusers import WanTransformer3DModel
 from helpers import relative
 from helpers_dit import FLF, I2V, KINDS, SMALL, T2V, inputs, ours
 from lib.random_weights import randomise
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from wan21.wan.config import WanConfig, detect_config
 from wan21.wan.dit import WanModel, add_gated, run_blocks
 from wan21.wan.files import to_wan_dit_keys
@@ -128,3 +130,22 @@ def test_a_residual_step_widens_what_it_adds(dtype):
         stream = x.clone()
         assert add_gated(stream, y, gate) is stream
     assert torch.equal(stream, expected)
+
+
+class Narrow(TorchDispatchMode):
+    """`meta`, a device that is neither the CPU nor CUDA, has no float64 and no complex numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if torch.is_tensor(t) and t.device.type == "meta":
+                assert t.dtype not in (torch.float64, torch.complex64), func
+        return out
+
+
+def test_a_device_without_float64_and_complex_numbers():
+    with torch.device("meta"):
+        model = WanModel(I2V, torch.nn)
+    x, t, text, clip = (part.to("meta") for part in inputs(I2V))
+    with Narrow():
+        assert model(x, t, text, clip).shape == (1, 16, *x.shape[2:])

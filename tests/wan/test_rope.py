@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from wan21.wan import rope
 from wan21.wan.riflex import riflex, riflex_least_frames
 from wan21.wan.rope import apply_rope, axis_frequencies, rope_table
 
@@ -50,6 +51,20 @@ def test_compiled_code_turns_without_complex_numbers(dtype):
     assert torch.allclose(
         compiled, apply_rope(x.clone(), table), atol=1e-6 if dtype == torch.float32 else 0.02
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_device_without_complex_numbers_turns_the_same(dtype, monkeypatch):
+    x = torch.randn(2, 24, 3, 128, generator=torch.Generator().manual_seed(2)).to(dtype)
+    table = rope_table(axis_frequencies(128), (2, 3, 4))
+    with torch.inference_mode():
+        expected = apply_rope(x.clone(), table)
+        monkeypatch.setattr(rope, "is_wide", lambda device: False)
+        monkeypatch.setattr(rope, "TOKENS_AT_ONCE", 7)
+        monkeypatch.setattr(torch, "view_as_complex", None)
+        turned = apply_rope(x.clone(), table)
+    assert turned.dtype == dtype
+    assert torch.allclose(turned, expected, atol=1e-6 if dtype == torch.float32 else 0.02)
 
 
 def test_with_gradients_the_input_stays():
