@@ -14,7 +14,7 @@ from comfy.model_prefetch import cleanup_prefetched_modules
 
 from ..wan.memory import GIB, MemoryPlan, choose_plans, step_bytes
 from ..wan.option import Option
-from ..wan.out_of_memory import is_out_of_memory
+from ..wan.out_of_memory import OutOfMemoryError, is_out_of_memory
 from ..wan.refusal import Refusal
 from .lora import changes_weights_at_use
 from .stored import weight_bytes
@@ -117,14 +117,14 @@ def raise_unless_out_of_memory(error: Exception) -> None:
 
 @contextmanager
 def tell_out_of_memory() -> Iterator[None]:
-    """Turns every error by which a device reports that it is out of memory into `torch.OutOfMemoryError`."""
+    """Turns every error by which a device reports that it is out of memory into an `OutOfMemoryError`."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except OutOfMemoryError:
         raise
     except Exception as error:
         raise_unless_out_of_memory(error)
-        raise torch.OutOfMemoryError(str(error)) from None
+        raise OutOfMemoryError(str(error)) from None
 
 
 def make_room(patcher: ModelPatcher) -> bool:

@@ -121,7 +121,8 @@ class Denoiser(Protocol):
         """The velocity of each pass at x [B, 16, T, h, w], float32.
 
         Raises:
-            torch.OutOfMemoryError: the device has too little; the same call may be made again.
+            OutOfMemoryError: of `wan.out_of_memory`; the device has too little, and the same call may
+                be made again.
         """
         ...
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .attention import SDPA
 from .memory import MemoryPlan
 from .option import Call, Denoiser
+from .out_of_memory import OutOfMemoryError
 from .refusal import Refusal
 
 MEMORY_TRIES = 8  # of one step: the plans, then weights taken off the device bit by bit
@@ -46,7 +47,7 @@ class WithinMemory:
         for _ in range(MEMORY_TRIES):
             try:
                 return self.inner.predict(x, timestep, replace(call, plan=self.plans[0]))
-            except torch.OutOfMemoryError as error:
+            except OutOfMemoryError as error:
                 failure = str(error)  # the error itself would hold the tensors of the step
             room = self.make_room()
             if len(self.plans) > 1:
@@ -56,7 +57,7 @@ class WithinMemory:
             self.say(
                 f"out of memory in step {call.step + 1}, which was done again; from there on: {self.plans[0]}"
             )
-        raise torch.OutOfMemoryError(
+        raise OutOfMemoryError(
             f"{failure} This was with the plan of least memory ({self.plans[0]}). Set fewer frames or a "
             "smaller size, or load fp8 or GGUF weights"
         )

@@ -162,7 +162,17 @@ def fail_with(error):
         (RuntimeError("CUDA error: out of memory"), 4),
         (RuntimeError("GET was unable to find an engine to execute this computation"), 4),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), 4),
+        (RuntimeError("miopenStatusAllocFailed"), 4),
+        (
+            RuntimeError(
+                "Could not allocate tensor with 8 bytes. There is not enough GPU video memory available!"
+            ),
+            4,
+        ),
+        (RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"), 4),
+        (RuntimeError("level_zero backend failed with error: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)"), 4),
         (RuntimeError("shapes do not fit"), 1),
+        (RuntimeError("level_zero backend failed with error: 20 (UR_RESULT_ERROR_DEVICE_LOST)"), 1),
         (ValueError("out of memory"), 1),
     ],
 )
