@@ -59,7 +59,8 @@ def match_colors(
     bounded_gain = gain.clamp(1 / MAX_GAIN, MAX_GAIN)
     bounded_shift = shift.clamp(-MAX_SHIFT, MAX_SHIFT)
     limited = bool((gain != bounded_gain).any() or (shift != bounded_shift).any())
-    return ColorMatch(*(t.float().to(device) for t in (mean, bounded_gain, bounded_shift)), limited)
+    mean, gain, shift = (t.float().to(device) for t in (mean, bounded_gain, bounded_shift))
+    return ColorMatch(mean, gain, shift, limited)
 
 
 def _statistics(images: Tensor, device: torch.device, on_frame: Callable[[], None]) -> tuple[Tensor, Tensor]:
