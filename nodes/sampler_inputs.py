@@ -191,7 +191,8 @@ def option_inputs() -> list[Any]:
                     options=list(CHOICES),
                     default="auto",
                     optional=True,
-                    tooltip="auto takes the fastest installed one that agrees with sdpa on this device.",
+                    tooltip="auto takes an installed exact one (flash, xformers) that is 15 % faster than "
+                    "sdpa here. sage is quantised, and taken when named.",
                 ),
             ],
         ),

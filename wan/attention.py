@@ -6,12 +6,12 @@ softmax(q k^T / sqrt(D)) v, no mask. The model calls nothing else; whoever runs 
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,7 @@ BACKENDS = {
         (*_HALF, torch.float32), 256, (7, 5), 0.02,
     ),
 }  # fmt: skip
+MARGIN = 1.15  # by which a backend must be faster than those before it
 PROBE_TOKENS = 4099  # enough to time a kernel; no multiple of 128, as real lengths are not
 # Keys up to which a quantised backend is left aside: a text has 512, a first and a last image 2 x 257. On an
 # H200, SageAttention 1.0.6 errs by 0.13 with 257 keys and by less than 0.1 with 1560.
@@ -113,13 +114,20 @@ CHOICES = ("auto", "sdpa", *BACKENDS)
 SDPA = Attention("sdpa", sdpa)
 
 
-def choose_attention(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Attention:
+def choose_attention(
+    name: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    barred: Mapping[str, str] = MappingProxyType({}),
+) -> Attention:
     """The backend for a model on a device.
 
     Args:
-        name: one of `CHOICES`; `auto` takes the fastest that agrees with sdpa on this device.
+        name: one of `CHOICES`; `auto` takes the fastest of the exact ones, as `fastest` says.
         device, dtype: that q, k and v will have.
         head_dim: D.
+        barred: backends that must not be used, and why, as the end of "attention is NAME, and ...".
 
     Raises:
         Refusal: an explicit choice is not installed, or cannot do this; says what is and how to get it.
@@ -128,36 +136,47 @@ def choose_attention(name: str, device: torch.device | str, dtype: torch.dtype, 
         return SDPA
     device = torch.device(device)
     if name == "auto":
-        return fastest(device, dtype, head_dim)
-    backend = BACKENDS[name]
-    obstacle = _obstacle(backend, device, dtype, head_dim)
-    if obstacle:
-        usable = ["sdpa", *(n for n, b in BACKENDS.items() if not _obstacle(b, device, dtype, head_dim))]
+        return fastest(device, dtype, head_dim, tuple(n for n in BACKENDS if n not in barred))
+
+    def obstacle(name: str) -> str | None:
+        return barred.get(name) or _obstacle(BACKENDS[name], device, dtype, head_dim)
+
+    if problem := obstacle(name):
+        usable = ["sdpa", *(other for other in BACKENDS if not obstacle(other))]
         raise Refusal(
-            f"attention is {name}, and {obstacle}; what can be used here: {', '.join(usable)}",
+            f"attention is {name}, and {problem}; what can be used here: {', '.join(usable)}",
             "Choose one of these, or auto",
         )
     return _bound(name)
 
 
 @cache
-def fastest(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:
-    """The fastest backend of those that agree with sdpa, probed once a device, dtype and head size."""
-    if device.type != "cuda":
+def fastest(device: torch.device, dtype: torch.dtype, head_dim: int, names: tuple[str, ...]) -> Attention:
+    """The fastest backend that is exact and agrees with sdpa, probed once a device, dtype and head size.
+
+    A quantised one gives another video and is taken by name only. The others round in different ways too, so
+    each must beat those before it by `MARGIN`: two that are as fast would else take turns between restarts.
+
+    Args:
+        names: of the backends that may be taken.
+    """
+    exact = [name for name in names if not BACKENDS[name].quantised]
+    exact = [name for name in exact if _obstacle(BACKENDS[name], device, dtype, head_dim) is None]
+    if not exact:
         return SDPA
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, PROBE_TOKENS, 8, head_dim, generator=g).to(device, dtype) for _ in range(3))
-    k = k + 2 * k[:, :1]  # channels of real keys are far from zero mean, which careless quantisation loses
     expected = sdpa(q, k, v).float()
+    best = SDPA
     with best_kernels(device):
-        seconds = {"sdpa": _seconds(sdpa, q, k, v)}
-    for name, backend in BACKENDS.items():
-        if _obstacle(backend, device, dtype, head_dim) is None:
-            function = _bound(name).function
-            if _agrees(function, (q, k, v), expected, backend.tolerance):
-                seconds[name] = _seconds(function, q, k, v)
-    best = min(seconds, key=lambda name: seconds[name])
-    return SDPA if best == "sdpa" else _bound(best)
+        least = _seconds(sdpa, q, k, v)
+    for name in exact:
+        candidate = _bound(name)
+        if _agrees(candidate.function, (q, k, v), expected, BACKENDS[name].tolerance):
+            seconds = _seconds(candidate.function, q, k, v)
+            if MARGIN * seconds < least:
+                best, least = candidate, seconds
+    return best
 
 
 def _agrees(

@@ -137,28 +137,70 @@ def test_text_and_image_are_not_attended_to_in_8_bits(install, hopper, keys):
     assert torch.equal(choose_attention("sage", CUDA, torch.float16, 16).function(q, k, v), sdpa(q, k, v))
 
 
-def test_auto_takes_the_fastest_that_agrees(install, hopper, monkeypatch):
-    took = {"flash": 0.5, "xformers": 0.1, "sdpa": 1.0}
-    for name, function in (
-        ("flash", sdpa),
-        ("xformers", lambda q, k, v: 1.1 * sdpa(q, k, v)),  # fastest, but wrong
-        ("sage", lambda q, k, v: 1 / 0),
-    ):
-        install(name, function)
+@pytest.fixture
+def seconds(hopper, monkeypatch):
+    """`seconds[name]` is what a backend takes."""
+    took = {"sdpa": 1.0}
     names = {}
     bound = attention._bound
     monkeypatch.setattr(attention, "_bound", lambda name: names.setdefault(name, bound(name)))
     by_function = lambda f: next((n for n, a in names.items() if a.function is f), "sdpa")  # noqa: E731
     monkeypatch.setattr(attention, "_seconds", lambda f, *qkv: took[by_function(f)])
+    return took
+
+
+def test_auto_takes_the_fastest_that_agrees(install, seconds):
+    install("flash")
+    install("xformers", lambda q, k, v: 1.1 * sdpa(q, k, v))  # fastest, but wrong
+    seconds |= {"flash": 0.5, "xformers": 0.1}
     assert choose_attention("auto", CUDA, torch.bfloat16, 64).name == "flash"
-    took["flash"] = 2.0
+    seconds["flash"] = 2.0
     assert choose_attention("auto", CUDA, torch.bfloat16, 64).name == "flash"  # probed once
     attention.fastest.cache_clear()
     assert choose_attention("auto", CUDA, torch.bfloat16, 64) is SDPA
 
 
-def test_auto_refuses_nan(install, hopper):
-    install("sage", lambda q, k, v: torch.full_like(q, float("nan")))
+def test_auto_never_takes_a_quantised_backend(install, seconds):
+    """Not even one that agrees: the same seed would give another video once the package is installed."""
+    install("sage")
+    seconds["sage"] = 0.1
+    assert choose_attention("auto", CUDA, torch.bfloat16, 64) is SDPA
+    assert choose_attention("sage", CUDA, torch.bfloat16, 64).name == "sage"
+
+
+@pytest.mark.parametrize(
+    "took, best",
+    [
+        ({"flash": 0.9}, "sdpa"),
+        ({"flash": 0.86}, "flash"),
+        ({"flash": 0.5, "xformers": 0.45}, "flash"),
+        ({"flash": 0.5, "xformers": 0.4}, "xformers"),
+        ({"flash": 0.9, "xformers": 0.8}, "xformers"),
+    ],
+)
+def test_backends_as_fast_as_each_other_take_no_turns(install, seconds, took, best):
+    for name in took:
+        install(name)
+    seconds |= took
+    assert choose_attention("auto", CUDA, torch.bfloat16, 64).name == best
+
+
+def test_a_barred_backend_is_not_taken_and_says_why(install, seconds):
+    install("flash")
+    install("xformers")
+    seconds |= {"flash": 0.5, "xformers": 0.1}
+    barred = {"xformers": "somebody said no"}
+    assert choose_attention("auto", CUDA, torch.bfloat16, 64, barred).name == "flash"
+    with pytest.raises(
+        ValueError, match=r"attention is xformers, and somebody said no;.*: sdpa, flash\. Choose"
+    ):
+        choose_attention("xformers", CUDA, torch.bfloat16, 64, barred)
+
+
+def test_auto_refuses_nan_and_what_raises(install, seconds):
+    install("flash", lambda q, k, v: torch.full_like(q, float("nan")))
+    install("xformers", lambda q, k, v: 1 / 0)
+    seconds |= {"flash": 0.1, "xformers": 0.1}
     assert choose_attention("auto", CUDA, torch.float16, 64) is SDPA
 
 
