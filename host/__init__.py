@@ -7,7 +7,7 @@ sampler the host's life cycle: device memory, model patches, progress, preview a
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 
-from .attention import choose_attention_for
+from .attention import choose_attention_for, retry_of
 from .coefficients import measured_coefficients
 from .conditioning import Conditioning, describe_conditioning, not_finite, trim_clip_vision
 from .guide import GUIDE, has_guide, with_guide
@@ -74,6 +74,7 @@ __all__ = [
     "plan_memory",
     "read_lora",
     "refused_patch",
+    "retry_of",
     "run_sampling",
     "sigma_below_one",
     "speaking_as",

@@ -1,13 +1,15 @@
 """The host's attention as an `AttentionFn`, and the choice between it and the backends of `wan/`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management
+from comfy.cli_args import args
 from comfy.ldm.modules import attention as host_attention
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..wan.attention import Attention, AttentionFn, choose_attention, sdpa
+from ..wan.attention import SDPA, Attention, AttentionFn, choose_attention, sdpa
 from .runner import untraced
 
 
@@ -29,12 +31,16 @@ def attention_of(transformer_options: dict) -> AttentionFn:
     """
     if not has_own_attention(transformer_options):
         return sdpa
-    chosen = host_attention.optimized_attention
+    return _of_the_host(host_attention.optimized_attention, transformer_options=transformer_options)
+
+
+def _of_the_host(function: Callable, **options: Any) -> AttentionFn:
+    """An attention of the host's, which takes [B, L, N*D] and the number of heads."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = q.shape[2]
         q, k, v = q.flatten(2), k.flatten(2), v.flatten(2)
-        return chosen(q, k, v, heads, transformer_options=transformer_options).unflatten(-1, (heads, -1))
+        return function(q, k, v, heads, **options).unflatten(-1, (heads, -1))
 
     return attention
 
@@ -43,12 +49,39 @@ def choose_attention_for(model: ModelPatcher, name: str) -> Attention | None:
     """The sampler's attention for a MODEL of ours; None for the host's own choice.
 
     Args:
-        name: of `wan.attention.CHOICES`.
+        name: of `wan.attention.CHOICES`; auto keeps to what the host was started with.
 
     Raises:
         Refusal: an explicit choice cannot be had.
     """
     if name == "auto" and has_own_attention(model.model_options["transformer_options"]):
         return None
+    if name == "auto" and args.use_pytorch_cross_attention:
+        return SDPA
     dtype = model.model.get_dtype_inference()
-    return choose_attention(name, model.load_device, dtype, model.model.diffusion_model.config.head_dim)
+    head_dim = model.model.diffusion_model.config.head_dim
+    return choose_attention(name, model.load_device, dtype, head_dim, _barred())
+
+
+def _barred() -> dict[str, str]:
+    return {"xformers": "ComfyUI was started with --disable-xformers"} if args.disable_xformers else {}
+
+
+def retry_of(model: ModelPatcher, attention: Attention | None) -> Attention | None:
+    """What a step that gave NaN is done again with; None where its attention is exact, and not the cause.
+
+    Args:
+        attention: as from `choose_attention_for`. The host's own choice is taken for quantised where it is
+            SageAttention, or another pack's.
+    """
+    if attention is None:
+        overridden = "optimized_attention_override" in model.model_options["transformer_options"]
+        quantised = overridden or comfy.model_management.sage_attention_enabled()
+    else:
+        quantised = attention.quantised
+    if not quantised:
+        return None
+    if model.load_device.type == "cpu" or comfy.model_management.pytorch_attention_enabled():
+        return SDPA
+    # SDPA would make the matrix of all scores: 86 GB for 81 frames of 832x480 and 40 heads.
+    return Attention("the host's sub-quadratic attention", _of_the_host(host_attention.attention_sub_quad))

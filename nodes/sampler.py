@@ -11,12 +11,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from .. import host
+from ..wan.attention import Attention
 from ..wan.config import CLIP_TOKENS, WanConfig
 from ..wan.execution import Execution
 from ..wan.memory import MemoryPlan, plans_from
 from ..wan.option import Run
 from ..wan.refusal import Refusal
-from ..wan.retry import FiniteOrSdpa, NotFinite, WithinMemory
+from ..wan.retry import FiniteOrExact, NotFinite, WithinMemory
 from ..wan.sample import Leg, SampleJob, Sampling
 from ..wan.sigmas import BELOW_ONE, check_sigmas
 from ..wan.solvers import SOLVERS
@@ -217,9 +218,8 @@ class Walk:
                 levels = [job.first_sigma, *job.sigmas[1:]]
                 fresh = host.fresh_noise(job.solver, noise, levels, self.seed)
                 self.sampling = Sampling(job, noise, start, on_step, fresh)
-            inner = FiniteOrSdpa(
-                WithinMemory(denoiser, prepared.plans, denoiser.make_room, self.note), self.note
-            )
+            within_memory = WithinMemory(denoiser, prepared.plans, denoiser.make_room, self.note)
+            inner = FiniteOrExact(within_memory, prepared.exact_attention, self.note)
             try:
                 record = self.sampling.advance(inner, prepared.leg, kept, job.options)
             except NotFinite as error:
@@ -269,6 +269,7 @@ class Prepared(host.Prepared):
         plans: memory plans, the first to begin with.
         memory: one sentence on them.
         has_guide: whether the last latent frame is the end image, which is dropped when the run is done.
+        exact_attention: as of `FiniteOrExact`.
         warnings: sentences on what was adjusted or left out.
     """
 
@@ -278,6 +279,7 @@ class Prepared(host.Prepared):
     plans: Sequence[MemoryPlan]
     memory: str
     has_guide: bool
+    exact_attention: Attention | None
     warnings: list[str]
 
 
@@ -325,8 +327,8 @@ def prepare(
         beside = max(beside, about.frames_beside)
     warnings += warnings_on_images(config, positive, job.boundary > 0)
     joint, attention = execution_of(execution)
-    execute = Execution(joint, host.choose_attention_for(model, attention))
-    job = replace(job, options=(*job.options, execute))
+    chosen = host.choose_attention_for(model, attention)
+    job = replace(job, options=(*job.options, Execution(joint, chosen)))
     passes = len(leg.pass_names)
     plans = plans_from(joint, passes)
     walked = (*shape[:2], shape[2] + beside, *shape[3:])
@@ -343,6 +345,7 @@ def prepare(
         plans=plans,
         memory=memory,
         has_guide=host.has_guide(positive) and job.sigmas[-1] == 0,
+        exact_attention=host.retry_of(model, chosen),
         warnings=warnings,
     )
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .attention import SDPA
+from .attention import Attention
 from .memory import MemoryPlan
 from .option import Call, Denoiser
 from .out_of_memory import OutOfMemoryError
@@ -63,20 +63,23 @@ class WithinMemory:
         )
 
 
-class FiniteOrSdpa:
-    """Does a step that gave NaN again with sdpa, and the rest of the run, where another attention was used.
+class FiniteOrExact:
+    """Does a step that gave NaN again with an exact attention, and the rest of the run.
 
-    A quantised backend may overflow, and so may one that the model chose itself.
+    A quantised backend may overflow. Where the attention is exact the model is the cause, and doing the step
+    again would take as long and give the same.
 
     Args:
         inner: the denoiser.
-        say: takes one sentence when sdpa has mended a step.
+        exact: the attention for that; None where the one in use is exact.
+        say: takes one sentence when it has mended a step.
     """
 
-    def __init__(self, inner: Denoiser, say: Say):
+    def __init__(self, inner: Denoiser, exact: Attention | None, say: Say):
         self.inner = inner
         self.config = inner.config
         self.embed_time = inner.embed_time
+        self.exact = exact
         self.say = say
         self.fell_back = False
 
@@ -84,19 +87,20 @@ class FiniteOrSdpa:
         """As of a `Denoiser`.
 
         Raises:
-            NotFinite: with sdpa too, or with a backend that does not overflow.
+            NotFinite: with the exact attention.
         """
-        with_sdpa = replace(call, attention=SDPA)
-        v = self.inner.predict(x, timestep, with_sdpa if self.fell_back else call)
         chosen = call.attention
-        if not _is_finite(v) and not self.fell_back and (chosen is None or chosen.quantised):
+        if self.exact is not None and self.fell_back:
+            call = replace(call, attention=self.exact)
+        v = self.inner.predict(x, timestep, call)
+        if self.exact is not None and not self.fell_back and not _is_finite(v):
             self.fell_back = True
-            v = self.inner.predict(x, timestep, with_sdpa)
+            v = self.inner.predict(x, timestep, replace(call, attention=self.exact))
             if _is_finite(v):
                 name = "of the host's choice" if chosen is None else chosen.name
                 self.say(
                     f"attention {name} gave NaN in step {call.step + 1}; it was done again, and the rest, "
-                    "with sdpa"
+                    f"with {self.exact.name}"
                 )
         if not _is_finite(v):
             raise NotFinite(

@@ -8,14 +8,17 @@ import types
 import comfy.model_management as management
 import pytest
 import torch
+from comfy.cli_args import args
 from helpers import grouped, relative
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from wan21 import host
+from wan21.host.attention import choose_attention_for, retry_of
 from wan21.nodes.sampler import Wan21Sampler
 from wan21.wan import attention
+from wan21.wan.attention import SDPA, Attention
 from wan21.wan.solvers import SOLVERS
 
 STEPS = 6
@@ -289,6 +292,48 @@ def test_sdpa_replaces_the_hosts_own_choice_on_the_cpu_only(monkeypatch):
         found = torch.device(device)
         monkeypatch.setattr(management, "get_torch_device", lambda found=found: found)
         assert has_own_attention({}) is own
+
+
+def test_auto_keeps_to_what_the_host_was_started_with(models, monkeypatch):
+    """Both flags, with xformers and flash there and faster."""
+    asked = []
+    monkeypatch.setattr(attention, "fastest", lambda *a: asked.append(a[-1]) or SDPA)
+    monkeypatch.setattr(args, "use_pytorch_cross_attention", False)
+    choose_attention_for(models["t2v"], "auto")
+    assert asked.pop() == ("flash", "sage", "xformers")
+    monkeypatch.setattr(args, "disable_xformers", True)
+    choose_attention_for(models["t2v"], "auto")
+    assert asked.pop() == ("flash", "sage")
+    with pytest.raises(ValueError, match="attention is xformers, and ComfyUI was started with --disable-xf"):
+        choose_attention_for(models["t2v"], "xformers")
+    monkeypatch.setattr(args, "use_pytorch_cross_attention", True)
+    assert choose_attention_for(models["t2v"], "auto") is SDPA and asked == []
+
+
+def test_nan_is_done_again_after_a_quantised_attention_only(models, monkeypatch):
+    model, exact = models["t2v"].clone(), Attention("flash", SDPA.function)
+    quantised = Attention("sage", SDPA.function, quantised=True)
+    assert retry_of(model, SDPA) is retry_of(model, exact) is retry_of(model, None) is None
+    assert retry_of(model, quantised) is SDPA
+    monkeypatch.setattr(args, "use_sage_attention", True)
+    assert retry_of(model, None) is SDPA
+    monkeypatch.setattr(args, "use_sage_attention", False)
+    model.model_options["transformer_options"]["optimized_attention_override"] = lambda *a, **kw: None
+    assert retry_of(model, None) is SDPA
+
+
+def test_nan_is_not_done_again_by_sdpa_where_that_is_not_fused(models, monkeypatch):
+    """On a device where the host itself takes its sub-quadratic attention, that is the exact one."""
+    model = models["t2v"].clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = lambda *a, **kw: None
+    monkeypatch.setattr(model, "load_device", torch.device("cuda", 0))
+    monkeypatch.setattr(management, "pytorch_attention_enabled", lambda: False)
+    instead = retry_of(model, None)
+    q, k, v = torch.randn(3, 1, 20, 2, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    found = instead.function(q, k, v)
+    monkeypatch.undo()
+    assert relative(found, SDPA.function(q, k, v)) < 1e-5 and "sub-quadratic" in instead.name
 
 
 # --- interplay ---------------------------------------------------------------------------------------

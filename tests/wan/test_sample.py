@@ -13,7 +13,7 @@ from wan21.wan.execution import Execution
 from wan21.wan.guidance import CfgZeroStar, ZeroInit, cfg, cfg_zero_star
 from wan21.wan.memory import plans_from
 from wan21.wan.option import Option
-from wan21.wan.retry import FiniteOrSdpa, NotFinite, WithinMemory
+from wan21.wan.retry import FiniteOrExact, NotFinite, WithinMemory
 from wan21.wan.riflex import Riflex
 from wan21.wan.sample import SampleJob, sample
 from wan21.wan.sigmas import FIRST_SIGMA
@@ -114,12 +114,12 @@ def options(*chosen, **fields):
     return SampleJob(**(defaults | fields))
 
 
-def sample_again(job, toy, noise):
+def sample_again(job, toy, noise, exact=None):
     """`sample` with both denoisers around the toy -> (latent, record, what these said)"""
     said = []
     plans = plans_from(True, len(job.legs[0].pass_names))
     inner = WithinMemory(toy, plans, getattr(toy, "make_room", lambda: False), said.append)
-    return *sample(job, FiniteOrSdpa(inner, said.append), noise, None), said
+    return *sample(job, FiniteOrExact(inner, exact, said.append), noise, None), said
 
 
 @pytest.fixture
@@ -258,25 +258,29 @@ SAGE = Attention("sage", SDPA.function, quantised=True)
 
 @pytest.mark.parametrize("step", [0, 2])
 @pytest.mark.parametrize("first, said", [(SAGE, "attention sage"), (None, "attention of the host's choice")])
-def test_nan_of_a_quantised_backend_redoes_the_step_with_sdpa(noise, two, first, said, step):
+@pytest.mark.parametrize("exact", [SDPA, Attention("sub-quadratic", SDPA.function)], ids=lambda a: a.name)
+def test_nan_of_a_quantised_backend_redoes_the_step_with_an_exact_one(noise, two, first, said, step, exact):
     toy = Overflows(two)
     toy.bad_steps = (step,)
-    out, _, notes = sample_again(options(Execution(attention=first)), toy, noise)
-    assert [call.attention for _, _, call in toy.calls] == [first] * (step + 1) + [SDPA] * (6 - step)
+    out, _, notes = sample_again(options(Execution(attention=first)), toy, noise, exact)
+    done = [call.attention for _, _, call in toy.calls]
+    assert done == [first] * (step + 1) + [exact] * (6 - step)
     assert len(notes) == 1 and f"{said} gave NaN in step {step + 1}" in notes[0]
+    assert notes[0].endswith(f"with {exact.name}")
     assert torch.equal(out, sample(options(), Toy(two), noise, None)[0])
 
 
-def test_nan_of_the_model_ends_the_run_at_once(noise, two):
+@pytest.mark.parametrize("attention", [SDPA, None])
+@pytest.mark.parametrize("exact, calls", [(None, 1), (SDPA, 2)])
+def test_nan_of_the_model_ends_the_run_at_once(noise, two, attention, exact, calls):
     class Broken(Toy):
         def predict(self, x, timestep, call):
             return {k: v * float("inf") for k, v in super().predict(x, timestep, call).items()}
 
-    for attention, calls in ((SDPA, 1), (None, 2)):
-        toy = Broken(two)
-        with pytest.raises(NotFinite, match="step 1 of 6 gave NaN or infinite"):
-            sample_again(options(Execution(attention=attention)), toy, noise)
-        assert len(toy.calls) == calls
+    toy = Broken(two)
+    with pytest.raises(NotFinite, match="step 1 of 6 gave NaN or infinite"):
+        sample_again(options(Execution(attention=attention)), toy, noise, exact)
+    assert len(toy.calls) == calls
 
 
 @pytest.mark.parametrize(
@@ -298,7 +302,7 @@ def test_what_has_no_effect_is_said(noise, two, idle, note):
 def test_a_quantised_backend_that_works_is_kept(noise, two):
     toy = Overflows(two)
     toy.bad_steps = ()
-    _, record, notes = sample_again(options(ZeroInit(1), Execution(attention=SAGE)), toy, noise)
+    _, record, notes = sample_again(options(ZeroInit(1), Execution(attention=SAGE)), toy, noise, SDPA)
     assert {call.attention.name for _, _, call in toy.calls} == {"sage"} and record.notes + notes == []
 
 
