@@ -1,15 +1,20 @@
 """Decoding of a part, and a decode that runs out of memory and goes on."""
 
+from functools import partial
+from itertools import accumulate
+
 import pytest
 import torch
 from helpers import relative
 from helpers_memory import peak_bytes
 from helpers_vae import latents
 from lib.random_weights import randomise
+from torch.profiler import ProfilerActivity, profile
 from wan21.wan.vae import WanVAE, cpu
 from wan21.wan.vae.fallback import Piece, decode_within_memory, on_cpu, smaller_tiles
 from wan21.wan.vae.layers import AttentionBlock
 from wan21.wan.vae.memory import choose_tile, decode_bytes, encode_bytes
+from wan21.wan.vae.past import Past
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 H, W, T = 40, 1, 3  # 320 x 8 pixels: whole, then tiles of 256, 128 and 64
@@ -267,6 +272,36 @@ def test_the_estimate_for_cuda_is_an_upper_bound(vae):
     out = torch.empty(vae.decode_output_shape(z.shape))
     taken = peak_bytes(half.decode, z, out, chunk_frames=2)
     assert 0.6 < taken / decode_bytes(half, 20, 3, CUDA) <= 1
+
+
+def convolved_by_columns(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """What a CUDA device does where cuDNN is off: torch.ops.aten, on the CPU."""
+    return torch.ops.aten.slow_conv_dilated3d(x, weight, weight.shape[2:], bias, stride, padding, dilation)
+
+
+def allocated_at_most(call, *args, **options):
+    """Peak bytes of the CPU's allocator, also of what a kernel takes for itself."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        call(*args, **options)
+    events = profiler.profiler.kineto_results.events()
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+@pytest.mark.parametrize("way", ["decode", "encode"])
+def test_columns_are_counted_where_cudnn_is_off(vae, way, monkeypatch):
+    monkeypatch.setattr("wan21.wan.vae.new_past", lambda device, check, is_plain: Past(check))
+    monkeypatch.setattr(torch.nn.functional, "conv3d", convolved_by_columns)
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+    estimate = (
+        partial(decode_bytes, vae, 12, 10) if way == "decode" else partial(encode_bytes, vae, 9, 96, 80)
+    )
+    x = latents(3, 12, 10) if way == "decode" else torch.zeros(1, 3, 9, 96, 80)
+    taken = allocated_at_most(getattr(vae, way), x, chunk_frames=2)
+    if way == "decode":
+        taken -= 4 * 3 * 9 * 96 * 80  # the result
+    assert 0.6 < taken / estimate(CUDA) <= 1
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+    assert estimate(CUDA) < taken
 
 
 def test_auto_takes_the_largest_tile_that_fits():

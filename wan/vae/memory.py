@@ -22,6 +22,9 @@ from .tiling import even_spans, growth, margins, with_margin
 # it (twice a chunk of two), the result, and on CUDA what the library's convolution takes for itself, at most
 # its input and result in another layout. On the CPU the strips of cpu.py take their place.
 CHUNKS_ALIVE = {"cpu": 5, "cuda": 8}
+# Without cuDNN a convolution of 3x3x3 first writes out what each of its taps reads. The host turns it off on
+# AMD's newer cards, where the name stands for MIOpen.
+COLUMNS = 27
 SAFETY = 1.1
 
 
@@ -129,5 +132,7 @@ def width(layers: Sequence[Layer]) -> int:
 def _bytes(kept: int, widest: int, itemsize: int, device: torch.device) -> int:
     """Of the numbers kept between chunks, and of the chunks alive at the widest place."""
     alive = CHUNKS_ALIVE.get(device.type, CHUNKS_ALIVE["cuda"])
+    if device.type == "cuda" and not torch.backends.cudnn.enabled:
+        alive += COLUMNS
     strips = 2 * STRIP_BYTES if device.type == "cpu" else 0
     return strips + int(SAFETY * itemsize * (kept + alive * widest))
