@@ -12,12 +12,14 @@ import comfy.ops
 import comfy.sd
 import torch
 from comfy.cli_args import args
+from comfy.ldm.modules.diffusionmodules.model import vae_attention
 from comfy.model_prefetch import cleanup_prefetched_modules
 from torch import Tensor
 
 from ..wan import files
 from ..wan.vae import WanVAE
 from ..wan.vae.fallback import decode_within_memory, on_cpu
+from ..wan.vae.layers import AttendFrame, AttentionBlock, attend_frame
 from ..wan.vae.memory import choose_tile, decode_bytes, encode_bytes
 from .load import DTYPES
 from .memory import need_host_bytes
@@ -32,12 +34,22 @@ class HostWanVAE(WanVAE):
     Args:
         dim: as for `WanVAE`.
         encode_dtype, decode_dtype: what each way is computed in, whatever dtype its input has.
+        attend: the attention among the pixels of a frame.
     """
 
     comfy_has_chunked_io = True  # the host gives decode() the final image's buffer, encode() a device
 
-    def __init__(self, dim: int, encode_dtype: torch.dtype, decode_dtype: torch.dtype):
+    def __init__(
+        self,
+        dim: int,
+        encode_dtype: torch.dtype,
+        decode_dtype: torch.dtype,
+        attend: AttendFrame = attend_frame,
+    ):
         super().__init__(dim, operations=comfy.ops.disable_weight_init, dtype=decode_dtype)
+        for part in self.modules():
+            if isinstance(part, AttentionBlock):
+                part.attend = attend
         self.encode_dtype, self.decode_dtype = encode_dtype, decode_dtype
         self.encoder.to(encode_dtype)
         self.conv1.to(encode_dtype)
@@ -109,6 +121,23 @@ def _watched(options: dict[str, Any]) -> dict[str, Any]:
     return {"progress": Progress(), "check": check_cancelled} | options
 
 
+def frame_attention(device: torch.device) -> AttendFrame:
+    """The attention of a VAE on a device: PyTorch's on the CPU and where the host trusts it for a VAE.
+
+    Elsewhere (AMD, Apple, DirectML, or by a start option) it is the host's, which works in slices as large as
+    memory allows: PyTorch's would make the matrix of all scores there, or crash, as the host says of AMD.
+    """
+    if device.type == "cpu" or comfy.model_management.pytorch_attention_enabled_vae():
+        return attend_frame
+    of_the_host = vae_attention()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = of_the_host(*(t[0].transpose(1, 2) for t in (q, k, v)))  # [1, C, H W]
+        return found.transpose(1, 2)[None]
+
+    return attend
+
+
 def load_vae(path: str | Path, precision: str = "auto") -> comfy.sd.VAE:
     """A standard VAE from a Wan2.1 VAE of any published layout.
 
@@ -131,7 +160,9 @@ def load_vae(path: str | Path, precision: str = "auto") -> comfy.sd.VAE:
     decode_dtype = vae.vae_dtype
     if precision == "auto" and not (args.bf16_vae or args.fp16_vae):
         vae.vae_dtype = torch.float32  # what the host hands pixels and latents over in
-    model = HostWanVAE(dim, encode_dtype=vae.vae_dtype, decode_dtype=decode_dtype).eval()
+    model = HostWanVAE(
+        dim, encode_dtype=vae.vae_dtype, decode_dtype=decode_dtype, attend=frame_attention(vae.device)
+    ).eval()
     comfy.model_management.archive_model_dtypes(model)
     patcher = comfy.model_patcher.CoreModelPatcher(
         model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()

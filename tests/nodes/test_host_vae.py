@@ -1,11 +1,14 @@
 """Our VAE inside the host's standard VAE, against the native one on the same file."""
 
+import comfy.model_management
 import comfy.sd
 import pytest
 import torch
 from helpers import relative
 from safetensors.torch import load_file
 from wan21 import host
+from wan21.host.vae import HostWanVAE, frame_attention
+from wan21.wan.vae.layers import attend_frame
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +209,30 @@ def test_an_overlap_counts_only_where_there_are_several_tiles(vae, native_vae, c
         assert relative(got, expected) < 1e-5
     with pytest.raises(ValueError, match="VAE tiles of 0 x 32 pixels: both sides must be at least 8"):
         vae.decode_tiled(vae.encode(clip[:1]), tile_x=0, tile_y=4)
+
+
+def test_where_the_host_slices_a_vaes_attention_ours_is_sliced(vae, files, clip, monkeypatch):
+    """On AMD the host takes PyTorch's attention for models and not for a VAE; here by its own words of it."""
+    management, gpu = comfy.model_management, torch.device("cuda", 0)
+    monkeypatch.setattr(management, "ENABLE_PYTORCH_ATTENTION", True)
+    assert frame_attention(gpu) is frame_attention(torch.device("cpu")) is attend_frame
+    monkeypatch.setattr(management, "is_amd", lambda: True)
+    assert frame_attention(torch.device("cpu")) is attend_frame
+    sliced = HostWanVAE(vae.first_stage_model.dim, torch.float32, torch.float32, frame_attention(gpu)).eval()
+    sliced.load_state_dict(vae.first_stage_model.state_dict())
+    latent = vae.encode(clip)
+    expected = vae.first_stage_model.decode(latent)
+    monkeypatch.setattr(management, "get_free_memory", lambda device: 6000)  # of 96 tokens: several slices
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    slices, softmax = [], torch.nn.functional.softmax
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim: slices.append(1) or softmax(x, dim))
+    with torch.inference_mode():
+        assert relative(sliced.decode(latent), expected) < 1e-5
+    assert len(slices) > latent.shape[2]
+
+
+def test_a_vae_loads_with_the_hosts_attention(files, monkeypatch):
+    chosen = []
+    monkeypatch.setattr("wan21.host.vae.frame_attention", lambda device: chosen.append(device) or len)
+    loaded = host.load_vae(files["vae"])
+    assert chosen == [loaded.device] and loaded.first_stage_model.decoder.middle[1].attend is len

@@ -85,8 +85,23 @@ class ResidualBlock(Block):
         return past.causal_conv(conv2, h, norm2, overwrite=True, add_to=self.shortcut(x))
 
 
+# How the pixels of a frame attend to each other: q, k, v -> what they found, all [1, 1, H W, C].
+AttendFrame: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attend_frame(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """By PyTorch's attention."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class AttentionBlock(Block):
-    """Single-head attention among the pixels of one frame."""
+    """Single-head attention among the pixels of one frame.
+
+    Attributes:
+        attend: an `AttendFrame`; a host may set its own.
+    """
+
+    attend: AttendFrame = staticmethod(attend_frame)
 
     def __init__(self, dim: int, ops: Any, **kw: Any):
         super().__init__()
@@ -106,7 +121,7 @@ class AttentionBlock(Block):
         frames = []  # one by one: a frame of 832x480 takes a CPU half a second, and a cancel waits that long
         for one in zip(*(t.split(1) for t in (q, k, v))):
             past.check()
-            frames.append(F.scaled_dot_product_attention(*one))
+            frames.append(self.attend(*one))
         y = torch.cat(frames)  # [B f, 1, H W, C]
         y = self.proj(y.squeeze(1).transpose(1, 2).reshape(b * f, c, h, w))
         return x + batch_to_frames(y, b)
