@@ -3,13 +3,17 @@
     L  tokens of one pass with its batch: B*F*(H/2)*(W/2)    D  width    e  bytes of the compute dtype
 
 Weights are counted apart: they may stay on the device or be streamed; activations cannot be. The
-formulas follow `dit.py` line by line and hold for kernels that fuse (attention of any backend, RMSNorm): on
-an accelerator. tests/nodes/test_step_memory.py counts the tensors of a forward pass against them.
+formulas follow `dit.py` line by line and hold for kernels that fuse (attention of any backend; RMSNorm where
+PyTorch does): on an accelerator. tests/nodes/test_step_memory.py counts the tensors of a forward pass against
+them.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch.torch_version import TorchVersion
 
 from .config import PATCH_SIZE, WanConfig
 from .rope import TOKENS_AT_ONCE
@@ -21,6 +25,8 @@ LATENT_COPIES = 6  # noise, start and the history of the solver (UniPC keeps mos
 # What a backend takes besides q, k, v and its output, in copies of q at 2 bytes a number. SageAttention keeps
 # q and k in 8 bit, v in 8 bit and transposed, and a k without its mean.
 ATTENTION_COPIES = {"sage": 3.0}
+# Before, RMSNorm is a product after the other: the input in float32, that normed, and that times the weight.
+FUSED_NORM = TorchVersion(torch.__version__) >= (2, 9)
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class StepSize:
         nag: whether NAG is on, which works on what a pass found in two texts.
         text_tokens, image_tokens: of the context; no image tokens without CLIP features.
         matrix_bytes: what a number of a matrix takes while it is used; None is e.
+        fused_norm: whether RMSNorm is one kernel.
     """
 
     config: WanConfig
@@ -97,6 +104,7 @@ class StepSize:
     text_tokens: int = 512
     image_tokens: int = 0
     matrix_bytes: float | None = None
+    fused_norm: bool = FUSED_NORM
 
     @property
     def tokens(self) -> int:
@@ -140,14 +148,16 @@ def _block_bytes(size: StepSize, parts: int) -> int:
     norm = 4 * config.dim + (row if e < 4 else 0)  # LayerNorm in float32, then cast
     part = size.tokens / parts
     turned = 2 * 4 * config.dim * min(TOKENS_AT_ONCE, part)  # RoPE in float32, bytes
-    project = max(norm * part, 4 * row * part, 3 * row * part + turned)
+    normed = 0 if size.fused_norm else 4 * config.dim * (3 if e < 4 else 2)  # RMSNorm of queries and keys
+    project = max(norm * part, (3 * row + max(row, normed)) * part, 3 * row * part + turned)
     if parts > 1:
         project += 3 * row * size.tokens
     copies = ATTENTION_COPIES.get(size.attention, 0)
     attend = (4 * row + 2 * copies * config.dim + 4 * config.num_heads) * size.tokens
     output = row * size.tokens + row * part
     # With NAG: tokens, queries, what was found in two texts and its result; beside them three float32 copies.
-    cross = max(norm, 5 * row + 3 * 4 * config.dim if size.nag else 4 * row) * part
+    texts = 5 * row + 3 * 4 * config.dim if size.nag else 4 * row
+    cross = max(norm, texts, 2 * row + normed) * part
     feed_forward = max(norm, 2 * row + e * config.ffn_dim) * part
     matrix = (size.matrix_bytes or e) * config.dim * config.ffn_dim
     return round(max(project, attend, output, cross, feed_forward) + matrix)
