@@ -17,11 +17,13 @@ def pytest_collection_finish(session):
     import comfy.model_patcher
     from comfy import memory_management
     from comfy.cli_args import args
+    from wan21.host import load
 
     comfy.model_management.FORCE_FP32 = args.fp32_vae = args.fp32_text_enc = True
     if os.environ.get("PRETENDED_AIMDO") == "1":
         pretended_aimdo.install()
-        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+        dynamic = comfy.model_patcher.ModelPatcherDynamic
+        comfy.model_patcher.CoreModelPatcher = load.CoreModelPatcher = dynamic
         memory_management.aimdo_enabled = True
     pretended_cuda.begin()
     assert comfy.model_management.get_torch_device().type == "cuda"  # else the tests would pass on the CPU
@@ -29,12 +31,15 @@ def pytest_collection_finish(session):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef):
-    """Checkpoints are made of models whose weights are there from the start."""
+    """Checkpoints are made of models whose weights are there from the start; others' come at their use."""
     from comfy import memory_management
 
     enabled = memory_management.aimdo_enabled
     memory_management.aimdo_enabled = enabled and fixturedef.argname != "checkpoints"
     try:
-        return (yield)
+        made = yield
+        if enabled and fixturedef.argname == "models":
+            assert all(model.is_dynamic() for model in made.values())
+        return made
     finally:
         memory_management.aimdo_enabled = enabled
