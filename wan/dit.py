@@ -59,8 +59,9 @@ ContextAttention = Callable[[Pass, Mapping[str, Tensor]], AttendText]
 def run_blocks(num_blocks: int, passes: list[Pass], apply_block: ApplyBlock) -> None:
     """The walk of each pass through every block, all passes through one before the next (the joint pass).
 
-    Whoever brings weights block by block so brings them once for all passes. This is the seam for options
-    that change the walk: another runner of the same signature.
+    Weights that are brought block by block could so come once for all passes; those brought layer by layer
+    come at each call. This is the seam for options that change the walk: another runner of the same
+    signature.
 
     Args:
         num_blocks: how many there are.
