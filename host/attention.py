@@ -12,6 +12,15 @@ from torch import Tensor
 from ..wan.attention import SDPA, Attention, AttentionFn, choose_attention, sdpa
 from .runner import untraced
 
+EXACT = (  # of the host's
+    host_attention.attention_basic,
+    host_attention.attention_sub_quad,
+    host_attention.attention_split,
+    host_attention.attention_pytorch,
+    host_attention.attention_xformers,
+    host_attention.attention_flash,
+)
+
 
 def has_own_attention(transformer_options: dict) -> bool:
     """Whether another pack or the host's start options name an attention other than PyTorch's."""
@@ -72,11 +81,11 @@ def retry_of(model: ModelPatcher, attention: Attention | None) -> Attention | No
 
     Args:
         attention: as from `choose_attention_for`. The host's own choice is taken for quantised where it is
-            SageAttention, or another pack's.
+            SageAttention, or another pack's: set on the MODEL, or in the place of the host's for all models.
     """
     if attention is None:
         overridden = "optimized_attention_override" in model.model_options["transformer_options"]
-        quantised = overridden or comfy.model_management.sage_attention_enabled()
+        quantised = overridden or host_attention.optimized_attention not in EXACT
     else:
         quantised = attention.quantised
     if not quantised:

@@ -9,13 +9,14 @@ import comfy.model_management as management
 import pytest
 import torch
 from comfy.cli_args import args
+from comfy.ldm.modules import attention as host_attention
 from helpers import grouped, relative
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from wan21 import host
-from wan21.host.attention import choose_attention_for, retry_of
+from wan21.host.attention import choose_attention_for, has_own_attention, retry_of
 from wan21.nodes.sampler import Wan21Sampler
 from wan21.wan import attention
 from wan21.wan.attention import SDPA, Attention
@@ -284,9 +285,6 @@ def test_an_override_of_another_pack_is_honoured_when_auto(models, run):
 
 def test_sdpa_replaces_the_hosts_own_choice_on_the_cpu_only(monkeypatch):
     """Elsewhere the host takes its sub-quadratic one where SDPA has no kernel without the whole matrix."""
-    import comfy.ldm.modules.attention as host_attention
-    from wan21.host.attention import has_own_attention
-
     monkeypatch.setattr(host_attention, "optimized_attention", host_attention.attention_sub_quad)
     for device, own in (("cpu", False), ("mps", True)):
         found = torch.device(device)
@@ -315,9 +313,15 @@ def test_nan_is_done_again_after_a_quantised_attention_only(models, monkeypatch)
     quantised = Attention("sage", SDPA.function, quantised=True)
     assert retry_of(model, SDPA) is retry_of(model, exact) is retry_of(model, None) is None
     assert retry_of(model, quantised) is SDPA
-    monkeypatch.setattr(args, "use_sage_attention", True)
-    assert retry_of(model, None) is SDPA
-    monkeypatch.setattr(args, "use_sage_attention", False)
+    for function, again in (
+        (host_attention.attention_sage, SDPA),
+        (lambda *a, **kw: None, SDPA),  # of another pack, for all models
+        (host_attention.attention_xformers, None),
+        (host_attention.attention_flash, None),
+        (host_attention.attention_pytorch, None),
+    ):
+        monkeypatch.setattr(host_attention, "optimized_attention", function)
+        assert retry_of(model, None) is again
     model.model_options["transformer_options"]["optimized_attention_override"] = lambda *a, **kw: None
     assert retry_of(model, None) is SDPA
 
