@@ -27,7 +27,9 @@ class Execution(Option):
         return lambda call: replace(call, attention=self.attention, plan=MemoryPlan(self.joint))
 
     def report(self, run: Run, record: SampleRecord) -> Iterable[str]:
-        if self.attention is not None and self.attention.name != "sdpa":
+        if self.attention is None:
+            yield "attention: the host's own choice"
+        elif self.attention.name != "sdpa":
             yield f"attention: {self.attention.name}"
         if run.is_guided and not self.joint:
             yield "joint pass: off"

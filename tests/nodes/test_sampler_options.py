@@ -276,11 +276,12 @@ def test_an_override_of_another_pack_is_honoured_when_auto(models, run):
 
     model = models["t2v"].clone()
     model.model_options["transformer_options"]["optimized_attention_override"] = override
-    through, _ = run(model, steps=1)
+    through, report = run(model, steps=1)
+    assert "attention: the host's own choice" in report
     assert calls == [0] * 4 + [1] * 4  # self- and cross-attention of two passes in two blocks
     calls.clear()
-    plain, _ = run(model, steps=1, execution__attention="sdpa")
-    assert calls == [] and relative(through, plain) < 1e-5
+    plain, report = run(model, steps=1, execution__attention="sdpa")
+    assert "attention" not in report and calls == [] and relative(through, plain) < 1e-5
 
 
 def test_sdpa_replaces_the_hosts_own_choice_on_the_cpu_only(monkeypatch):
