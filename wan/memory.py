@@ -26,7 +26,7 @@ LATENT_COPIES = 6  # noise, start and the history of the solver (UniPC keeps mos
 # q and k in 8 bit, v in 8 bit and transposed, and a k without its mean.
 ATTENTION_COPIES = {"sage": 3.0}
 # Before, RMSNorm is a product after the other: the input in float32, that normed, and that times the weight.
-FUSED_NORM = TorchVersion(torch.__version__) >= (2, 9)
+FUSED_NORM = TorchVersion(torch.__version__) >= "2.9"
 
 
 @dataclass(frozen=True)
