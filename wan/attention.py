@@ -6,11 +6,12 @@ softmax(q k^T / sqrt(D)) v, no mask. The model calls nothing else; whoever runs 
 
 import importlib
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
+from threading import Lock
 from types import MappingProxyType, ModuleType
 
 import torch
@@ -39,7 +40,8 @@ def best_kernels(device: torch.device) -> AbstractContextManager:
     cuDNN's outruns FlashAttention-2 on data-centre GPUs from Hopper on, and before 9.15.1 it errs on lengths
     that are no multiple of 128 (PyTorch issue 169849): where PyTorch itself would not prefer it, flash comes
     first. It is entered once around the model, not in each call, so that a compiled block does not have to
-    trace it.
+    trace it. The order is the process's: of threads on several GPUs the first sets it for all, and the last
+    takes it back.
     """
     if device.type != "cuda":
         return nullcontext()
@@ -49,7 +51,33 @@ def best_kernels(device: torch.device) -> AbstractContextManager:
         and (torch.backends.cudnn.version() or 0) >= 91501
     ):
         fast.reverse()
-    return sdpa_kernel([*fast, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], **_IN_THIS_ORDER)
+    return _kernels.of([*fast, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+class _Kernels:
+    """`sdpa_kernel` for threads: each alone would take back what another has set."""
+
+    def __init__(self):
+        self.lock = Lock()
+        self.inside = 0
+        self.order = ExitStack()
+
+    @contextmanager
+    def of(self, backends: list[SDPBackend]) -> Iterator[None]:
+        with self.lock:
+            if not self.inside:
+                self.order.enter_context(sdpa_kernel(backends, **_IN_THIS_ORDER))
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.inside -= 1
+                if not self.inside:
+                    self.order.close()
+
+
+_kernels = _Kernels()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 so fakes stand in for the modules alone; `tests/gpu` runs the real ones where they are installed."""
 
 import sys
+import threading
 import types
 
 import pytest
@@ -229,3 +230,30 @@ def test_kernels_of_sdpa(monkeypatch, capability, cudnn, first):
 
 def test_every_choice_is_one_of_the_nodes():
     assert CHOICES == ("auto", "sdpa", "flash", "sage", "xformers")
+
+
+def test_threads_on_several_gpus_share_one_order_of_kernels(monkeypatch):
+    """The order is the process's: each thread alone would take back another's, or leave its own behind."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    order = torch._C._get_sdp_priority_order
+    before, inside = order(), []
+    first_left = threading.Event()
+
+    def second():
+        with best_kernels(torch.device("cuda", 1)):
+            entered.set()
+            assert first_left.wait(10)
+            inside.append(order())
+        left.set()
+
+    entered, left = threading.Event(), threading.Event()
+    with best_kernels(torch.device("cuda", 0)):
+        fast = order()
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert entered.wait(10)
+    first_left.set()
+    assert left.wait(10)
+    thread.join()
+    assert fast != before and inside == [fast]
+    assert order() == before
