@@ -10,6 +10,7 @@ from comfy.sd import VAE
 from .attention import choose_attention_for, retry_of
 from .coefficients import measured_coefficients
 from .conditioning import Conditioning, describe_conditioning, not_finite, trim_clip_vision
+from .devices import devices_of, spread
 from .guide import GUIDE, has_guide, with_guide
 from .latent_file import KeptLatent
 from .load import DTYPES, WEIGHT_DTYPES, load_model, notes_on_file
@@ -53,6 +54,7 @@ __all__ = [
     "config_of",
     "decode_video",
     "describe_conditioning",
+    "devices_of",
     "encode_video",
     "fill_spans_with_model",
     "frame_device",
@@ -79,6 +81,7 @@ __all__ = [
     "sigma_below_one",
     "speaking_as",
     "spoilt_weight",
+    "spread",
     "tell",
     "trim_clip_vision",
     "upscale_lanczos",

@@ -10,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..wan.attention import SDPA, Attention, AttentionFn, choose_attention, sdpa
+from .devices import devices_of
 from .runner import untraced
 
 EXACT = (  # of the host's
@@ -55,10 +56,11 @@ def _of_the_host(function: Callable, **options: Any) -> AttentionFn:
 
 
 def choose_attention_for(model: ModelPatcher, name: str) -> Attention | None:
-    """The sampler's attention for a MODEL of ours; None for the host's own choice.
+    """The sampler's attention for a MODEL of ours, on all its devices; None for the host's own choice.
 
     Args:
-        name: of `wan.attention.CHOICES`; auto keeps to what the host was started with.
+        name: of `wan.attention.CHOICES`; auto keeps to what the host was started with, and is sdpa where
+            another would serve some of the devices only.
 
     Raises:
         Refusal: an explicit choice cannot be had.
@@ -69,7 +71,8 @@ def choose_attention_for(model: ModelPatcher, name: str) -> Attention | None:
         return SDPA
     dtype = model.model.get_dtype_inference()
     head_dim = model.model.diffusion_model.config.head_dim
-    return choose_attention(name, model.load_device, dtype, head_dim, _barred())
+    chosen = [choose_attention(name, device, dtype, head_dim, _barred()) for device in devices_of(model)]
+    return chosen[0] if len({attention.name for attention in chosen}) == 1 else SDPA
 
 
 def _barred() -> dict[str, str]:

@@ -16,6 +16,7 @@ from ..wan.memory import GIB, MemoryPlan, choose_plans, step_bytes
 from ..wan.option import Option
 from ..wan.out_of_memory import OutOfMemoryError, is_out_of_memory
 from ..wan.refusal import Refusal
+from .devices import devices_of
 from .lora import changes_weights_at_use
 from .stored import weight_bytes
 
@@ -47,11 +48,11 @@ def plan_memory(
         model: a MODEL of ours.
         latent_shape: [B, 16, T, h, w].
         plans: as from `wan.memory.plans_from`.
-        passes: of a step.
+        passes: of a step on each device of the MODEL.
         options: of the job; some hold memory.
 
     Returns:
-        The plans left, bytes of a step, and one sentence for the report.
+        The plans left for all its devices, bytes of a step, and one sentence for the report.
     """
     size = model.model.step_size(tuple(latent_shape), passes)
     for option in options:
@@ -59,13 +60,22 @@ def plan_memory(
     if changes_weights_at_use(model):
         itemsize = model.model.get_dtype_inference().itemsize
         size = replace(size, matrix_bytes=max(model.model.matrix_bytes(itemsize), LORA_COPIES * itemsize))
-    on_cpu = model.load_device.type == "cpu"
     weights = weight_bytes(model)
-    budget = usable_bytes(model.load_device)
     needs = [step_bytes(size, plan) for plan in plans]
-    plans = choose_plans(plans, needs, 0 if on_cpu else weights, budget)
+    budgets = {device: usable_bytes(device) for device in devices_of(model)}
+    plans = min(
+        (
+            choose_plans(plans, needs, 0 if device.type == "cpu" else weights, budget)
+            for device, budget in budgets.items()
+        ),
+        key=len,
+    )
     need = step_bytes(size, plans[0])
-    where = "" if on_cpu else (", resident" if need + weights <= budget else ", streamed in part")
+    where = ""
+    for device, budget in budgets.items():
+        if device.type != "cpu":
+            where += ", resident" if need + weights <= budget else ", streamed in part"
+            where += f" on {device}" if len(budgets) > 1 else ""
     said = f"{plans[0]}; {need / GIB:.2f} GiB estimated beside {weights / GIB:.2f} GiB of weights{where}"
     return plans, need, said
 
@@ -151,22 +161,27 @@ def make_room(patcher: ModelPatcher) -> bool:
 
 
 class MemoryWatch:
-    """Context in which the memory of a device is watched; `said` is a sentence on it afterwards."""
+    """Context in which the memory of a MODEL's devices is watched; `said` is a sentence on it afterwards."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, model: ModelPatcher):
+        self.devices = devices_of(model)
         self.said = ""
 
     def __enter__(self) -> "MemoryWatch":
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        for device in self.devices:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
         return self
 
     def __exit__(self, *error) -> None:
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device) / GIB
+        peaks = [
+            f"{torch.cuda.max_memory_allocated(device) / GIB:.2f} GiB on {device}"
+            for device in self.devices
+            if device.type == "cuda"
+        ]
+        if peaks:
             without = " without the weights, which the host holds" if memory_management.aimdo_enabled else ""
-            self.said = f"peak {peak:.2f} GiB on {self.device}{without}"
+            self.said = f"peak {' and '.join(peaks)}{without}"
         else:
             held = psutil.Process().memory_info().rss / GIB
-            self.said = f"{held:.2f} GiB held by the process ({self.device})"
+            self.said = f"{held:.2f} GiB held by the process ({self.devices[0]})"

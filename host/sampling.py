@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..wan.inpaint import Kept
 from ..wan.option import Call
 from ..wan.solvers import NoiseSampler
+from .devices import OnDevices
 from .memory import make_room, tell_out_of_memory
 from .model import CALL, NEED, TEXTS
 from .patches import refuse_compiled_fp8
@@ -40,15 +42,20 @@ class Prepared:
 
 
 class HostDenoiser:
-    """A `wan.option.Denoiser` over the host's loaded model and its prepared conditioning."""
+    """A `wan.option.Denoiser` over a model that the host has loaded, and its prepared conditioning."""
 
-    def __init__(self, guider: comfy.samplers.CFGGuider, transformer_options: dict, device: torch.device):
-        self.patcher = guider.model_patcher
-        self.conds = guider.conds
-        self.model = guider.inner_model
+    def __init__(self, patcher: ModelPatcher, conds: dict[str, list[dict]], transformer_options: dict):
+        self.patcher = patcher
+        self.conds = conds
+        self.model: Any = patcher.model
         self.config = self.model.diffusion_model.config
         self.transformer_options = transformer_options
-        self.device = device
+        self.device: torch.device = patcher.load_device
+
+    @property
+    def computed(self) -> dict[str, torch.device]:
+        """As of `OnDevices`: there is one."""
+        return {}
 
     def embed_time(self, timesteps: list[float]) -> Tensor:
         return self.model.diffusion_model.embed_time(torch.tensor(timesteps, device=self.device))
@@ -92,7 +99,21 @@ def _shapes(part):
     return {k: tuple(v.shape) for k, v in part.items()}
 
 
-Run = Callable[[HostDenoiser, Tensor, Tensor, Kept | None], tuple[Tensor, Any]]
+def _denoiser(guider: comfy.samplers.CFGGuider, transformer_options: dict) -> HostDenoiser | OnDevices:
+    """Over the guider's model, and its copies on further devices if there are any."""
+    copies = guider.model_options.get("multigpu_clones")
+    if not copies:
+        return HostDenoiser(guider.model_patcher, guider.conds, transformer_options)
+    denoisers = []
+    for device, patcher in copies.items():
+        options = comfy.patcher_extension.copy_nested_dicts(transformer_options)
+        comfy.samplers.cast_transformer_options(options, device=device)
+        denoisers.append(HostDenoiser(patcher, guider.conds, options))
+    pool: Any = guider.model_options["multigpu_thread_pool"]
+    return OnDevices(denoisers, pool)
+
+
+Run = Callable[[HostDenoiser | OnDevices, Tensor, Tensor, Kept | None], tuple[Tensor, Any]]
 
 
 class _Sampler(comfy.samplers.Sampler):
@@ -106,7 +127,7 @@ class _Sampler(comfy.samplers.Sampler):
         self, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask=None, disable_pbar=False
     ):
         options = extra_args["model_options"]["transformer_options"]
-        denoiser = HostDenoiser(guider, options, noise.device)
+        denoiser = _denoiser(guider, options)
         kept = None
         if denoise_mask is not None:
             mask = _mask_by_sigma(guider, sigmas, denoise_mask, extra_args["model_options"])

@@ -74,6 +74,8 @@ def _of_part(part: Part, is_expert: bool) -> Iterable[str]:
         scale = job.guidance_scale if second is None else second
         yield f"{name} expert: {_model(part)}, steps {own.start + 1} to {own.stop}, guidance {scale:g}"
     yield f"passes: {_passes(part.record.passes)}"
+    if devices := part.record.devices:
+        yield "devices: " + ", ".join(f"{name} on {device}" for name, device in sorted(devices.items()))
     for option in job.active(run):
         yield from option.report(run, part.record)
     yield f"memory: {part.memory}"

@@ -26,7 +26,15 @@ from .kept_latent import SAMPLING_SECONDS, kept_until_done
 from .load import CATEGORY
 from .named import named
 from .report import Part, sampling_report
-from .sampler_inputs import Group, check_names, execution_of, option_inputs, options_of, step_range_of
+from .sampler_inputs import (
+    Group,
+    check_names,
+    execution_of,
+    option_inputs,
+    options_of,
+    settings,
+    step_range_of,
+)
 
 NODE = "Wan21Sampler"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -145,16 +153,11 @@ class Wan21Sampler(io.ComfyNode):
             ]
             notes = [note] if note else []
             notes += warnings_on_start(latent, job) + warnings_on_legs(job, len(models))
-            return cls._sampled(models, prepared, latent, seed, notes)
+            return cls._sampled(prepared, latent, seed, notes)
 
     @classmethod
     def _sampled(
-        cls,
-        models: Sequence[host.ModelPatcher],
-        prepared: Sequence["Prepared"],
-        latent: dict,
-        seed: int,
-        notes: list[str],
+        cls, prepared: Sequence["Prepared"], latent: dict, seed: int, notes: list[str]
     ) -> io.NodeOutput:
         if seed == -1:
             seed = secrets.randbelow(2**32)
@@ -163,10 +166,10 @@ class Wan21Sampler(io.ComfyNode):
             walk.note(sentence)
         samples = latent["samples"]
         parts = []
-        for model, one in zip(models, prepared):
+        for one in prepared:
             if one.leg.steps:
-                with host.MemoryWatch(model.load_device) as memory:
-                    samples, record = host.run_sampling(model, one, latent, seed, walk.run_of(model, one))
+                with host.MemoryWatch(one.model) as memory:
+                    samples, record = host.run_sampling(one.model, one, latent, seed, walk.run_of(one))
                 parts.append(Part(one.job, one.run, record, f"{one.memory}; {memory.said}"))
         checks.check_finite(samples)
         report = sampling_report(parts, seed, prepared[0].has_guide, walk.notes)
@@ -208,11 +211,11 @@ class Walk:
             for sentence in sentences
         ]
 
-    def run_of(self, model: host.ModelPatcher, prepared: "Prepared") -> Any:
+    def run_of(self, prepared: "Prepared") -> Any:
         """The function that the host calls with the loaded model: it takes the steps of one leg."""
 
         def run(denoiser, noise, start, kept):
-            job = prepared.job
+            job, model = prepared.job, prepared.model
             if self.sampling is None:
                 on_step = host.StepProgress(model, prepared.run.steps)
                 levels = [job.first_sigma, *job.sigmas[1:]]
@@ -231,6 +234,7 @@ class Walk:
                     f"{error.problem}: {spoilt} in {name} holds NaN or infinite numbers",
                     "The file is damaged, or was converted wrongly: get it again",
                 ) from error
+            record.devices = {name: str(device) for name, device in denoiser.computed.items()}
             return self.sampling.latent, record
 
         return run
@@ -263,6 +267,7 @@ class Prepared(host.Prepared):
     """What one model does of a job, past every check.
 
     Attributes:
+        model: the MODEL, with the copies that have a part in it.
         job: what to sample, with the options of this model.
         leg: its steps and guidance.
         run: the job on this model and latent.
@@ -273,6 +278,7 @@ class Prepared(host.Prepared):
         warnings: sentences on what was adjusted or left out.
     """
 
+    model: host.ModelPatcher
     job: SampleJob
     leg: Leg
     run: Run
@@ -309,7 +315,8 @@ def prepare(
     run = job.run_on(config, shape, leg)
     for option in job.options if leg.steps else ():
         option.check(run)
-    warnings = host.notes_on_file(model)
+    model, split = host.spread(model, leg.pass_names)
+    warnings = host.notes_on_file(model) + split
     warnings += [
         f"{name} set on the MODEL by another node is not used here" for name in host.ignored_patches(model)
     ]
@@ -327,13 +334,19 @@ def prepare(
         beside = max(beside, about.frames_beside)
     warnings += warnings_on_images(config, positive, job.boundary > 0)
     joint, attention = execution_of(execution)
+    devices = len(host.devices_of(model))
+    if devices > 1 and joint and settings(execution, "execution"):
+        warnings.append(
+            "execution.joint_pass has no effect: MultiGPU CFG Split gives each pass to a device of its own"
+        )
     chosen = host.choose_attention_for(model, attention)
     job = replace(job, options=(*job.options, Execution(joint, chosen)))
-    passes = len(leg.pass_names)
-    plans = plans_from(joint, passes)
+    passes = -(-len(leg.pass_names) // devices)
+    plans = plans_from(joint, passes, devices > 1)
     walked = (*shape[:2], shape[2] + beside, *shape[3:])
     plans, need, memory = host.plan_memory(model, walked, plans, passes, job.active(run))
     return Prepared(
+        model=model,
         positive=conds["positive"],
         negative=conds.get("negative"),
         sigmas=job.sigmas,

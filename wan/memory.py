@@ -36,22 +36,31 @@ class MemoryPlan:
     Attributes:
         joint: passes go through each block together; each keeps its tokens.
         parts: of the tokens, one after the other in all that is not self-attention (`wan.chunked`).
+        spread: whether passes are on several devices; said and nothing else.
     """
 
     joint: bool = True
     parts: int = 1
+    spread: bool = False
 
     def __str__(self) -> str:
         walk = "passes together" if self.joint else "one pass after the other"
+        if self.spread:
+            walk = "each pass on its own device"
         return walk + (f", tokens in {self.parts} parts" if self.parts > 1 else "")
 
 
 JOINT = MemoryPlan()
 
 
-def plans_from(joint: bool, passes: int = 2) -> tuple[MemoryPlan, ...]:
-    """Plans from the one asked for to the one that takes least; parts come first, they cost less time."""
-    plans = [MemoryPlan(joint), MemoryPlan(joint, PARTS)]
+def plans_from(joint: bool, passes: int = 2, spread: bool = False) -> tuple[MemoryPlan, ...]:
+    """Plans from the one asked for to the one that takes least; parts come first, they cost less time.
+
+    Args:
+        joint, spread: as of `MemoryPlan`.
+        passes: of a step on one device.
+    """
+    plans = [MemoryPlan(joint, spread=spread), MemoryPlan(joint, PARTS, spread)]
     return (*plans, MemoryPlan(False, PARTS)) if joint and passes > 1 else tuple(plans)
 
 
@@ -84,7 +93,7 @@ class StepSize:
     Attributes:
         config: sizes of the model.
         latent: shape of the latent [B, 16, T, h, w].
-        passes: model evaluations of a step.
+        passes: model evaluations of a step on one device.
         itemsize: e, bytes a number of the compute dtype.
         attention: name of the backend.
         teacache: whether TeaCache is on, which keeps residuals of the passes and tokens of those that walk.

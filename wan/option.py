@@ -72,6 +72,7 @@ class SampleRecord:
         seconds: of each of its steps.
         plan: TeaCache's, over the steps that ask the model, or None.
         notes: sentences on what had no effect.
+        devices: where each pass was computed, by its name; none where all were on the model's one device.
     """
 
     sigmas: list[float]
@@ -80,6 +81,7 @@ class SampleRecord:
     seconds: list[float] = field(default_factory=list)
     plan: Plan | None = None
     notes: list[str] = field(default_factory=list)
+    devices: dict[str, str] = field(default_factory=dict)
 
 
 Around = Callable[[BlockRunner], BlockRunner]

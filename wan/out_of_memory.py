@@ -14,6 +14,18 @@ WORDS = (
 )  # fmt: skip
 
 
+class OutOfMemoryOn(OutOfMemoryError):
+    """One of the devices that work on a step had too little.
+
+    Attributes:
+        device: its name.
+    """
+
+    def __init__(self, device: str, said: str):
+        super().__init__(f"{device}: {said}")
+        self.device = device
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch, on any device, had no memory to give."""
     said = str(error).lower()

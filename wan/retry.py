@@ -12,7 +12,7 @@ from torch import Tensor
 from .attention import Attention
 from .memory import MemoryPlan
 from .option import Call, Denoiser
-from .out_of_memory import OutOfMemoryError
+from .out_of_memory import OutOfMemoryError, OutOfMemoryOn
 from .refusal import Refusal
 
 MEMORY_TRIES = 8  # of one step: the plans, then weights taken off the device bit by bit
@@ -43,19 +43,21 @@ class WithinMemory:
         self.say = say
 
     def predict(self, x: Tensor, timestep: float, call: Call) -> dict[str, Tensor]:
-        failure = ""
+        failure = where = ""
         for _ in range(MEMORY_TRIES):
             try:
                 return self.inner.predict(x, timestep, replace(call, plan=self.plans[0]))
             except OutOfMemoryError as error:
                 failure = str(error)  # the error itself would hold the tensors of the step
+                where = f" on {error.device}" if isinstance(error, OutOfMemoryOn) else ""
             room = self.make_room()
             if len(self.plans) > 1:
                 del self.plans[0]
             elif not room:
                 break
             self.say(
-                f"out of memory in step {call.step + 1}, which was done again; from there on: {self.plans[0]}"
+                f"out of memory{where} in step {call.step + 1}, which was done again; from there on: "
+                f"{self.plans[0]}"
             )
         raise OutOfMemoryError(
             f"{failure} This was with the plan of least memory ({self.plans[0]}). Set fewer frames or a "
