@@ -14,7 +14,7 @@ WORDS = (
 )  # fmt: skip
 
 
-class OutOfMemoryOn(OutOfMemoryError):
+class OutOfMemoryOn(OutOfMemoryError):  # pyright: ignore[reportGeneralTypeIssues] (it is a class)
     """One of the devices that work on a step had too little.
 
     Attributes:
