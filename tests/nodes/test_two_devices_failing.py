@@ -50,7 +50,7 @@ class Meeting:
         until = time.monotonic() + 10
         while management.processing_interrupted() and time.monotonic() < until:
             time.sleep(0.01)
-        time.sleep(0.2)  # the failing thread is on its way out
+        time.sleep(1)  # the failing thread is on its way out
 
     def __enter__(self):
         return self
