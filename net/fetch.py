@@ -76,11 +76,9 @@ def fetch(
                 f"{shown(url)} could not be read ({type(error).__name__}: {error})",
                 "Try again: what is there is kept",
             ) from error
-        try:
-            check(part)
-        except ValueError:
+        if refused := _refused(check, part):
             _forget(part)
-            raise
+            raise refused
         whole = folder / f"{name}-{mark}{suffix}"
         os.replace(part, whole)
         _forget(part)
@@ -266,6 +264,18 @@ def _state(part: Path) -> dict[str, Any]:
 
 def _remember(part: Path, state: dict[str, Any]) -> None:
     _sidecar(part).write_text(json.dumps(state), encoding="utf-8")
+
+
+def _refused(check: Callable[[Path], None], part: Path) -> ValueError | None:
+    """What a check says against a file; without tracebacks, whose frames keep the file mapped.
+
+    Windows deletes no mapped file: it would stay, and every further try would find it whole and fail on it.
+    """
+    try:
+        check(part)
+    except ValueError as error:
+        error.__cause__ = error.__context__ = None
+        return error.with_traceback(None)
 
 
 def _forget(part: Path) -> None:

@@ -4,10 +4,15 @@ import http.server
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from wan21.net import fetch as f
 from wan21.net import links
+from wan21.wan.files import read_checkpoint
+from wan21.wan.files.kinds import LORA, not_a
 from wan21.wan.refusal import Refusal
 
 BODY = bytes(range(256)) * 1200  # 300 KB
@@ -283,6 +288,32 @@ def test_wrong_content_is_refused_by_its_head_and_by_the_whole(server, tmp_path)
         with pytest.raises(ValueError, match="no model"):
             fetch(f"{server.url}/x.safetensors", tmp_path, **checks)
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of what is mapped")
+def test_a_refused_file_is_no_longer_mapped_when_it_is_deleted(server, tmp_path, monkeypatch):
+    """As on Windows, which deletes no mapped file."""
+    unlink = Path.unlink
+
+    def unlink_on_windows(path, missing_ok=False):
+        if str(path) in Path("/proc/self/maps").read_text():
+            raise PermissionError(13, "The process cannot access the file", str(path))
+        unlink(path, missing_ok)
+
+    def check(path):
+        state_dict = read_checkpoint(path).state_dict
+        assert str(path) in Path("/proc/self/maps").read_text()
+        try:
+            raise not_a(LORA, state_dict)
+        except Refusal as error:  # as the nodes put a file's name in front
+            raise error.about("the file behind lora_url") from error
+
+    monkeypatch.setattr(Path, "unlink", unlink_on_windows)
+    body = safetensors.torch.save({"weight": torch.zeros(1 << 16)})
+    server.answer = lambda request: send(request, body, ETag='"1"')
+    with pytest.raises(Refusal, match="lora_url"):
+        fetch(f"{server.url}/x.safetensors", tmp_path, check)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
