@@ -98,7 +98,9 @@ def _choose_dtype(
 ) -> None:
     """Sets storage and compute dtype.
 
-    The compute dtype is the host's choice. By default weights are stored as in the file.
+    The compute dtype is the host's choice, of which it is offered bf16 first for a file in bf16: that is what
+    Wan2.1's release computes in, and fp16 would overflow sooner and cast every weight at every use. By default
+    weights are stored as in the file.
     """
     management = comfy.model_management
     dtype = WEIGHT_DTYPES.get(weight_dtype)
@@ -111,6 +113,8 @@ def _choose_dtype(
         )
     supported = list(host_config.supported_inference_dtypes)
     stored = None if quantised else comfy.utils.weight_dtype(state_dict)
+    if stored == torch.bfloat16:
+        supported.sort(key=lambda dtype: dtype != stored)
     chosen = dtype or management.unet_dtype(
         model_params=comfy.utils.calculate_parameters(state_dict),
         supported_dtypes=supported,

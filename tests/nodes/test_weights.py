@@ -46,6 +46,38 @@ def test_default_keeps_each_weight_as_stored(files, job, sample, tmp_path, dtype
     assert relative(ours, expected) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "stored, asked, flag, computed",
+    [
+        (torch.bfloat16, "default", {}, torch.bfloat16),
+        (torch.bfloat16, "fp8_e4m3fn", {}, torch.bfloat16),
+        (torch.bfloat16, "fp16", {}, torch.float16),
+        (torch.bfloat16, "default", {"has_bf16": False}, torch.float16),
+        (torch.bfloat16, "default", {"PRIORITIZE_FP16": True}, torch.float16),
+        (torch.bfloat16, "default", {"fp16_unet": True}, torch.float16),
+        (torch.bfloat16, "default", {"fp32_unet": True}, torch.float32),
+        (torch.float16, "default", {}, torch.float16),
+        (torch.float32, "default", {}, torch.float16),
+        (torch.float8_e4m3fn, "default", {}, torch.float16),
+    ],
+)
+def test_a_file_in_bf16_is_computed_in_bf16(files, tmp_path, monkeypatch, stored, asked, flag, computed):
+    """Where the device does, and no flag asks for another dtype. Else it is the host's choice."""
+    management = comfy.model_management
+    has_bf16 = flag.get("has_bf16", True)
+    monkeypatch.setattr(management, "should_use_fp16", lambda *args, **kwargs: True)
+    monkeypatch.setattr(management, "should_use_bf16", lambda *args, **kwargs: has_bf16)
+    for name, value in flag.items():
+        if name != "has_bf16":
+            monkeypatch.setattr(management.args if name.endswith("_unet") else management, name, value)
+    path = save(store_in(load_file(files["t2v"]), stored), tmp_path / "stored.safetensors")
+    model = host.load_model(path, asked)
+    weight = model.model.diffusion_model.blocks[0].ffn[0].weight
+    if asked == "default" and stored.itemsize == 2:
+        assert weight.dtype == stored
+    assert model.model.get_dtype_inference() == computed
+
+
 def test_what_the_device_cannot_hold_is_converted(files, job, sample, tmp_path, monkeypatch):
     """A Mac has no fp8."""
     state = store_in(load_file(files["t2v"]), torch.float8_e4m3fn)
