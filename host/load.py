@@ -25,7 +25,7 @@ from .lora import carry_loras
 from .model import Wan21, refuse_replaced, refuse_unread
 from .operations import GGUFOperations, casting_operations, fp8_operations
 from .progress import tell, tell_left_out
-from .quantised import quantised_layers, tell_unpacked, with_formats
+from .quantised import multiply_exactly, quantised_layers, tell_unpacked, with_formats
 from .stored import PackedPatcher, kept_dtype
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -184,6 +184,9 @@ class _Safetensors:
         if not quantised and (self.weight_dtype == FP8_FAST or not dynamic):
             convert(model.diffusion_model, self.detected, is_mapped(patcher.load_device))
         model.load_model_weights(self.detected, "", assign=not quantised or dynamic)
+        for name, part in model.diffusion_model.named_children():
+            if name != "blocks":
+                multiply_exactly(part)
 
 
 def is_mapped(load_device: torch.device) -> bool:

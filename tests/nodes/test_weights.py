@@ -123,13 +123,13 @@ def test_without_mapping_weights_are_copied(files, monkeypatch):
     assert kept["a"].data_ptr() == state["a"].data_ptr()
 
 
-def quantise(state, name):
-    """(state dict in a format of the host, its weights unpacked); matrices of the blocks."""
+def quantise(state, name, chosen=lambda key: key.startswith("blocks.")):
+    """(state dict in a format of the host, its weights unpacked); of the blocks, or the matrices chosen."""
     stored, unpacked = dict(state), dict(state)
     layout = comfy.quant_ops.QUANT_ALGOS[name]["comfy_tensor_layout"]
     mark = torch.tensor(list(json.dumps({"format": name}).encode()), dtype=torch.uint8)
     for key, weight in state.items():
-        if key.startswith("blocks.") and weight.ndim == 2:
+        if chosen(key) and weight.ndim == 2:
             more = {"scale": "recalculate"} if name != "mxfp8" else {}
             packed = comfy.quant_ops.QuantizedTensor.from_float(weight, layout, **more)
             stored |= packed.state_dict(key) | {key.removesuffix("weight") + "comfy_quant": mark.clone()}
@@ -149,6 +149,26 @@ def test_the_hosts_quantised_formats(files, models, job, sample, tmp_path, name)
     # The int8 formats also round what they multiply with.
     limit = 1e-5 if name in EXACT else {"int8_tensorwise": 0.03, "convrot_w4a4": 0.5}[name]
     assert relative(ours, expected) < limit
+
+
+@pytest.mark.parametrize("name", sorted(comfy.quant_ops.QUANT_ALGOS))
+def test_layers_that_read_float32_do_not_round_it(files, tmp_path, monkeypatch, name):
+    """As on a GPU that multiplies in the format: Comfy-Org's fp8_scaled files hold these layers too."""
+    for kind in ("fp8", "nvfp4", "mxfp8"):
+        monkeypatch.setattr(comfy.model_management, f"supports_{kind}_compute", lambda device=None: True)
+    for kind in ("fp16", "bf16"):
+        monkeypatch.setattr(comfy.model_management, f"should_use_{kind}", lambda *args, **kwargs: True)
+    layers = ("time_embedding.0", "time_embedding.2", "time_projection.1", "head.head")
+    stored, unpacked = quantise(load_file(files["t2v"]), name, lambda key: key.startswith(layers))
+    model = host.load_model(save(stored, tmp_path / "stored.safetensors")).model.diffusion_model
+    assert model.blocks[0].ffn[0].weight.dtype == torch.float16
+    for layer in layers:
+        weight, bias = unpacked[f"{layer}.weight"], stored[f"{layer}.bias"].half().float()
+        x = torch.randn(1, weight.shape[1])
+        expected = torch.nn.functional.linear(x, weight.float(), bias)
+        assert relative(model.get_submodule(layer)(x), expected) < 1e-4
+    mark = bytes(model.state_dict()["head.head.comfy_quant"].tolist())
+    assert json.loads(mark)["format"] == name and b"full_precision" not in mark  # as it was in the file
 
 
 @pytest.mark.parametrize("name", sorted(comfy.quant_ops.QUANT_ALGOS))
