@@ -30,18 +30,37 @@ class GGUFOperations(comfy.ops.manual_cast):
         packed: tuple[str, tuple[int, ...]] | None = None  # (kind, shape) while `weight` holds a file's bytes
 
         def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
-            weight = comfy.model_management.cast_to(self.weight, None, input.device)
+            kept, kept_bias, stream = self._fetch(input.device)
+            weight, bias = kept, kept_bias
             if self.packed and weight.dtype == torch.uint8:
                 weight = dequantize(weight, *self.packed, input.dtype)
             weight = weight.to(input.dtype)
             for function in self.weight_function:
                 weight = function(weight)
-            bias = None
-            if self.bias is not None:
-                bias = comfy.model_management.cast_to(self.bias, input.dtype, input.device, copy=True)
+            if bias is not None:
+                bias = bias.to(input.dtype)
                 for function in self.bias_function:
                     bias = function(bias)
-            return linear(input, weight, bias)
+            y = linear(input, weight, bias)
+            comfy.ops.uncast_bias_weight(self, weight, bias, (stream, kept, kept_bias))
+            return y
+
+        def _fetch(self, device: torch.device) -> tuple[Tensor, Tensor | None, Any]:
+            """Weight and bias as they are kept, on the device; the stream that copies them, if one does.
+
+            As the host's layers do: the copy runs beside what the device still computes.
+            """
+            management = comfy.model_management
+            weight, bias = self.weight, self.bias
+            is_away = weight.device != device or (bias is not None and bias.device != device)
+            stream = management.get_offload_stream(device) if is_away else None
+            at_once = management.device_supports_non_blocking(device)
+            weight = management.cast_to(weight, None, device, at_once, stream=stream)
+            if bias is not None:
+                copy = bool(self.bias_function)
+                bias = management.cast_to(bias, None, device, at_once, copy=copy, stream=stream)
+            management.sync_stream(device, stream)
+            return weight, bias, stream
 
         # The host merges patches of other LoRA loaders through these two; a patched matrix stays unpacked.
         def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs: Any) -> Tensor:

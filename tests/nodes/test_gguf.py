@@ -1,5 +1,6 @@
 """A GGUF checkpoint gives the numbers of its unpacked weights, and LoRAs work on top."""
 
+import comfy.model_management
 import folder_paths
 import gguf
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from helpers import relative
 from safetensors.torch import load_file, save_file
 from wan21 import host
+from wan21.host import operations
 from wan21.nodes.load import Wan21ModelLoader, model_names
 from wan21.wan.lora import apply_patch
 
@@ -127,6 +129,53 @@ def test_gguf_files_are_listed_and_a_dtype_is_refused(pair):
             Wan21ModelLoader.execute("wan.gguf", "bf16")
     finally:
         folder_paths.folder_names_and_paths["diffusion_models"][0].remove(str(path.parent))
+
+
+class Stream:
+    """A stream of a GPU that is not there: writes down what it does."""
+
+    def __init__(self, name, events):
+        self.name, self.events, self.is_open = name, events, False
+
+    def __enter__(self):
+        self.is_open = True
+
+    def __exit__(self, *error):
+        self.is_open = False
+
+    def wait_stream(self, other):
+        self.events.append(f"{self.name} waits for {other.name}")
+
+
+def test_what_is_not_on_the_device_is_copied_beside_its_work(pair, monkeypatch):
+    """On a stream of its own, which the product waits for and which does not write before that is done."""
+    path, _ = pair
+    layer = host.load_model(path).model.diffusion_model.blocks[0].ffn[0]
+    events, management = [], comfy.model_management
+    copies, work = Stream("copying", events), Stream("work", events)
+    monkeypatch.setattr(management, "get_offload_stream", lambda device: copies)
+    monkeypatch.setattr(management, "current_stream", lambda device: work)
+    copy, product = torch.Tensor.copy_, operations.linear
+
+    def copy_(target, source, non_blocking=False):
+        if source.device.type == "cpu" and target.is_meta:
+            events.append(f"{source.dtype} copied" if copies.is_open and non_blocking else "drained")
+        return copy(target, source, non_blocking)
+
+    def linear(*tensors):
+        events.append("product")
+        return product(*tensors)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    monkeypatch.setattr(operations, "linear", linear)
+    assert layer(torch.empty(1, 3, 256, device="meta")).shape == (1, 3, 512)
+    assert events == [
+        "torch.uint8 copied",
+        "torch.float32 copied",
+        "work waits for copying",
+        "product",
+        "copying waits for work",
+    ]
 
 
 def test_on_a_host_that_makes_weights_at_their_use(pair, job, sample, monkeypatch):
