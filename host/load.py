@@ -7,9 +7,10 @@ from pathlib import Path
 
 import comfy.model_detection
 import comfy.model_management
+import comfy.model_patcher
 import comfy.utils
 import torch
-from comfy.model_patcher import CoreModelPatcher, ModelPatcher
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.supported_models_base import BASE
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from .model import Wan21, refuse_replaced, refuse_unread
 from .operations import GGUFOperations, casting_operations, fp8_operations
 from .progress import tell, tell_left_out
 from .quantised import multiply_exactly, quantised_layers, tell_unpacked, with_formats
+from .reader import read_checkpoint
 from .stored import PackedPatcher, kept_dtype
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -74,7 +76,8 @@ def load_model(
         host_config.custom_operations = operations  # pyright: ignore[reportAttributeAccessIssue]
     model = Wan21(host_config, config, path, file.metadata, file.built_on, file.stored(host_config))
     model.device, model.file_notes = offload_device, [note] if note else []
-    patcher_class = PackedPatcher if is_gguf else ModelPatcher if disable_dynamic else CoreModelPatcher
+    host_patcher = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher_class = PackedPatcher if is_gguf else host_patcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "wan21", refuse_unread)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "wan21", sample_with_guide)
@@ -98,9 +101,9 @@ def _choose_dtype(
 ) -> None:
     """Sets storage and compute dtype.
 
-    The compute dtype is the host's choice, of which it is offered bf16 first for a file in bf16: that is what
-    Wan2.1's release computes in, and fp16 would overflow sooner and cast every weight at every use. By default
-    weights are stored as in the file.
+    The compute dtype is the host's choice. For a file in bf16 it is offered bf16 first: that is what Wan2.1's
+    release computes in, and fp16 would overflow sooner and cast every weight at every use. By default weights
+    are stored as in the file.
     """
     management = comfy.model_management
     dtype = WEIGHT_DTYPES.get(weight_dtype)
@@ -147,7 +150,7 @@ class _Safetensors:
     """
 
     def __init__(self, path: Path, weight_dtype: str):
-        state_dict, metadata = files.read_checkpoint(path)
+        state_dict, metadata = read_checkpoint(path)
         self.detected, self.metadata = with_formats(files.to_wan_dit_keys(state_dict), metadata)
         files.refuse_loose_scales(self.detected)
         self.formats = quantised_layers(self.detected)

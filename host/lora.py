@@ -18,10 +18,10 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
-from ..wan import files
 from ..wan.lora import Lora, Patch, UnreadKind, apply_patch, match_lora
 from ..wan.refusal import Refusal
 from .lora_run import PREFIX, LoraRun, ScheduledLora, is_bare
+from .reader import read_checkpoint
 from .stored import kept_dtype, kept_shapes
 
 KEY = "wan21_loras"  # names our wrapper and our attachment on a MODEL
@@ -81,7 +81,7 @@ def read_lora(path: str | Path, model: ModelPatcher) -> Lora:
     Raises:
         Refusal: the file cannot be read or is no LoRA.
     """
-    file = files.read_checkpoint(path)
+    file = read_checkpoint(path)
     try:
         return match_lora(file.state_dict, kept_shapes(model.model.diffusion_model), file.metadata)
     except UnreadKind as error:

@@ -75,8 +75,8 @@ def tell_unpacked(formats: set[str], device: torch.device) -> None:
 def multiply_exactly(layers: nn.Module) -> None:
     """Makes quantised layers unpack their weights and multiply these, where the host would round the input.
 
-    Of the DiT those outside the blocks, which read float32: rounded to fp8 that is off by 2 %. They run once a
-    pass, so nothing is lost in speed.
+    Of the DiT those outside the blocks, which read float32: rounded to fp8 that is off by 2 %. They run once
+    a pass, so nothing is lost in speed.
     """
     for layer in layers.modules():
         if hasattr(layer, "_full_precision_mm"):

@@ -20,6 +20,7 @@ from ..wan.files.umt5_gguf import read_umt5_gguf
 from ..wan.refusal import Refusal
 from .progress import tell, tell_left_out
 from .quantised import quantised_layers, with_formats
+from .reader import read_checkpoint
 
 MAX_TOKENIZER_BYTES = 100_000_000  # umT5's has 4.5 million
 TRAINED_TOKENS = 512  # of the release, which cuts what is longer
@@ -57,7 +58,7 @@ def load_text_encoder(path: str | Path, device: str = "default") -> comfy.sd.CLI
         # Unpacked once: the encoder runs twice a job, and the host's umT5 has no layers for packed matrices.
         state_dict, metadata = read_umt5_gguf(Path(path), torch.float16), {}
     else:
-        state_dict, metadata = files.read_checkpoint(path)
+        state_dict, metadata = read_checkpoint(path)
     state_dict, _ = with_formats(state_dict, metadata)
     state_dict = files.to_umt5_keys(state_dict)
     files.refuse_loose_scales(state_dict)

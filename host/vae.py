@@ -24,6 +24,7 @@ from ..wan.vae.memory import choose_tile, decode_bytes, encode_bytes
 from .load import DTYPES
 from .memory import need_host_bytes
 from .progress import Progress, check_cancelled, tell, tell_left_out
+from .reader import read_checkpoint
 
 Device: TypeAlias = torch.device | str | None
 
@@ -149,7 +150,7 @@ def load_vae(path: str | Path, precision: str = "auto") -> comfy.sd.VAE:
     Raises:
         Refusal: the file is damaged or something else.
     """
-    state_dict = files.to_wan_vae_keys(files.read_checkpoint(path).state_dict)
+    state_dict = files.to_wan_vae_keys(read_checkpoint(path).state_dict)
     dim = files.vae_dim(state_dict)
     with torch.device("meta"):
         expected = {k: tuple(v.shape) for k, v in WanVAE(dim=dim).state_dict().items()}

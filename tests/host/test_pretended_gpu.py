@@ -29,7 +29,15 @@ GRAPHS = ["fast", "first_last_frame", "low_memory", "upscaled", "video_to_video"
 # of its own, goes on on the CPU where there is a GPU, gives models tensors of the CPU, or looks at weights
 # before their use.
 NODES = {
-    True: ["test_host_model", "test_weights", "test_gguf", "test_lora", "test_sampler", "test_streamed"],
+    True: [
+        "test_host_model",
+        "test_weights",
+        "test_reader",
+        "test_gguf",
+        "test_lora",
+        "test_sampler",
+        "test_streamed",
+    ],
     False: [
         "test_host_vae",
         "test_vae_decode",

@@ -103,8 +103,9 @@ def test_the_file_is_not_written_to_and_may_go(files, job, sample, tmp_path):
     changed = sample(patched, *job, steps=1)[0]["samples"]
     plain = sample(model, *job, steps=1)[0]["samples"]
     assert relative(changed, plain) > 1e-3
-    with torch.no_grad():
-        model.model.diffusion_model.blocks[1].ffn[0].weight.mul_(2)
+    if not model.is_dynamic():  # which maps files read-only
+        with torch.no_grad():
+            model.model.diffusion_model.blocks[1].ffn[0].weight.mul_(2)
     assert hashlib.sha256(path.read_bytes()).digest() == digest
     twice = sample(model, *job, steps=1)[0]["samples"]
     path.unlink()

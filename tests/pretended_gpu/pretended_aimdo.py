@@ -5,7 +5,8 @@ The host's Python runs as it is; the library behind it, which talks to the drive
 """
 
 import ctypes
-from pathlib import Path
+import mmap
+import os
 
 import comfy_aimdo.control
 import comfy_aimdo.host_buffer
@@ -13,6 +14,7 @@ import comfy_aimdo.model_mmap
 import comfy_aimdo.model_vbar
 import comfy_aimdo.torch
 import comfy_aimdo.vram_buffer
+import numpy
 import torch
 from pretended_cuda import CudaTensor
 
@@ -77,6 +79,11 @@ class HostBuffer:
     def get_raw_address(self):
         return self.memory.data_ptr()
 
+    def read_file_slice(self, file, file_offset, size, offset=0, stream=0, device_ptr=0, device=None):
+        for address in (self.get_raw_address() + offset, device_ptr):
+            if address:
+                read_into(file, file_offset, size, address)
+
     def extend(self, size, reallocate=False, register=True):
         self.size += int(size)
 
@@ -85,19 +92,36 @@ class HostBuffer:
 
 
 class ModelMMAP:
-    """A file in memory; without a file handle the host copies from there."""
+    """A file, mapped read-only as the library maps it: what writes to it ends the process."""
 
     def __init__(self, path):
-        self.bytes = bytearray(Path(path).read_bytes())
+        self.file = os.open(path, os.O_RDONLY)
+        self.bytes = numpy.frombuffer(mmap.mmap(self.file, 0, access=mmap.ACCESS_READ), numpy.uint8)
 
     def get(self):
-        return ctypes.addressof(ctypes.c_char.from_buffer(self.bytes))
+        return self.bytes.ctypes.data
 
     def get_file_handle(self):
-        return None
+        return self.file
 
     def bounce(self):
         pass
+
+    def __del__(self):
+        os.close(self.file)
+
+
+slices_read = set()  # (offset in a file, bytes), of all that were read
+
+
+def read_into(file, offset, size, address):
+    """A part of a file into memory."""
+    slices_read.add((offset, size))
+    assert os.preadv(file, [(ctypes.c_char * size).from_address(address)], offset) == size
+
+
+def read_file_to_device(file, offset, size, stream, address, device, mark_cold=True):
+    read_into(file, offset, size, address)
 
 
 def install():
@@ -112,5 +136,6 @@ def install():
     comfy_aimdo.model_mmap.ModelMMAP = ModelMMAP
     comfy_aimdo.vram_buffer.VRAMBuffer = VRAMBuffer
     comfy_aimdo.host_buffer.HostBuffer = HostBuffer
+    comfy_aimdo.host_buffer.read_file_to_device = read_file_to_device
     comfy_aimdo.torch.aimdo_to_tensor = lambda alloc, device: CudaTensor(alloc[0].bytes_at(*alloc[1:]))
     comfy_aimdo.torch.hostbuf_to_tensor = lambda buffer: buffer.memory[: buffer.size]

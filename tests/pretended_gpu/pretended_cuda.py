@@ -43,6 +43,9 @@ class CudaTensor(torch.Tensor):
     def __repr__(self, **kwargs):
         return f"CudaTensor({self.inner!r})"
 
+    def data_ptr(self):
+        return self.inner.data_ptr()
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return run(func, types, args, kwargs or {})

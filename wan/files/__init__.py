@@ -77,7 +77,9 @@ PICKLED_KINDS = ("wan21_vae", "umt5")
 ReadOne = Callable[[Path], Checkpoint]  # reads one safetensors file
 
 
-def read_checkpoint(path: str | Path, name: str | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, name: str | None = None, read_one: ReadOne = read_safetensors
+) -> Checkpoint:
     """One checkpoint file, or the whole set that a shard or its index belongs to.
 
     Tensors are on the CPU and mapped from the file: pages are read when first used, and writing to a
@@ -88,13 +90,14 @@ def read_checkpoint(path: str | Path, name: str | None = None) -> Checkpoint:
             `NAME.safetensors.index.json` (all shards are read, from the same folder); or one of the two
             pickles of the Wan2.1 release, `.pth` or `.pt`, which is read without running any code.
         name: what to call the file in a refusal; its file name by default.
+        read_one: reads a safetensors file, or each shard of a set.
 
     Raises:
         BadFile: the file is missing, truncated, damaged or something else; says which, and the fix.
     """
     path = Path(path)
     with naming(name or path.name):
-        return _read(path, read_safetensors)
+        return _read(path, read_one)
 
 
 def read_shapes(path: str | Path) -> Checkpoint:

@@ -34,6 +34,20 @@ def read_safetensors(path: Path) -> Checkpoint:
         raise Refusal(f"a damaged safetensors file ({error})", AGAIN) from error
 
 
+def check_safetensors(path: Path) -> None:
+    """Refuses what `read_safetensors` would, and maps nothing for PyTorch.
+
+    Raises:
+        Refusal: as `read_safetensors`.
+    """
+    _check_header(path)
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise Refusal(f"a damaged safetensors file ({error})", AGAIN) from error
+
+
 def read_header(path: Path) -> Checkpoint:
     """A checkpoint by its header, as `wan.files.read_shapes` gives it.
 
