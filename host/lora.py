@@ -142,6 +142,15 @@ def changes_weights_at_use(model: ModelPatcher) -> bool:
     return not all(is_bare(model.model, key) for key in keys)
 
 
+def factor_bytes(model: ModelPatcher) -> int:
+    """Bytes of LoRAs that lie on the device while a run lasts, since matrices are changed at their use."""
+    patches = [
+        patch for lora in _loras_at_use(model) for key, patch in lora.patches if not is_bare(model.model, key)
+    ]
+    tensors = {id(t): t.nbytes for p in patches for t in (*p.factors, p.magnitude) if t is not None}
+    return 0 if model.load_device.type == "cpu" else sum(tensors.values())
+
+
 def _is_merged(model: nn.Module, key: str) -> bool:
     layer = comfy.utils.get_attr(model, (PREFIX + key).rpartition(".")[0])
     # A packed matrix counts as one also while another loader's patch has it unpacked.
@@ -304,7 +313,7 @@ def _attach(model: ModelPatcher) -> None:
     _detach(model)
     loras, merged = _loras_at_use(model), _merged_bare(model)
     if loras or merged:
-        _runs[model.model] = run = LoraRun(model.model, loras, merged)
+        _runs[model.model] = run = LoraRun(model.model, loras, merged, model.load_device)
         run.attach()
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.lora
+import comfy.model_management
 import comfy.utils
 import torch
 from torch import Tensor, nn
@@ -71,11 +72,16 @@ class ActiveLora:
 
 
 class HookedWeights:
-    """LoRAs on the weights and biases of layers: worked into each as its layer fetches it."""
+    """LoRAs on the weights and biases of layers: worked into each as its layer fetches it.
 
-    def __init__(self, model: nn.Module, loras: list[ActiveLora]):
+    Args:
+        device: where layers compute. Factors are brought there once, not at each use.
+    """
+
+    def __init__(self, model: nn.Module, loras: list[ActiveLora], device: torch.device):
         self.model = model
         self.loras = loras
+        self.device = device
         self.functions: list[tuple[nn.Module, str, Callable]] = []  # layer, name of its list, function
 
     def attach(self) -> None:
@@ -86,7 +92,7 @@ class HookedWeights:
                     continue
                 owner, _, name = (PREFIX + key).rpartition(".")
                 layer, name = comfy.utils.get_attr(self.model, owner), f"{name}_function"
-                function = partial(_patched, lora, patch)
+                function = partial(_patched, lora, _brought(patch, self.device))
                 # A new list: the host's default one is shared by all layers.
                 setattr(layer, name, [*getattr(layer, name), function])
                 self.functions.append((layer, name, function))
@@ -98,6 +104,19 @@ class HookedWeights:
         """Takes the functions away."""
         for layer, name, function in self.functions:
             setattr(layer, name, [f for f in getattr(layer, name) if f is not function])
+
+
+def _brought(patch: Patch, device: torch.device) -> Patch:
+    """A patch with its tensors on a device, in the dtype of the file; as it is where there is no room."""
+    try:
+        factors = tuple(None if t is None else t.to(device) for t in patch.factors)
+        return patch._replace(
+            factors=factors, magnitude=None if patch.magnitude is None else patch.magnitude.to(device)
+        )
+    except Exception as error:
+        if not comfy.model_management.is_oom(error):
+            raise
+        return patch
 
 
 def _patched(lora: ActiveLora, patch: Patch, weight: Tensor) -> Tensor:
@@ -152,11 +171,18 @@ class LoraRun:
 
     Args:
         merged: as of `BareParameters`.
+        device: as of `HookedWeights`.
     """
 
-    def __init__(self, model: nn.Module, loras: Sequence[ScheduledLora], merged: Mapping[str, list]):
+    def __init__(
+        self,
+        model: nn.Module,
+        loras: Sequence[ScheduledLora],
+        merged: Mapping[str, list],
+        device: torch.device,
+    ):
         self.loras = [ActiveLora(*lora) for lora in loras]
-        self.carriers = [HookedWeights(model, self.loras), BareParameters(model, self.loras, merged)]
+        self.carriers = [HookedWeights(model, self.loras, device), BareParameters(model, self.loras, merged)]
 
     def attach(self) -> None:
         for carrier in self.carriers:

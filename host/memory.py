@@ -17,7 +17,7 @@ from ..wan.option import Option
 from ..wan.out_of_memory import OutOfMemoryError, is_out_of_memory
 from ..wan.refusal import Refusal
 from .devices import devices_of
-from .lora import changes_weights_at_use
+from .lora import changes_weights_at_use, factor_bytes
 from .stored import weight_bytes
 
 LORA_COPIES = 4  # of a matrix changed at its use: the weight, its clone, the difference, that scaled
@@ -60,6 +60,7 @@ def plan_memory(
     if changes_weights_at_use(model):
         itemsize = model.model.get_dtype_inference().itemsize
         size = replace(size, matrix_bytes=max(model.model.matrix_bytes(itemsize), LORA_COPIES * itemsize))
+        size = replace(size, lora_bytes=factor_bytes(model))
     weights = weight_bytes(model)
     needs = [step_bytes(size, plan) for plan in plans]
     budgets = {device: usable_bytes(device) for device in devices_of(model)}

@@ -1,6 +1,7 @@
 """The host's quantised formats in a checkpoint: marked as its layers read them, refused where it has none."""
 
 import json
+from typing import Any
 
 import comfy.model_management
 import comfy.quant_ops
@@ -78,6 +79,7 @@ def multiply_exactly(layers: nn.Module) -> None:
     Of the DiT those outside the blocks, which read float32: rounded to fp8 that is off by 2 %. They run once
     a pass, so nothing is lost in speed.
     """
+    layer: Any
     for layer in layers.modules():
         if hasattr(layer, "_full_precision_mm"):
             layer._full_precision_mm = True

@@ -101,6 +101,7 @@ class StepSize:
         text_tokens, image_tokens: of the context; no image tokens without CLIP features.
         matrix_bytes: what a number of a matrix takes while it is used; None is e.
         fused_norm: whether RMSNorm is one kernel.
+        lora_bytes: of LoRA factors that lie beside the weights.
     """
 
     config: WanConfig
@@ -114,6 +115,7 @@ class StepSize:
     image_tokens: int = 0
     matrix_bytes: float | None = None
     fused_norm: bool = FUSED_NORM
+    lora_bytes: int = 0
 
     @property
     def tokens(self) -> int:
@@ -142,7 +144,7 @@ def _held_bytes(size: StepSize, together: int) -> int:
     if size.teacache:  # the tokens before the blocks, and the residuals of passes that are not walking
         residual = min(size.itemsize, 4) * config.dim * tokens
         teacache = together * stream + (passes - together) * residual
-    return latents + inputs + rope + together * (context + stream) + teacache
+    return latents + inputs + rope + together * (context + stream) + teacache + size.lora_bytes
 
 
 def _embedding_bytes(size: StepSize) -> int:

@@ -1,15 +1,21 @@
 """Wan21LoraLoader: equal to merged weights, with each strength at its step, on the host's patch system."""
 
+from dataclasses import replace
+
 import comfy.sample
 import folder_paths
 import pytest
 import torch
 from helpers import relative
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from wan21 import host
+from wan21.host import lora, lora_run
+from wan21.host.model import CALL
 from wan21.nodes.lora import Wan21LoraLoader
 from wan21.wan import lora as wl
-from wan21.wan.memory import MemoryPlan
+from wan21.wan.memory import MemoryPlan, step_bytes
+from wan21.wan.option import Call
 from wan21.wan.sample import SampleJob
 
 METADATA = {"config": '{"transformer": {"text_dim": 128}}'}
@@ -190,7 +196,9 @@ def test_changing_strength_reads_the_lora_and_not_the_base(t2v_job, sample, name
     before = sample(load(model, names[0], 1.0)[0], *rest)[0]["samples"]
     read = []
     original = files.read_checkpoint
-    monkeypatch.setattr(files, "read_checkpoint", lambda path: read.append(str(path)) or original(path))
+    monkeypatch.setattr(
+        files, "read_checkpoint", lambda path, **how: read.append(str(path)) or original(path, **how)
+    )
     after = sample(load(model, names[0], 0.5)[0], *rest)[0]["samples"]
     assert [path.rpartition("/")[2] for path in read] == [names[0]]
     assert not torch.equal(before, after)
@@ -388,3 +396,50 @@ def test_on_a_modulation_stored_in_fp8(files, loras, tmp_path, t2v_job, sample):
         assert relative(results[-1], plain) > 1e-4
         assert torch.equal(sample(model, *t2v_job[1:])[0]["samples"], plain)
     assert relative(*results) < 1e-5
+
+
+class CopiesToMeta(TorchDispatchMode):
+    """Counts tensors that go from the CPU to `meta`, which stands for a GPU that is not there."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func.name().startswith(("aten::_to_copy", "aten::to.")):
+            self.count += found.is_meta and not args[0].is_meta
+        return found
+
+
+def test_factors_go_to_the_device_once_a_run(models, names):
+    model = load(models["t2v"], names[0], 0.7, "1, 0.5")[0]
+    model = load(model, names[1], 0.3, "1, 0")[0]
+    if model.load_device.type != "cpu":
+        pytest.skip("a stand-in for a GPU; the pretended one has copies of its own")
+    run = lora_run.LoraRun(model.model, lora._scheduled_loras(model), {}, torch.device("meta"))
+    layer = model.model.diffusion_model.blocks[1].ffn[0]
+    for use in range(3):
+        with CopiesToMeta() as copies:
+            run.attach() if use == 0 else run.set_step({CALL: Call(("cond",), step=use - 1, steps=2)})
+            weight = torch.empty(512, 256, device="meta", dtype=torch.float16)
+            for function in layer.weight_function if use else ():
+                weight = function(weight)
+        assert copies.count == (10 if use == 0 else 0)  # 2 layers of 2 factors, 3 differences; 2 and DoRA's
+    run.detach()
+    assert not layer.weight_function
+
+
+def test_what_lies_on_the_device_is_planned_for(models, names):
+    plain = models["t2v"]
+    model = load(plain, names[0], 0.7, "1, 0.5")[0]
+    weights = [p for key, p in host.read_lora(path_of(names[0]), plain).patches if "modulation" not in key]
+    factors = sum(t.nbytes for patch in weights for t in patch.factors if t is not None)
+    on_cpu = model.load_device.type == "cpu"
+    assert lora.factor_bytes(model) == (0 if on_cpu else factors) and factors > 0
+    size = plain.model.step_size((1, 16, 2, 4, 4), 2)
+    assert step_bytes(replace(size, lora_bytes=factors)) - step_bytes(size) == factors
+
+
+def path_of(name):
+    return folder_paths.get_full_path("loras", name)

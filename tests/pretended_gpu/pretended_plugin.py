@@ -17,13 +17,11 @@ def pytest_collection_finish(session):
     import comfy.model_patcher
     from comfy import memory_management
     from comfy.cli_args import args
-    from wan21.host import load
 
     comfy.model_management.FORCE_FP32 = args.fp32_vae = args.fp32_text_enc = True
     if os.environ.get("PRETENDED_AIMDO") == "1":
         pretended_aimdo.install()
-        dynamic = comfy.model_patcher.ModelPatcherDynamic
-        comfy.model_patcher.CoreModelPatcher = load.CoreModelPatcher = dynamic
+        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
         memory_management.aimdo_enabled = True
     pretended_cuda.begin()
     assert comfy.model_management.get_torch_device().type == "cuda"  # else the tests would pass on the CPU
