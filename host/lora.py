@@ -181,7 +181,8 @@ def _merged_bare(model: ModelPatcher) -> dict[str, list[tuple]]:
         for key, patches in model.patches.items()
         if key not in at_use and key.startswith(PREFIX) and is_bare(model.model, key.removeprefix(PREFIX))
     }
-    return bare if any(map(_has_ours, bare.values())) else {}
+    scheduled = {key for lora in _scheduled_loras(model) for key, _ in lora.patches}
+    return bare if scheduled & bare.keys() or any(map(_has_ours, bare.values())) else {}
 
 
 def _has_ours(patches: list[tuple]) -> bool:
@@ -247,6 +248,13 @@ class _AtUse:
             saved |= {part: tensor.cpu() for part, tensor in parts.items()}
         return saved
 
+    def add_patches(self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
+        """The host's; where another MODEL is merged into this one, LoRAs under a schedule are scaled with it."""
+        if strength_model != 1:
+            keys = {key if isinstance(key, str) else key[0] for key in patches}
+            _scale_scheduled(cast(ModelPatcher, self), keys, strength_model)
+        return super().add_patches(patches, strength_patch, strength_model)  # pyright: ignore[reportAttributeAccessIssue]
+
     def get_key_patches(self, filter_prefix: str | None = None) -> dict:
         """The host's, of a MODEL that is merged into another."""
         _refuse_scheduled(cast(ModelPatcher, self), "merged")
@@ -272,6 +280,29 @@ def _refuse_scheduled(model: ModelPatcher, done: str) -> None:
             f"{done} have one strength",
             "Clear strength_schedule on Wan21LoraLoader and set strength, or leave that LoRA out",
         )
+
+
+def _scale_scheduled(model: ModelPatcher, keys: set[str], share: float) -> None:
+    """Makes LoRAs under a schedule those of a MODEL of which a share goes into a merge.
+
+    Raises:
+        Refusal: one is a DoRA, whose change hangs on the weight before the merge.
+    """
+
+    def scaled(key: str, patch: Patch) -> Patch:
+        if PREFIX + key not in keys:
+            return patch
+        if patch.magnitude is not None:
+            raise Refusal(
+                "a DoRA on the first MODEL has a strength_schedule, and its change is that of the weights before "
+                "they are merged",
+                "Clear strength_schedule on Wan21LoraLoader, or load that LoRA on the merged MODEL",
+            )
+        return patch._replace(scale=patch.scale * share)
+
+    if loras := _scheduled_loras(model):
+        patches = ([(key, scaled(key, patch)) for key, patch in lora.patches] for lora in loras)
+        model.set_attachments(KEY, tuple(lora._replace(patches=p) for lora, p in zip(loras, patches)))
 
 
 @cache
