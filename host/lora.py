@@ -249,7 +249,7 @@ class _AtUse:
         return saved
 
     def add_patches(self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
-        """The host's; where another MODEL is merged into this one, LoRAs under a schedule are scaled with it."""
+        """The host's; where another MODEL is merged into this one, schedules are scaled with the weights."""
         if strength_model != 1:
             keys = {key if isinstance(key, str) else key[0] for key in patches}
             _scale_scheduled(cast(ModelPatcher, self), keys, strength_model)
@@ -294,8 +294,8 @@ def _scale_scheduled(model: ModelPatcher, keys: set[str], share: float) -> None:
             return patch
         if patch.magnitude is not None:
             raise Refusal(
-                "a DoRA on the first MODEL has a strength_schedule, and its change is that of the weights before "
-                "they are merged",
+                "a DoRA on the first MODEL has a strength_schedule, and its change is that of the weights "
+                "before they are merged",
                 "Clear strength_schedule on Wan21LoraLoader, or load that LoRA on the merged MODEL",
             )
         return patch._replace(scale=patch.scale * share)
@@ -328,11 +328,15 @@ def carry_loras(model: ModelPatcher) -> None:
     Also needed without any: where two MODELs share that model, it has the LoRAs of the last one prepared, as
     it has its merged weights.
     """
-    for kind, function in ((CallbacksMP.ON_PRE_RUN, _attach), (CallbacksMP.ON_CLEANUP, _detach)):
+    for kind, function in (
+        (CallbacksMP.ON_PRE_RUN, _detach),
+        (CallbacksMP.ON_PREPARE_STATE, _at_noise_level),
+        (CallbacksMP.ON_CLEANUP, _detach),
+    ):
         model.remove_callbacks_with_key(kind, KEY)
         model.add_callback_with_key(kind, KEY, function)
     model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _at_strength)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _at_call)
 
 
 # By the model below the MODELs: its LoRAs while a run lasts. No merged copy is kept and nothing is reloaded
@@ -340,21 +344,30 @@ def carry_loras(model: ModelPatcher) -> None:
 _runs: "WeakKeyDictionary[nn.Module, LoraRun]" = WeakKeyDictionary()
 
 
-def _attach(model: ModelPatcher) -> None:
-    _detach(model)
-    loras, merged = _loras_at_use(model), _merged_bare(model)
-    if loras or merged:
-        _runs[model.model] = run = LoraRun(model.model, loras, merged, model.load_device)
+def _at_noise_level(model: ModelPatcher, timestep: Tensor, model_options: dict) -> None:
+    """Before the host's samplers call a model, also one that another's run takes along (DualModelGuider)."""
+    _run_of(model).set_step(model_options["transformer_options"] | {"sigmas": timestep})
+
+
+def _at_call(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs) -> Tensor:
+    """Around each call of a model, whoever samples; of two MODELs in one run the first's wrappers act."""
+    model = executor.class_obj.current_patcher
+    if model is not None and model.get_callbacks(CallbacksMP.ON_CLEANUP, KEY):
+        _run_of(model).set_step(transformer_options)
+    return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+
+def _run_of(model: ModelPatcher) -> LoraRun:
+    """That of a MODEL's LoRAs, begun here: of MODELs over one model only the last one prepared is called."""
+    run = _runs.get(model.model)
+    if run is None:
+        _runs[model.model] = run = LoraRun(
+            model.model, _loras_at_use(model), _merged_bare(model), model.load_device
+        )
         run.attach()
+    return run
 
 
 def _detach(model: ModelPatcher) -> None:
     if run := _runs.pop(model.model, None):
         run.detach()
-
-
-def _at_strength(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs) -> Tensor:
-    """Around each call of a model: its LoRAs have the strengths of the step."""
-    if run := _runs.get(executor.class_obj):
-        run.set_step(transformer_options)
-    return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)

@@ -38,8 +38,7 @@ def is_bare(model: nn.Module, key: str) -> bool:
 
 _UNKNOWN_STEP = Refusal(
     "a LoRA has a strength_schedule, and what runs the MODEL here does not tell it the step",
-    "Clear strength_schedule on Wan21LoraLoader; if it is the second model of a DualModelGuider, load the "
-    "first with Wan21ModelLoader as well",
+    "Clear strength_schedule on Wan21LoraLoader, or sample with Wan21Sampler or one of the host's samplers",
 )
 
 

@@ -1,6 +1,7 @@
 """LoRAs on a MODEL that another's run takes along: the host's DualModelGuider."""
 
 import comfy.samplers
+import comfy.sd
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import DualModelGuider
@@ -67,3 +68,29 @@ def test_a_replaced_part_of_the_second_model_is_refused(files, prompts):
     second.add_object_patch("diffusion_model.forward_orig", torch.nn.Identity())
     with pytest.raises(ValueError, match=r"replaced diffusion_model\.forward_orig"):
         dual(first, second, prompts)
+
+
+@pytest.mark.parametrize("native_first", [True, False])
+def test_a_schedule_on_modulation_alone_acts_beside_a_native_model(files, prompts, loras, native_first):  # noqa: F811
+    change = torch.randn(1, 6, 256, generator=torch.Generator().manual_seed(7)) / 4
+    save_file({"diffusion_model.blocks.1.diff_m": change}, loras / "m.safetensors")
+    native, ours = comfy.sd.load_diffusion_model(str(files["t2v"])), host.load_model(files["t2v"])
+
+    def run(model):
+        return dual(*((native, model) if native_first else (model, native)), prompts)
+
+    plain = run(ours)
+    expected = run(load(ours, "m.safetensors")[0]) - plain
+    effect = run(load(ours, "m.safetensors", schedule="1, 1.0001")[0]) - plain
+    assert expected.norm() > 0 and relative(effect, expected) < 0.01
+    assert torch.equal(run(ours), plain)  # nothing stays
+
+
+def test_two_native_models_over_one_have_the_loras_of_the_first(files, prompts, lora):
+    """Also where the first has none of ours, and so none of our callbacks."""
+    native = comfy.sd.load_diffusion_model(str(files["t2v"]))
+    scheduled = load(native, lora, schedule="1, 0.9")[0]
+    plain, changed = dual(native, native, prompts), dual(scheduled, scheduled, prompts)
+    assert relative(changed, plain) > 1e-3
+    assert torch.equal(dual(native, scheduled, prompts), plain)
+    assert torch.equal(dual(scheduled, native, prompts), changed)
