@@ -195,6 +195,7 @@ def test_attention_is_one_that_every_device_has(job, sample, split, monkeypatch)
         return SDPA if device.index == 0 else attention.Attention("flash", attention.sdpa)
 
     monkeypatch.setattr(host.attention, "choose_attention", choose)
+    monkeypatch.setattr(host.attention.args, "use_pytorch_cross_attention", False)
     assert "attention: flash" in sample(model, *rest)[1]
     assert "attention:" not in sample(split(model), *rest)[1]
     with pytest.raises(Refusal, match=r"needs compute capability 8\.0"):
