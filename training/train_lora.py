@@ -44,13 +44,13 @@ def drained(video):
 class Lora(torch.nn.Module):
     """Low-rank additions to the linear layers of a DiT, put there by hooks while training."""
 
-    def __init__(self, model, rank=RANK, seed=0):
+    def __init__(self, model, rank=RANK, seed=0, targets=TARGETS):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.down, self.up = torch.nn.ParameterDict(), torch.nn.ParameterDict()
         self.on = True
         for name, module in model.named_modules():
-            if not TARGETS.fullmatch(name):
+            if not re.fullmatch(targets, name):
                 continue
             key = name.replace(".", "/")  # a ParameterDict takes no dots
             down = torch.randn(rank, module.in_features, generator=generator) * module.in_features**-0.5
