@@ -30,10 +30,10 @@ from lib.comfy_client import GraphRejected, JobFailed, fill, find_node  # noqa: 
 from lib.host_server import HostServer  # noqa: E402
 from lib.markdown import table  # noqa: E402
 from wan21.training import captions, data, metrics  # noqa: E402
+from wan21.training.held_out import held_out, pictures  # noqa: E402
 from wan21.training.host import Host, to_picture  # noqa: E402
 
 WORK = pack.ROOT / "build" / "eval_tiny"
-CLIPS = data.HELD_OUT + 10**6  # seeds of their own: training measures itself on others
 
 
 @dataclass
@@ -44,23 +44,6 @@ class Row:
     value: str
     target: str = ""
     passed: bool | None = None
-
-
-def held_out(seed, count, size, motions):
-    """Clips never trained on, [count, F, 3, H, W] in [0, 1], rounded to 8 bits; and their motions."""
-    video, motions = data.clips(CLIPS + seed, count, *size, motions=motions)
-    return ((video.movedim(1, 2) + 1) * 127.5).round().clamp(0, 255) / 255, motions
-
-
-def pictures(seed, count, size):
-    """Start images on which the nine camera motions can be told apart at all."""
-    kept = []
-    for batch in range(100):
-        video, _ = held_out(seed + batch, 8, (1, *size[1:]), ["still"])
-        kept += [clip[0] for clip in video if metrics.tells_motions_apart(clip[0], size[0])]
-        if len(kept) >= count:
-            break
-    return kept[:count]
 
 
 def sheet(name, videos):
