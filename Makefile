@@ -6,6 +6,7 @@
 #                                              ARGS="-n 0" runs them one after the other
 #   make bench                                 our model and VAE beside the host's and diffusers'
 #   make train-tiny                            trains the bundled checkpoint anew, hours without a GPU
+#   make distil-tiny                           distils it to four steps, an hour on one CPU core
 #   make eval-tiny                             measures it through a real ComfyUI; ARGS="--cases 18" is quick
 #   make lint                                  ruff and pyright
 #   make clean                                 removes what demo, tests and benchmark wrote
@@ -15,7 +16,7 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 
-.PHONY: setup demo test bench train-tiny eval-tiny lint clean
+.PHONY: setup demo test bench train-tiny distil-tiny eval-tiny lint clean
 
 setup: .venv/created
 	$(VENV_PYTHON) scripts/setup_host.py
@@ -41,6 +42,9 @@ bench: setup
 
 train-tiny: setup
 	$(VENV_PYTHON) training/train.py $(ARGS)
+
+distil-tiny: setup
+	$(VENV_PYTHON) training/distil.py $(ARGS)
 
 eval-tiny: setup
 	$(VENV_PYTHON) training/evaluate.py $(ARGS)

@@ -3,11 +3,12 @@
     python scripts/compare_steps.py [--size 64 --pictures 8 --lora FILE --sheet build/steps.png]
         [--only "20 steps" ...]
 
-On drawn pictures that no training has seen, each with the nine camera prompts, and on as many where a shape
-moves. All rows begin from the same noise. First frame: PSNR with the picture. Camera, shape: prompts that were
-followed, of all. Nearness: PSNR of all frames with the 20-step video from the same noise, which a good video
-of other content would miss as well; the picture standing still is the last row, to compare. Sharpness: mean
-difference of neighbouring pixels in percent of the 20-step video's. Seconds: of sampling one clip, models loaded.
+On drawn pictures that no training has seen, each with the nine camera prompts, and on as many where a
+shape moves. All rows begin from the same noise. First frame: PSNR with the picture. Camera, shape: prompts
+that were followed, of all. Nearness: PSNR of all frames with the 20-step video from the same noise, which a
+good video of other content would miss as well; the picture standing still is the last row, to compare.
+Sharpness: mean difference of neighbouring pixels in percent of the 20-step video's. Seconds: of sampling one
+clip, models loaded.
 """
 
 import argparse
@@ -97,11 +98,15 @@ def clips_of(count, side):
     ]
     colours, shapes = [*data.COLOURS], data.SHAPES
     motions = [
-        data.Motion("object", "move", colours[i % len(colours)], shapes[i % len(shapes)], data.DIRECTIONS[i % 4])
+        data.Motion(
+            "object", "move", colours[i % len(colours)], shapes[i % len(shapes)], data.DIRECTIONS[i % 4]
+        )
         for i in range(len(found))
     ]
     videos, _ = held_out(9000 + side, len(motions), size, motions)
-    return found + [Clip(video[0], motion, 10**5 + i) for i, (video, motion) in enumerate(zip(videos, motions))]
+    return found + [
+        Clip(video[0], motion, 10**5 + i) for i, (video, motion) in enumerate(zip(videos, motions))
+    ]
 
 
 def followed(clip, video):

@@ -33,6 +33,7 @@ PROMPTS = {  # graph -> title -> text
     "long_video": {"Positive prompt": "rotate clockwise"},
     "fast": {"Positive prompt": "zoom in"},
     "four_steps": {"Positive prompt": "pan right"},
+    "quick_start_four_steps": {"Positive prompt": "zoom in"},
     "wan22_i2v": {"Positive prompt": "zoom out"},
     "wan22_four_steps": {"Positive prompt": "pan up"},
     "segments": {
@@ -58,11 +59,14 @@ def main():
             video = server.client.upload_image(panning_clip(picture, SIZE, NUM_FRAMES, 16), name="clip.mp4")
             for name in names:
                 graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
-                small = small_graph(graph, SIZE, NUM_FRAMES, STEPS, image, video)
+                samplers = [n["inputs"] for n in graph.values() if n["class_type"] == "Wan21Sampler"]
+                is_distilled = all(inputs["guidance_scale"] == 1 for inputs in samplers)
+                steps = samplers[0]["steps"] if is_distilled else STEPS
+                small = small_graph(graph, SIZE, NUM_FRAMES, steps, image, video)
                 for title, prompt in PROMPTS.get(name, {"Positive prompt": PROMPT}).items():
                     small = fill(small, title, text=prompt)
                 for node in small.values():
-                    if node["class_type"] == "Wan21Sampler":
+                    if node["class_type"] == "Wan21Sampler" and not is_distilled:
                         node["inputs"].update(SAMPLING)
                 clip = folder / f"{name}.mp4"
                 clip.write_bytes(_run(server.client, small))

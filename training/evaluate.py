@@ -257,7 +257,7 @@ def with_lora(graph, strength):
     graph = fill(graph, "Wan21Sampler", model=["lora", 0])
     inputs = {
         "model": [find_node(graph, "Wan21ModelLoader"), 0],
-        "lora_name": bundled.LORA,
+        "lora_name": bundled.COLOUR_LORA,
         "strength_model": strength,
     }
     graph["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}

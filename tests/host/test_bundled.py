@@ -44,7 +44,7 @@ def grey(pixels):
 
 def test_files_are_small_and_say_what_they_are():
     files = list(bundled.MODELS.rglob("*.safetensors"))
-    assert {path.name for path in files} == set(bundled.FILES.values())
+    assert {path.name for path in files} == {*bundled.FILES.values(), bundled.COLOUR_LORA}
     assert sum(path.stat().st_size for path in files) <= LARGEST_BYTES
     for path in files:
         with safe_open(path, "pt") as file:
@@ -104,7 +104,7 @@ def test_lora_drains_the_colours_and_strength_zero_changes_nothing(host, picture
     def with_lora(strength):
         graph = host.graph("quick_start", "pan left", SIZE, 1, Start_image=picture)
         graph = fill(graph, "Wan21Sampler", model=["lora", 0])
-        inputs = {"model": [find_node(graph, "Wan21ModelLoader"), 0], "lora_name": bundled.LORA}
+        inputs = {"model": [find_node(graph, "Wan21ModelLoader"), 0], "lora_name": bundled.COLOUR_LORA}
         inputs["strength_model"] = strength
         graph["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
         return host.frames(graph)
