@@ -291,7 +291,8 @@ def arranged(graph, name, node_heights):
     for column in COLUMNS:
         boxes = _place_column(column, nodes, left)
         groups += boxes
-        left = max(box["bounding"][0] + box["bounding"][2] for box in boxes) + COLUMN_GAP
+        if boxes:  # few graphs have further segments
+            left = max(box["bounding"][0] + box["bounding"][2] for box in boxes) + COLUMN_GAP
     for index, group in enumerate(groups):
         group["id"] = index + 1
     files = [_offer_download(node) for node in graph["nodes"] if node["type"] in FILES]

@@ -52,7 +52,7 @@ class Schedule:
 
 SCHEDULES = {
     "smoke": Schedule(clips=20, held_out=4, steps=4, tokens=160, measure_every=2),
-    "full": Schedule(clips=1200, held_out=64, steps=1200, tokens=10 * 80),
+    "full": Schedule(clips=1200, held_out=64, steps=700, tokens=10 * 80),
 }
 
 
