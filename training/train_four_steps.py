@@ -46,13 +46,13 @@ class Schedule:
     held_out: int
     steps: int
     tokens: int
-    learning_rate: float = 2e-3
-    measure_every: int = 100
+    learning_rate: float = 1e-3
+    measure_every: int = 50
 
 
 SCHEDULES = {
     "smoke": Schedule(clips=20, held_out=4, steps=4, tokens=160, measure_every=2),
-    "full": Schedule(clips=1200, held_out=64, steps=700, tokens=10 * 80),
+    "full": Schedule(clips=1200, held_out=64, steps=500, tokens=10 * 80),
 }
 
 
@@ -263,7 +263,8 @@ def train_lora(stage, model, lora, paths, held_out, schedule):
         path, condition, texts = paths.draw(random.Random(f"distil {step}"), schedule.tokens)
         loss = path_loss(Velocity(model, condition, texts), path)
         loss.backward()
-        return {"loss": loss.item(), "norm": optimizer.step(warm_up_then_decay(step, schedule.steps))}
+        norm = optimizer.step(warm_up_then_decay(step, schedule.steps, hold=0.3))
+        return {"loss": loss.item(), "norm": norm}
 
     def measure():
         return {"held_out": nearness(model, held_out)}
