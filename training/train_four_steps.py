@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from lib import bundled
 from safetensors.torch import load_file
 
 from ..wan.conditioning import known_mask
 from ..wan.sigmas import flow_sigmas
 from ..wan.solvers import SOLVERS, solve
 from ..wan.vae import WanVAE
-from . import data, dit, export, latents
+from . import data, dit, latents
 from .optim import MuonAdamW, bf16_products, warm_up_then_decay
 from .progress import Parts, Stage, train
 from .train_dit import TinyModel, random_captions
@@ -218,16 +219,16 @@ def nearness(model, paths):
 
 def bundled_model(models):
     """DiT and text encoder of the folder `models`, frozen."""
-    text = load_file(models / export.FILES["text"])
+    text = load_file(models / "text_encoders" / bundled.TEXT_ENCODER)
     model = TinyModel(text.pop("spiece_model").numpy().tobytes())
     model.text.t5.load_state_dict(text)
-    model.dit.load_state_dict(load_file(models / export.FILES["dit"]))
+    model.dit.load_state_dict(load_file(models / "diffusion_models" / bundled.MODEL))
     return model.requires_grad_(False).eval()
 
 
 def bundled_encoder(models):
     vae = WanVAE(dim=16)
-    vae.load_state_dict(load_file(models / export.FILES["vae"]))
+    vae.load_state_dict(load_file(models / "vae" / bundled.VAE))
     return latents.Encoder(vae.eval())
 
 
