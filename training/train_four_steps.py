@@ -241,12 +241,11 @@ def distil(work, models, schedule):
     model = bundled_model(models)
     plan = latents.shard_plan(schedule.clips, first_seed=FIRST_SEED)
     kept = latents.shard_plan(schedule.held_out, latents.HELD_OUT_BUCKETS, 3 * data.HELD_OUT)
-    stage = Stage(work, "distil")
-    if not stage.done:
+    if not Stage(work, "distil").done:
         encoder = bundled_encoder(models)
         write_shards(model, encoder, work / "paths", plan)
         write_shards(model, encoder, work / "paths_held_out", kept)
-    lora = student(model)
+    lora, stage = student(model), Stage(work, "distil")  # its clock begins behind the paths
     if not stage.done:
         paths, held_out = Paths(work / "paths", plan), Paths(work / "paths_held_out", kept)
         train_lora(stage, model, lora, paths, held_out, schedule)
