@@ -6,6 +6,7 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from . import server
+from .host.refused import correct_answers
 from .nodes.clips import Wan21JoinClips
 from .nodes.image_to_video import Wan21ImageToVideo
 from .nodes.load import Wan21ModelLoader, Wan21TextEncoderLoader, Wan21VAELoader
@@ -21,9 +22,10 @@ class Wan21Extension(ComfyExtension):
     """What the host asks the pack for, at start."""
 
     async def on_load(self) -> None:
-        """Lists the bundled checkpoint after the user's own folders, and mounts the job API."""
+        """Lists the bundled checkpoint after the user's own folders, and joins the host's web server."""
         for folder in sorted(path for path in MODELS.glob("*") if path.is_dir()):
             folder_paths.add_model_folder_path(folder.name, str(folder))
+        correct_answers()
         server.mount()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -18,6 +18,7 @@ from nodes import NODE_CLASS_MAPPINGS  # pyright: ignore[reportAttributeAccessIs
 from server import PromptServer  # pyright: ignore[reportAttributeAccessIssue]
 
 from .node_inputs import describe_inputs
+from .refused import is_refusal, name_inputs
 
 # Our client id at the host, which sends the progress of a job to its client alone. It is random because a
 # websocket that gives the same id would replace ours.
@@ -116,6 +117,7 @@ class Host:
     async def check(self, prompt_id: str, graph: Graph) -> tuple[list[str], list[Complaint]]:
         """The outputs to run of a graph, and the host's complaints; with a complaint nothing may run."""
         good, error, outputs, node_errors = await execution.validate_prompt(prompt_id, graph, None)
+        name_inputs(node_errors)
         complaints = [
             Complaint(node_id, (problem.get("extra_info") or {}).get("input_name", ""), _sentence(problem))
             for node_id, found in node_errors.items()
@@ -191,6 +193,8 @@ class Host:
 
 def _sentence(problem: dict[str, Any]) -> str:
     message, details = problem["message"], problem.get("details") or ""
+    if is_refusal(problem):
+        return details
     if problem.get("type") == "custom_validation_failed" and " - " in details:
         return details.partition(" - ")[2]  # "input - complaint", from a node that checks its own inputs
     return f"{message.removesuffix('.')}: {details}" if details else message

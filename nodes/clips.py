@@ -60,12 +60,12 @@ class Wan21JoinClips(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls, overlap: int | None = None, blend: str | None = None, match_color: bool | None = None
-    ) -> bool | str:
-        """Refuses what cannot be when the prompt is queued (a linked input arrives as None)."""
-        try:
-            check_options(overlap, blend, match_color)
-        except Refusal as error:
-            return str(error)
+    ) -> bool:
+        """Refuses what cannot be when the prompt is queued (a linked input arrives as None).
+
+        What is no number is refused by the host, and arrives here all the same.
+        """
+        check_options(overlap if isinstance(overlap, int) else None, blend, match_color)
         return True
 
     @classmethod

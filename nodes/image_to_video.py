@@ -94,12 +94,12 @@ class Wan21ImageToVideo(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls, width: int | None = None, height: int | None = None, num_frames: int | None = None
-    ) -> bool | str:
-        """Refuses impossible sizes when the prompt is queued (a linked input arrives as None)."""
-        try:
-            check_sizes(width, height, num_frames)
-        except Refusal as error:
-            return str(error)
+    ) -> bool:
+        """Refuses impossible sizes when the prompt is queued (a linked input arrives as None).
+
+        What is no number is refused by the host, and arrives here all the same.
+        """
+        check_sizes(*(value if isinstance(value, int) else None for value in (width, height, num_frames)))
         return True
 
     @classmethod

@@ -53,16 +53,16 @@ class Wan21SpatialUpsample(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, method: str | None = None, upscale_model: Any = "absent") -> bool | str:
+    def validate_inputs(cls, method: str | None = None, upscale_model: Any = "absent") -> bool:
         """Refuses a missing model when the graph is queued, not after hours of sampling.
 
         A linked input arrives as None, an unconnected one not at all. Having `method` as an argument turns
         the host's own check of it off.
         """
         if method is not None and method not in METHODS:
-            return f"method is {method!r}; choose one of {', '.join(METHODS)}"
+            raise Refusal(f"method is {method!r}; it is one of {', '.join(METHODS)}", "Choose one of them")
         if method == "model" and upscale_model == "absent":
-            return str(host.no_upscale_model())
+            raise host.no_upscale_model()
         return True
 
     @classmethod

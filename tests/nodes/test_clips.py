@@ -5,6 +5,7 @@ import pytest
 import torch
 from wan21.host import memory as host_memory
 from wan21.nodes.clips import Wan21JoinClips
+from wan21.wan.refusal import Refusal
 
 
 def frames(count, height=24, width=32, seed=0):
@@ -108,7 +109,8 @@ def test_broken_pixels_are_named(which, value):
     ],
 )
 def test_refused_when_queued(options, said):
-    assert said in Wan21JoinClips.validate_inputs(**options)
+    with pytest.raises(Refusal, match=said):
+        Wan21JoinClips.validate_inputs(**options)
 
 
 def test_linked_settings_are_judged_when_they_are_known():

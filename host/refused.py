@@ -1,0 +1,66 @@
+"""What our nodes refuse when a graph is queued, as the host answers it: one entry, at the input it is about.
+
+A node's `validate_inputs` raises its `Refusal`. Returning the sentence instead would have the host repeat it for
+every argument of `validate_inputs`, and the editor would show it behind a click only; for a raised one it shows
+the sentence at once. But the host files it under the input of the next node that led to ours, so its answer is
+put right here.
+"""
+
+import json
+import re
+from typing import Any
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+# The host's nodes.py and server.py; a type checker finds our own folders of these names.
+from nodes import NODE_CLASS_MAPPINGS  # pyright: ignore[reportAttributeAccessIssue]
+from server import PromptServer  # pyright: ignore[reportAttributeAccessIssue]
+
+from ..wan.refusal import Refusal
+
+_TYPE = f"{Refusal.__module__}.{Refusal.__qualname__}"  # as the host writes it
+_QUEUE = ("/prompt", "/api/prompt")
+NodeErrors = dict[str, dict[str, Any]]  # node id -> {"class_type", "errors": [...]}, as the host answers
+
+
+def is_refusal(problem: dict[str, Any]) -> bool:
+    """Whether an entry of the host's answer is a refusal of one of our nodes; its `details` are the sentence."""
+    return (problem.get("extra_info") or {}).get("exception_type") == _TYPE
+
+
+def name_inputs(node_errors: NodeErrors) -> None:
+    """Files every refusal of ours under the input that its sentence names first, in place."""
+    for found in node_errors.values():
+        for problem in filter(is_refusal, found["errors"]):
+            name = _named_first(problem["details"], found["class_type"])
+            problem["message"] = "Refused"
+            problem["extra_info"] = {"exception_type": _TYPE} | ({"input_name": name} if name else {})
+
+
+def _named_first(sentence: str, class_type: str) -> str | None:
+    inputs = NODE_CLASS_MAPPINGS[class_type].INPUT_TYPES()
+    names = [*inputs.get("required", {}), *inputs.get("optional", {})]
+    found = re.search(rf"\b({'|'.join(map(re.escape, names))})\b", sentence)
+    return found and found[1]
+
+
+@web.middleware
+async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+    response = await handler(request)
+    if (
+        request.method == "POST"
+        and request.path in _QUEUE
+        and isinstance(response, web.Response)
+        and isinstance(response.body, bytes)
+        and _TYPE.encode() in response.body
+    ):
+        answer = json.loads(response.body)
+        name_inputs(answer["node_errors"])
+        return web.json_response(answer, status=response.status)
+    return response
+
+
+def correct_answers() -> None:
+    """Lets the host's answers to queued graphs go through `name_inputs`; to be called before it serves."""
+    PromptServer.instance.app.middlewares.append(_answer)
