@@ -1,9 +1,9 @@
-"""What our nodes refuse when a graph is queued, as the host answers it: one entry, at the input it is about.
+"""What our nodes refuse when a graph is queued, as the host answers it: one entry, at its input.
 
-A node's `validate_inputs` raises its `Refusal`. Returning the sentence instead would have the host repeat it for
-every argument of `validate_inputs`, and the editor would show it behind a click only; for a raised one it shows
-the sentence at once. But the host files it under the input of the next node that led to ours, so its answer is
-put right here.
+A node's `validate_inputs` raises its `Refusal`. Of a sentence that it returned the host would make an entry
+for each of its arguments, and the editor would show it behind a click only; a raised one is one entry, and
+its sentence is shown at once. But the host files it under the input by which another node led to ours: that
+is put right here.
 """
 
 import json
@@ -25,7 +25,7 @@ NodeErrors = dict[str, dict[str, Any]]  # node id -> {"class_type", "errors": [.
 
 
 def is_refusal(problem: dict[str, Any]) -> bool:
-    """Whether an entry of the host's answer is a refusal of one of our nodes; its `details` are the sentence."""
+    """Whether an entry of the host's answer is a refusal of ours; its `details` are the sentence."""
     return (problem.get("extra_info") or {}).get("exception_type") == _TYPE
 
 

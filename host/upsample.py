@@ -86,7 +86,7 @@ def no_upscale_model() -> Refusal:
     """The refusal of the method `model` without one."""
     return Refusal(
         "method is model and upscale_model is not connected",
-        "Connect Load Upscale Model (UpscaleModelLoader), or choose lanczos1.5 or lanczos2",
+        "Connect Load Upscale Model, or choose lanczos2",
     )
 
 

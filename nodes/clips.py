@@ -103,7 +103,7 @@ def check_options(overlap: int | None, blend: str | None, match_color: bool | No
         raise Refusal(f"blend is {blend!r}; it is one of {', '.join(BLENDS)}", "Choose one of them")
     if overlap == 0 and match_color:
         raise Refusal(
-            "match_color is on and overlap is 0; colours are compared in frames that both clips show",
+            "match_color is on and overlap is 0: no frame is in both clips",
             "Set overlap to 1 or more, or turn match_color off",
         )
 

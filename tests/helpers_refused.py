@@ -4,7 +4,7 @@ import copy
 
 from lib import bundled
 
-IMAGE_TO_VIDEO, UPSAMPLE, JOIN = "5", "7", "8"
+IMAGE_TO_VIDEO, UPSAMPLE, JOIN, SAVE = "5", "7", "8", "10"
 
 _GRAPH = {
     "1": ("Wan21TextEncoderLoader", {"text_encoder_name": bundled.TEXT_ENCODER, "device": "default"}),
@@ -39,7 +39,7 @@ _GRAPH = {
         },
     ),
     "9": ("CreateVideo", {"images": [JOIN, 0], "fps": 16.0, "bit_depth": 8}),
-    "10": (
+    SAVE: (
         "SaveVideo",
         {"video": ["9", 0], "filename_prefix": "wan21/refused", "format": "auto", "codec": "auto"},
     ),
@@ -65,8 +65,7 @@ REFUSED = {
     "no model": (
         (UPSAMPLE, {"method": "model"}),
         "method",
-        "method is model and upscale_model is not connected. Connect Load Upscale Model (UpscaleModelLoader), "
-        "or choose lanczos1.5 or lanczos2.",
+        "method is model and upscale_model is not connected. Connect Load Upscale Model, or choose lanczos2.",
     ),
     "method": (
         (UPSAMPLE, {"method": "bicubic"}),
@@ -76,8 +75,8 @@ REFUSED = {
     "colours": (
         (JOIN, {"match_color": True, "overlap": 0}),
         "match_color",
-        "match_color is on and overlap is 0; colours are compared in frames that both clips show. Set overlap "
-        "to 1 or more, or turn match_color off.",
+        "match_color is on and overlap is 0: no frame is in both clips. Set overlap to 1 or more, or turn "
+        "match_color off.",
     ),
     "overlap": (
         (JOIN, {"overlap": -1}),

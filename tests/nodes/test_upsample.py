@@ -167,7 +167,7 @@ def test_a_missing_model_is_known_before_anything_runs():
     check = Wan21SpatialUpsample.validate_inputs
     with pytest.raises(Refusal, match="upscale_model is not connected"):
         check(method="model")
-    with pytest.raises(Refusal, match="it is one of none, lanczos1.5"):
+    with pytest.raises(Refusal, match=r"it is one of none, lanczos1\.5"):
         check(method="bicubic")
     assert check(method="model", upscale_model=None) is True
     assert check(method="lanczos2") is True and check(method=None) is True
