@@ -6,7 +6,6 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from . import server
-from .host.refused import correct_answers
 from .nodes.clips import Wan21JoinClips
 from .nodes.image_to_video import Wan21ImageToVideo
 from .nodes.load import Wan21ModelLoader, Wan21TextEncoderLoader, Wan21VAELoader
@@ -25,8 +24,8 @@ class Wan21Extension(ComfyExtension):
         """Lists the bundled checkpoint after the user's own folders, and joins the host's web server."""
         for folder in sorted(path for path in MODELS.glob("*") if path.is_dir()):
             folder_paths.add_model_folder_path(folder.name, str(folder))
-        correct_answers()
         server.mount()
+        server.correct_answers()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Our nodes."""

@@ -1,4 +1,7 @@
-"""The job API on the host's own web server: submit, stream, webhook, files, keys."""
+"""The job API on the host's own web server: submit, stream, webhook, files, keys.
+
+And what we change in the host's own answers.
+"""
 
 import logging
 
@@ -16,3 +19,13 @@ def mount() -> None:
         logging.warning("Wan2.1 jobs: the API is not served: %s: %s", type(error).__name__, error)
     else:
         logging.info("Wan2.1 jobs: the API is served at %s", PREFIX)
+
+
+def correct_answers() -> None:
+    """Files refusals of queued graphs under their inputs; where that is not possible, the log says why."""
+    try:
+        from ..host.refused import correct_answers
+
+        correct_answers()
+    except Exception as error:
+        logging.warning("Wan2.1: refusals are filed under other inputs: %s: %s", type(error).__name__, error)
