@@ -18,7 +18,7 @@ from nodes import NODE_CLASS_MAPPINGS  # pyright: ignore[reportAttributeAccessIs
 from server import PromptServer  # pyright: ignore[reportAttributeAccessIssue]
 
 from .node_inputs import describe_inputs
-from .refused import is_refusal, name_inputs
+from .refused import REFUSED, name_inputs
 
 # Our client id at the host, which sends the progress of a job to its client alone. It is random because a
 # websocket that gives the same id would replace ours.
@@ -193,7 +193,7 @@ class Host:
 
 def _sentence(problem: dict[str, Any]) -> str:
     message, details = problem["message"], problem.get("details") or ""
-    if is_refusal(problem):
+    if message == REFUSED:
         return details
     if problem.get("type") == "custom_validation_failed" and " - " in details:
         return details.partition(" - ")[2]  # "input - complaint", from a node that checks its own inputs

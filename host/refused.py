@@ -19,23 +19,21 @@ from server import PromptServer  # pyright: ignore[reportAttributeAccessIssue]
 
 from ..wan.refusal import Refusal
 
-_TYPE = f"{Refusal.__module__}.{Refusal.__qualname__}"  # as the host writes it
+REFUSED = "Refused"  # the `message` of an entry whose `details` are the sentence of a refusal
+_TYPE = (
+    f"{Refusal.__module__}.{Refusal.__qualname__}"  # as the host writes it: the module is named by its path
+)
 _QUEUE = ("/prompt", "/api/prompt")
 NodeErrors = dict[str, dict[str, Any]]  # node id -> {"class_type", "errors": [...]}, as the host answers
-
-
-def is_refusal(problem: dict[str, Any]) -> bool:
-    """Whether an entry of the host's answer is a refusal of ours; its `details` are the sentence."""
-    return (problem.get("extra_info") or {}).get("exception_type") == _TYPE
 
 
 def name_inputs(node_errors: NodeErrors) -> None:
     """Files every refusal of ours under the input that its sentence names first, in place."""
     for found in node_errors.values():
-        for problem in filter(is_refusal, found["errors"]):
-            name = _named_first(problem["details"], found["class_type"])
-            problem["message"] = "Refused"
-            problem["extra_info"] = {"exception_type": _TYPE} | ({"input_name": name} if name else {})
+        for problem in found["errors"]:
+            if problem["extra_info"].get("exception_type") == _TYPE:
+                name = _named_first(problem["details"], found["class_type"])
+                problem |= {"message": REFUSED, "extra_info": {"input_name": name} if name else {}}
 
 
 def _named_first(sentence: str, class_type: str) -> str | None:
@@ -53,7 +51,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         and request.path in _QUEUE
         and isinstance(response, web.Response)
         and isinstance(response.body, bytes)
-        and _TYPE.encode() in response.body
+        and Refusal.__qualname__.encode() in response.body
     ):
         answer = json.loads(response.body)
         name_inputs(answer["node_errors"])

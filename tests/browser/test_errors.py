@@ -55,3 +55,16 @@ def test_the_sentence_is_seen_first_in_app_mode(case, renderer):
     if node == IMAGE_TO_VIDEO:  # of the others the last words are cut off in the narrow column
         assert not message.evaluate(CLIPPED)
     assert renderer.evaluate(MARKED) == [name]
+
+
+def test_a_node_in_a_subgraph(renderer):
+    """As in a blueprint."""
+    (node, changed), name, sentence = REFUSED["frames"]
+    load_api_graph(renderer, graph_with(node, {}), "refused.json")
+    renderer.evaluate(SET_WIDGETS, [node, changed])
+    renderer.evaluate("id => void app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)]))", node)
+    renderer.get_by_test_id("queue-button").click()
+    message = renderer.get_by_test_id("error-overlay-messages").locator("p")
+    message.wait_for()
+    assert sentence in message.inner_text()
+    assert renderer.evaluate(MARKED) == [name]

@@ -41,6 +41,7 @@ CUSTOM = "Custom validation failed for node"
         ("value_smaller_than_min", "Value 0 too small", "size", "Value 0 too small: size"),
         ("custom_validation_failed", CUSTOM, "size - is 5. Use 8.", "is 5. Use 8."),
         ("custom_validation_failed", CUSTOM, "size", f"{CUSTOM}: size"),
+        ("exception_during_inner_validation", "Refused", "size is 5. Use 8.", "size is 5. Use 8."),
         ("value_not_in_list", "Value not in list", "size: 'a - b'", "Value not in list: size: 'a - b'"),
         ("dependency_cycle", "Dependency cycle detected", "", "Dependency cycle detected"),
     ],
