@@ -1,0 +1,67 @@
+"""Our nodes in the editor in Chinese, in the classic renderer and in Nodes 2.0."""
+
+import json
+
+import pytest
+from lib.editor import READY, SETTINGS
+from lib.pack import ROOT
+
+CHINESE = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+GROUP = "cache"  # its settings come with the choice `teacache`
+# What a new node of a type shows: title, widgets, inputs and outputs, as the editor draws them.
+SHOWN = """([type, group, choice]) => {
+    app.graph.clear()
+    const node = LiteGraph.createNode(type)
+    app.graph.add(node)
+    const widget = (node.widgets ?? []).find(widget => widget.name === group)
+    if (widget) { widget.value = choice; widget.callback?.(choice) }
+    const label = slot => slot.label || slot.localized_name || slot.name
+    return {
+        title: node.getTitle(),
+        widgets: Object.fromEntries((node.widgets ?? [])
+            .filter(w => !w.options?.advanced && w.name !== "control_after_generate")
+            .map(w => [w.name, w.label || w.name])),
+        inputs: Object.fromEntries(node.inputs.map(slot => [slot.name, label(slot)])),
+        outputs: node.outputs.map(label),
+    }
+}"""
+TEXTS = "() => [...document.querySelectorAll('[data-node-id]')].map(node => node.innerText).join('\\n')"
+
+
+@pytest.fixture(params=[False, True], ids=["classic", "nodes-2"])
+def chinese_page(request, page, server):
+    """The editor, loaded anew in Chinese."""
+    server.client.post("/settings", {"Comfy.Locale": "zh", "Comfy.VueNodes.Enabled": request.param})
+    page.reload()
+    page.wait_for_function(READY)
+    yield page, request.param
+    server.client.post("/settings", SETTINGS | {"Comfy.VueNodes.Enabled": False})
+    page.reload()
+    page.wait_for_function(READY)
+
+
+def names(node_id):
+    """{input as the translations write it: its Chinese name}"""
+    return {key: texts["name"] for key, texts in CHINESE[node_id]["inputs"].items()}
+
+
+def test_nodes_are_in_chinese(chinese_page):
+    page, nodes_2 = chinese_page
+    for node_id, texts in CHINESE.items():
+        shown = page.evaluate(SHOWN, [node_id, GROUP, "teacache"])
+        assert shown["title"] == texts["display_name"]
+        expected = names(node_id)
+        for name, label in (shown["inputs"] | shown["widgets"]).items():
+            assert label == expected[name.replace(".", "_")], (node_id, name)
+        for index, output in texts.get("outputs", {}).items():
+            assert shown["outputs"][int(index)] == output["name"]
+        if nodes_2:
+            page.wait_for_function("() => document.querySelectorAll('[data-node-id]').length === 1")
+            on_the_page = page.evaluate(TEXTS)
+            for text in [shown["title"], *shown["widgets"].values(), *shown["outputs"]]:
+                assert text in on_the_page, (node_id, text)
+    assert {f"{GROUP}.multiplier", f"{GROUP}.profile"} <= labels_of_sampler(page).keys()
+
+
+def labels_of_sampler(page):
+    return page.evaluate(SHOWN, ["Wan21Sampler", GROUP, "teacache"])["widgets"]
