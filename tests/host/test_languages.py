@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 import pytest
 from lib.pack import LINK_NAME, ROOT
@@ -67,11 +68,15 @@ def test_every_text_is_translated_and_none_is_left_over(language, english):
 
 @each_language
 def test_texts_are_plain_and_name_the_same_numbers(language, english):
-    """A number that was lost or mistyped is found, and a text that the editor would not show as it stands."""
+    """A number that was lost or mistyped is found, and a text that the editor would not show as it stands.
+
+    Some languages write in figures what English writes as a word (2倍 for twice): more numbers are no mistake.
+    """
     for key, text in translation(language).items():
         assert not SYNTAX.search(text), (key, text)
         if key[-1] in {"tooltip", "description"}:
-            assert sorted(NUMBER.findall(text)) == sorted(NUMBER.findall(english[key])), (key, text)
+            lost = Counter(NUMBER.findall(english[key])) - Counter(NUMBER.findall(text))
+            assert not lost, (key, text, lost)
 
 
 @each_language
