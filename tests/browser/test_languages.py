@@ -10,7 +10,8 @@ CHINESE = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encod
 GROUP = "cache"  # its settings come with the choice `teacache`
 # What a new node of a type shows: title, widgets, inputs and outputs, as the editor draws them.
 SHOWN = """([type, group, choice]) => {
-    app.graph.clear()
+    // Not clear(): a new node would get the last one's number, and what is kept of its widgets.
+    for (const node of [...app.graph._nodes]) app.graph.remove(node)
     const node = LiteGraph.createNode(type)
     app.graph.add(node)
     const widget = (node.widgets ?? []).find(widget => widget.name === group)

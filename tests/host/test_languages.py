@@ -70,7 +70,7 @@ def test_every_text_is_translated_and_none_is_left_over(language, english):
 def test_texts_are_plain_and_name_the_same_numbers(language, english):
     """A number that was lost or mistyped is found, and a text that the editor would not show as it stands.
 
-    Some languages write in figures what English writes as a word (2倍 for twice): more numbers are no mistake.
+    Some languages write in figures what English writes as a word (2倍 for twice): more are no mistake.
     """
     for key, text in translation(language).items():
         assert not SYNTAX.search(text), (key, text)
