@@ -1,5 +1,6 @@
-"""Every node of ours explains itself: a help page that names its inputs, and tooltips."""
+"""Every node of ours explains itself: a help page that names its inputs, in English and Chinese, and tooltips."""
 
+import json
 import re
 
 import pytest
@@ -9,6 +10,32 @@ from wan21.host.node_inputs import describe_inputs
 PAGES = ROOT / "web" / "docs"
 # Inputs that need no tooltip.
 SELF_EXPLAINING = {"width", "height", "steps", "solver"}
+# How the pages of a language name what is compared: headings, on and off, an empty text, a range, files.
+WORDS = {
+    "en": {
+        "inputs": "Inputs",
+        "outputs": "Outputs",
+        True: "on",
+        False: "off",
+        "": "empty",
+        "to": " to ",
+        "files": "files",
+    },
+    "zh": {
+        "inputs": "输入",
+        "outputs": "输出",
+        True: "开",
+        False: "关",
+        "": "空",
+        "to": " 至 ",
+        "files": "文件",
+    },
+}
+ENTRY = re.compile(
+    r"^( *)- `(\w+)`(?: \((.*?)\))?: ", re.MULTILINE
+)  # - `name` (values, **default**): meaning
+
+each_language = pytest.mark.parametrize("language", WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -20,48 +47,73 @@ def our_nodes(server):
     }
 
 
+def page_of(node_id, language):
+    """Where the editor looks for it: the page of a language in the node's folder, else the one beside it."""
+    path = PAGES / f"{node_id}.md" if language == "en" else PAGES / node_id / f"{language}.md"
+    return path.read_text(encoding="utf-8")
+
+
 def section(page, title):
-    """First column of the table under a heading, in order."""
+    """{name: values} of the list under a heading, in order; `group.setting` for what stands below a group."""
     body = page.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
-    return re.findall(r"^\| `([\w.]+)` \|", body, re.MULTILINE)
+    entries, group = {}, None
+    for indent, name, values in ENTRY.findall(body):
+        group = group if indent else name
+        entries[f"{group}.{name}" if indent else name] = values
+    return entries
 
 
-def test_every_node_has_a_page_and_every_page_a_node(our_nodes):
+def test_every_node_has_its_pages_and_every_page_a_node(our_nodes):
     assert our_nodes
     assert {path.stem for path in PAGES.glob("*.md")} == our_nodes.keys()
+    assert {(path.parent.name, path.name) for path in PAGES.glob("*/*")} == {
+        (name, "zh.md") for name in our_nodes
+    }
 
 
-def test_pages_name_the_inputs_and_outputs(our_nodes):
+@each_language
+def test_pages_name_the_inputs_and_outputs(language, our_nodes):
+    words = WORDS[language]
     for node_id, node in our_nodes.items():
-        page = (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
-        assert page.startswith(f"# {node['display_name']}\n")
-        assert section(page, "Inputs") == [*describe_inputs(node["input"])], node_id
-        assert section(page, "Outputs") == node["output_name"], node_id
+        page = page_of(node_id, language)
+        assert page.startswith(
+            "# " + (node["display_name"] if language == "en" else chinese_name(node_id)) + "\n"
+        )
+        assert [*section(page, words["inputs"])] == [*describe_inputs(node["input"])], node_id
+        assert [*section(page, words["outputs"])] == node["output_name"], node_id
 
 
-def test_defaults_are_those_documented(our_nodes):
-    """A default stands in bold in its input's row."""
+def chinese_name(node_id):
+    path = ROOT / "locales" / "zh" / "nodeDefs.json"
+    return json.loads(path.read_text(encoding="utf-8"))[node_id]["display_name"]
+
+
+@each_language
+def test_defaults_are_those_documented(language, our_nodes):
+    """A default stands in bold among its input's values."""
+    words = WORDS[language]
     for node_id, node in our_nodes.items():
-        page = (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
+        values = section(page_of(node_id, language), words["inputs"])
         for name, default in defaults(node):
-            row = re.search(rf"^\| `{name}` \|.*$", page, re.MULTILINE)[0]
-            shown = (
-                {True: "on", False: "off"}[default] if isinstance(default, bool) else format_default(default)
-            )
-            assert f"**{shown}**" in row, f"{node_id}.{name}: {shown} is not in {row}"
+            shown = words[default] if isinstance(default, bool) or default == "" else f"{default}"
+            shown = f"{default:g}" if isinstance(default, float) else shown
+            assert f"**{shown}**" in values[name], f"{node_id}.{name}: {shown} is not in {values[name]}"
 
 
-def test_ranges_and_choices_are_those_documented(our_nodes):
+@each_language
+def test_ranges_and_choices_are_those_documented(language, our_nodes):
     """Lists of installed files are not choices of ours."""
+    words = WORDS[language]
     checked = 0
     for node_id, node in our_nodes.items():
-        page = (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
+        documented = section(page_of(node_id, language), words["inputs"])
         for name, (kind, options) in widgets(node):
-            values = re.search(rf"^\| `{name}` \| (.*?) \|", page, re.MULTILINE)[1].replace("**", "")
+            values = documented[name].replace("**", "")
             if kind in {"INT", "FLOAT"}:
                 highest = "2⁶⁴-1" if options["max"] == 2**64 - 1 else f"{options['max']:g}"
-                assert values.startswith(f"{options['min']:g} to {highest}, "), f"{node_id}.{name}: {values}"
-            elif kind == "COMBO" and "files" not in values:
+                wanted = f"{options['min']:g}{words['to']}{highest}, "
+                assert values.startswith(wanted), f"{node_id}.{name}: {values}"
+            elif kind == "COMBO" and words["files"] not in values:
                 assert set(values.split(", ")) == set(options["options"]), f"{node_id}.{name}: {values}"
             else:
                 continue
@@ -75,14 +127,10 @@ def defaults(node):
             yield name, options["default"]
 
 
-def format_default(default):
-    return f"{default:g}" if isinstance(default, float) else str(default) or "empty"
-
-
 def test_pages_are_served(client, our_nodes):
     for node_id in our_nodes:
-        page = (PAGES / f"{node_id}.md").read_bytes()
-        assert client._request(f"/extensions/{LINK_NAME}/docs/{node_id}.md") == page
+        for file in (f"{node_id}.md", f"{node_id}/zh.md"):
+            assert client._request(f"/extensions/{LINK_NAME}/docs/{file}") == (PAGES / file).read_bytes()
 
 
 def test_widgets_have_tooltips_and_combos_options(our_nodes):

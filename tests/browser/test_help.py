@@ -1,0 +1,63 @@
+"""Help pages beside the graph: all of a page stands within the narrow panel, in English and Chinese."""
+
+import pytest
+from lib.editor import READY, SETTINGS
+from lib.pack import ROOT
+
+PAGES = ROOT / "web" / "docs"
+NODES = sorted(path.stem for path in PAGES.glob("*.md"))
+OPEN = """id => {
+    app.graph.clear()
+    const node = LiteGraph.createNode(id)
+    app.graph.add(node)
+    app.canvas.centerOnNode(node)
+    app.canvas.selectNode(node)
+}"""
+# What does not fit: parts that scroll sideways (tables, code) or stand over the edge of the panel.
+TOO_WIDE = """() => {
+    const help = document.querySelector('.node-help-content')
+    const edge = help.getBoundingClientRect().right + 1
+    return [help, ...help.querySelectorAll('*')]
+        .filter(part => part.scrollWidth > part.clientWidth + 1 && part.clientWidth > 0
+            || part.getBoundingClientRect().right > edge)
+        .map(part => `${part.tagName} ${part.innerText?.slice(0, 60)}`)
+}"""
+PICTURES_ARE_THERE = """() => [...document.querySelectorAll('.node-help-content img')]
+    .every(image => image.complete && image.naturalWidth)"""
+
+
+@pytest.fixture(scope="module", params=["en", "zh"])
+def editor(request, page, server):
+    """The editor in a language, and its code."""
+    server.client.post("/settings", {"Comfy.Locale": request.param})
+    page.reload()
+    page.wait_for_function(READY)
+    yield page, request.param
+    server.client.post("/settings", SETTINGS)
+    page.reload()
+    page.wait_for_function(READY)
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_page_fits_the_panel(node_id, editor):
+    page, language = editor
+    file = PAGES / f"{node_id}.md" if language == "en" else PAGES / node_id / f"{language}.md"
+    title = file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    page.evaluate(OPEN, node_id)
+    page.get_by_test_id("info-button").click()
+    page.get_by_role("heading", name=title, level=1, exact=True).wait_for()
+    page.wait_for_function(PICTURES_ARE_THERE)
+    assert page.evaluate(TOO_WIDE) == []
+    width = page.evaluate("() => document.querySelector('.node-help-content').clientWidth")
+    assert width < 500, "a panel that is not narrow says nothing"
+
+
+def test_a_wide_table_would_be_seen(editor):
+    """What the pages had before: three columns, and long names that do not wrap."""
+    page, _ = editor
+    cells = "".join(f"<td><code>{name * 20}</code></td>" for name in ("input_", "value_", "meaning_"))
+    page.evaluate(
+        "html => document.querySelector('.markdown-content').insertAdjacentHTML('beforeend', html)",
+        f"<table><tr>{cells}</tr></table>",
+    )
+    assert any(part.startswith("TABLE") for part in page.evaluate(TOO_WIDE))
