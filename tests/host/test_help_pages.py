@@ -1,4 +1,4 @@
-"""Every node of ours explains itself: a help page that names its inputs, in English and Chinese, and tooltips."""
+"""Every node of ours explains itself: help pages that name its inputs, in English and Chinese; tooltips."""
 
 import json
 import re
