@@ -31,9 +31,8 @@ WORDS = {
         "files": "文件",
     },
 }
-ENTRY = re.compile(
-    r"^( *)- `(\w+)`(?: \((.*?)\))?: ", re.MULTILINE
-)  # - `name` (values, **default**): meaning
+# - `name` Name on the node (values, **default**): meaning
+ENTRY = re.compile(r"^( *)- `(\w+)`(?: ([^(:]+?))?(?: \((.*?)\))?: ", re.MULTILINE)
 
 each_language = pytest.mark.parametrize("language", WORDS)
 
@@ -55,11 +54,16 @@ def page_of(node_id, language):
 
 def section(page, title):
     """{name: values} of the list under a heading, in order; `group.setting` for what stands below a group."""
+    return {name: values for name, (_, values) in entries_of(page, title).items()}
+
+
+def entries_of(page, title):
+    """{name: (name on the node in another language, values)}"""
     body = page.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
     entries, group = {}, None
-    for indent, name, values in ENTRY.findall(body):
+    for indent, name, shown, values in ENTRY.findall(body):
         group = group if indent else name
-        entries[f"{group}.{name}" if indent else name] = values
+        entries[f"{group}.{name}" if indent else name] = (shown, values)
     return entries
 
 
@@ -76,16 +80,24 @@ def test_pages_name_the_inputs_and_outputs(language, our_nodes):
     words = WORDS[language]
     for node_id, node in our_nodes.items():
         page = page_of(node_id, language)
-        assert page.startswith(
-            "# " + (node["display_name"] if language == "en" else chinese_name(node_id)) + "\n"
-        )
+        title = node["display_name"] if language == "en" else chinese(node_id)["display_name"]
+        assert page.startswith(f"# {title}\n")
         assert [*section(page, words["inputs"])] == [*describe_inputs(node["input"])], node_id
         assert [*section(page, words["outputs"])] == node["output_name"], node_id
 
 
-def chinese_name(node_id):
+def chinese(node_id):
     path = ROOT / "locales" / "zh" / "nodeDefs.json"
-    return json.loads(path.read_text(encoding="utf-8"))[node_id]["display_name"]
+    return json.loads(path.read_text(encoding="utf-8"))[node_id]
+
+
+def test_chinese_pages_name_what_stands_on_the_node(our_nodes):
+    for node_id in our_nodes:
+        page, texts = page_of(node_id, "zh"), chinese(node_id)
+        for name, (shown, _) in entries_of(page, "输入").items():
+            assert shown == texts["inputs"][name.replace(".", "_")]["name"], (node_id, name)
+        names = [shown for shown, _ in entries_of(page, "输出").values() if shown]
+        assert names == [output["name"] for output in texts.get("outputs", {}).values()], node_id
 
 
 @each_language
