@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..wan.files.bad_file import listed
+from ..wan.files.kinds import addition_in
 
 PREVIEW_FRAMES = 5
 TINY_DECODERS = ("taew2_1", "lighttaew2_1")  # file names of TAEHV for Wan2.1 begin with these
@@ -74,6 +75,11 @@ def tell_left_out(name: str, keys: list[str]) -> str:
     if not keys:
         return ""
     sentence = f"{name}: {len(keys)} keys are no part of the model and are left out: {listed(keys)}"
+    if addition := addition_in(keys):
+        sentence += (
+            f". By them the file is or holds {addition.what}: what they add is not used, the plain Wan model "
+            "runs, as with ComfyUI's own loader"
+        )
     tell(sentence)
     return sentence
 

@@ -108,12 +108,15 @@ def _is_needed(part: str, offer: Offer) -> bool:
 
 
 def _model_rank(file: File, end_image: bool) -> tuple:
-    """Whole models for the images at hand, other whole models, the bundled one, then experts.
+    """Whole models for the images at hand, other whole ones, the bundled one, ones with additions, experts.
 
+    A model trained for additions that are not used, such as a dancer's poses, gives less than a plain one.
     Of experts those for low noise come first: alone, only these come to a clear picture.
     """
     if file.is_expert:
-        tier = 3 if "low" in file.name.lower() else 4
+        tier = 4 if "low" in file.name.lower() else 5
+    elif file.traits.has_addition:
+        tier = 3
     elif file.bundled:
         tier = 2
     else:

@@ -29,6 +29,7 @@ from ..wan.files import (
     vae_dim,
 )
 from ..wan.files.gguf import read_gguf
+from ..wan.files.kinds import addition_in
 from ..wan.files.marks import IN_METADATA, MARK, check_scales, mark_of, marks_in, unpacked_shapes
 from ..wan.files.umt5 import TOKENIZER_KEY, tokenizer_beside
 from ..wan.files.umt5_gguf import umt5_gguf_shapes
@@ -57,6 +58,7 @@ class Traits:
         image_width: width of the CLIP vision features, likewise; None for a DiT without an image branch.
         vae_dim: channels of a VAE at its first level.
         first_last: whether a DiT is for a first and a last image.
+        has_addition: whether a DiT's file holds another model's weights beside, which are not used.
     """
 
     refusal: str = ""
@@ -66,6 +68,7 @@ class Traits:
     image_width: int | None = None
     vae_dim: int | None = None
     first_last: bool = False
+    has_addition: bool = False
 
 
 def read_traits(part: str, path: Path, formats: Collection[str] | None) -> Traits:
@@ -102,13 +105,14 @@ def _read_model(path: Path, formats: Collection[str] | None) -> Traits:
         marks = {f"{layer}{MARK}": torch.empty(0) for layer in found}
         shapes = unpacked_shapes(state_dict, found) | marks
     config = detect_config(shapes, metadata)
-    check_keys(_model_shapes(config), shapes)
+    left_out = check_keys(_model_shapes(config), shapes)
     if not config.takes_image:
         return Traits(refusal="it is a text-to-video model, which takes no image", foreign=True)
     return Traits(
         text_width=config.text_dim,
         image_width=config.image_dim,
         first_last=config.image_tokens is not None,
+        has_addition=addition_in(left_out) is not None,
     )
 
 

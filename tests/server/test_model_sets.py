@@ -189,6 +189,16 @@ def test_one_for_other_images_comes_before_the_bundled_one_and_experts(shelf):
     assert choose(shelf)[0]["model"] == "flf2v.safetensors"
 
 
+def test_a_model_with_weights_that_are_not_used_comes_after_plain_ones(shelf):
+    shelf.put_release("text_encoder", "vae")
+    more = {"condition_embedding_spatial.0.weight": torch.zeros(4, 4)}
+    shelf.put_file("model", "aa_dancer.safetensors", dit() | more)
+    assert choose(shelf)[0]["model"] == "wan21-tiny-i2v.safetensors"
+    assert choose(shelf, model="aa_dancer.safetensors")[0]["model"] == "aa_dancer.safetensors"
+    shelf.put_file("model", "zz_i2v.safetensors", dit())
+    assert choose(shelf)[0]["model"] == "zz_i2v.safetensors"
+
+
 # --- files that would not load -----------------------------------------------------------------------------
 
 

@@ -81,11 +81,11 @@ WRONG_FILES = {
     "s2v": lambda: keys_only("casual_audio_encoder.encoder.conv.weight", "head.modulation"),
     "animate": lambda: keys_only("face_adapter.fuser_blocks.0.k_norm.weight", "head.modulation"),
     "humo": lambda: keys_only("audio_proj.audio_proj_glob_1.layer.bias", *DIT_KEYS),
-    "talk": lambda: keys_only("blocks.0.audio_cross_attn.kv_linear.weight", *DIT_KEYS),
-    "talk (MultiTalk)": lambda: keys_only("multitalk_audio_proj.proj1.weight", *DIT_KEYS),
+    "talk": lambda: keys_only("blocks.0.audio_cross_attn.kv_linear.weight"),
+    "talk (MultiTalk)": lambda: keys_only("multitalk_audio_proj.proj1.weight"),
     "talk (alone)": lambda: keys_only("audio_proj.proj1.weight", "blocks.0.norm_x.weight"),
     "longcat_avatar": lambda: keys_only(
-        "blocks.0.audio_modulation.1.weight", "multitalk_audio_proj.proj1.weight", *DIT_KEYS
+        "blocks.0.audio_modulation.1.weight", "multitalk_audio_proj.proj1.weight"
     ),
     "longcat": lambda: keys_only("blocks.0.cross_attn.q_linear.weight", "blocks.0.attn.qkv.weight"),
     "ovi": lambda: keys_only("video_model.head.modulation", "audio_model.blocks.0.self_attn.q.weight"),
@@ -93,14 +93,14 @@ WRONG_FILES = {
     "fantasy_portrait": lambda: keys_only(
         "ip_adapter.blocks.0.cross_attn.ip_adapter_single_stream_k_proj.weight"
     ),
-    "fantasy_portrait (Flash)": lambda: keys_only("blocks.0.cross_attn.emo_k_proj.weight", *DIT_KEYS),
+    "fantasy_portrait (Flash)": lambda: keys_only("blocks.0.cross_attn.emo_k_proj.weight"),
     "lynx": lambda: keys_only("blocks.0.self_attn.ref_adapter.to_k_ref.weight"),
     "lynx (lite)": lambda: keys_only("blocks.0.cross_attn.ip_adapter.to_v_ip.weight"),
     "stand_in": lambda: keys_only("blocks.0.self_attn.q_loras.down.weight"),
     "unianimate": lambda: keys_only("dwpose_embedding.0.weight"),
-    "mtv_crafter": lambda: keys_only("blocks.0.motion_attn.k.weight", *DIT_KEYS),
-    "recammaster": lambda: keys_only("blocks.0.cam_encoder.weight", "blocks.0.projector.bias", *DIT_KEYS),
-    "steady_dancer": lambda: keys_only("condition_embedding_spatial.0.weight", *DIT_KEYS),
+    "mtv_crafter": lambda: keys_only("blocks.0.motion_attn.k.weight"),
+    "recammaster": lambda: keys_only("blocks.0.cam_encoder.weight", "blocks.0.projector.bias"),
+    "steady_dancer": lambda: keys_only("condition_embedding_spatial.0.weight"),
     "fun_camera": lambda: keys_only("control_adapter.conv.weight", "img_emb.proj.0.bias", *DIT_KEYS),
     "fun_camera_22": lambda: keys_only("control_adapter.conv.weight", *DIT_KEYS),
     "scail": lambda: keys_only("patch_embedding_pose.weight", *DIT_KEYS),

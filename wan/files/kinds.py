@@ -4,7 +4,7 @@ A table of key patterns, first match wins; the few cases that only shapes tell a
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -64,6 +64,7 @@ OF_WAN22 = {
 REMOVER = Kind("remover", "a Wan model without text features (MiniMax-Remover)", _VARIANT)
 CAUSAL = Kind("causal", "an autoregressive Wan model (Causal-Forcing, Self-Forcing or CausVid)", _VARIANT)
 _ADDITION = "it adds to a Wan model what is not read here; load it with the nodes of its own makers"
+_WHOLE_KEY = r"(^|\.)(head\.modulation|condition_embedder\.time_proj\.weight)$"
 _IMAGE_BRANCH = r"(^|\.)(img_emb|condition_embedder\.image_embedder)\."
 
 # One pattern per kind, searched in the list of keys, one key a line. Any prefix may come first.
@@ -114,7 +115,7 @@ RULES: tuple[tuple[Kind, str], ...] = (
     (Kind("scail2", "a SCAIL-2 model", _VARIANT), r"(^|\.)patch_embedding_mask\."),
     (Kind("scail", "a SCAIL model", _VARIANT), r"(^|\.)patch_embedding_pose\."),
     (Kind("dancer", "a Wan-Dancer model", _VARIANT), r"(^|\.)patch_embedding_global\."),
-    (WAN21_DIT, r"(^|\.)(head\.modulation|condition_embedder\.time_proj\.weight)$"),
+    (WAN21_DIT, _WHOLE_KEY),
     (
         Kind("sd", "an SD or SDXL checkpoint", "pick a Wan2.1 file"),
         r"(^|\.)(input_blocks\.\d+\.\d+\.|down_blocks\.\d+\.attentions\.\d+\.proj_in\.)",
@@ -158,6 +159,22 @@ RULES: tuple[tuple[Kind, str], ...] = (
         r"(^|\.)layers\.\d+\.(self_attn|linear_attn|input_layernorm|mlp)\.",
     ),
 )
+# Keys of these beside a whole Wan model are left out, as the host leaves them, and the model itself runs.
+_ADDITIONS = frozenset(
+    {
+        "longcat_avatar",
+        "talk",
+        "fantasy_talking",
+        "fantasy_portrait",
+        "lynx",
+        "stand_in",
+        "unianimate",
+        "mtv_crafter",
+        "recammaster",
+        "steady_dancer",
+    }
+)
+_WHOLE = re.compile(_WHOLE_KEY, re.MULTILINE)
 _COMPILED = tuple((kind, re.compile(pattern, re.MULTILINE)) for kind, pattern in RULES)
 
 
@@ -169,7 +186,8 @@ def detect_kind(state_dict: Mapping[str, Tensor]) -> Kind | None:
         diffusion model.
     """
     names = "\n".join(state_dict)
-    kind = next((kind for kind, pattern in _COMPILED if pattern.search(names)), None)
+    passed_over = _ADDITIONS if _WHOLE.search(names) else ()
+    kind = next((k for k, pattern in _COMPILED if k.name not in passed_over and pattern.search(names)), None)
     if kind is WAN21_DIT:
         kind = _refine_dit(state_dict, names)
     if kind is not None and kind in OF_WAN22 and not re.search(_IMAGE_BRANCH, names, re.MULTILINE):
@@ -179,6 +197,12 @@ def detect_kind(state_dict: Mapping[str, Tensor]) -> Kind | None:
     if kind is T5 and not re.search(r"(^|\.)(encoder\.block|blocks)\.1\.", names, re.MULTILINE):
         return UMT5  # with one block the two are the same network
     return kind
+
+
+def addition_in(keys: Iterable[str]) -> Kind | None:
+    """Whose weights lie beside a Wan model, by keys it has no place for; None if nobody's known."""
+    names = "\n".join(keys)
+    return next((k for k, pattern in _COMPILED if k.name in _ADDITIONS and pattern.search(names)), None)
 
 
 def kind_by_metadata(metadata: Mapping[str, str]) -> Kind | None:
