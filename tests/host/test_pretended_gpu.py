@@ -35,6 +35,7 @@ NODES = {
         "test_reader",
         "test_gguf",
         "test_lora",
+        "test_lora_copies",
         "test_sampler",
         "test_streamed",
     ],
