@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import DualModelGuider
 from helpers import relative
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_lora import load, loras, low_rank  # noqa: F401 (fixtures)
 from wan21 import host
 
@@ -94,3 +94,18 @@ def test_two_native_models_over_one_have_the_loras_of_the_first(files, prompts, 
     assert relative(changed, plain) > 1e-3
     assert torch.equal(dual(native, scheduled, prompts), plain)
     assert torch.equal(dual(scheduled, native, prompts), changed)
+
+
+@pytest.mark.parametrize("schedule", ["", "1, 0.9"])
+@pytest.mark.parametrize("native", [True, False])
+def test_the_hosts_lora_and_ours_over_one_model(files, prompts, lora, loras, native, schedule):  # noqa: F811
+    """Both MODELs have the first's, whoever loaded it."""
+    read = comfy.sd.load_diffusion_model if native else host.load_model
+    model = read(str(files["t2v"]))
+    theirs = comfy.sd.load_lora_for_models(model, None, load_file(loras / lora), 0.7, 0)[0]
+    ours = load(model, lora, -0.5, schedule)[0]
+    plain, of_theirs, of_ours = (dual(m, m, prompts) for m in (model, theirs, ours))
+    assert min(relative(of_theirs, plain), relative(of_ours, plain), relative(of_ours, of_theirs)) > 1e-3
+    assert torch.equal(dual(theirs, ours, prompts), of_theirs)
+    assert torch.equal(dual(ours, theirs, prompts), of_ours)
+    assert torch.equal(dual(model, model, prompts), plain)  # nothing stays
