@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..wan.attention import best_kernels
 from ..wan.chunked import block_executor
-from ..wan.config import CLIP_TOKENS, PATCH_SIZE, WanConfig
+from ..wan.config import CLIP_TOKENS, PATCH_SIZE, WanConfig, preview_colours
 from ..wan.dit import WanModel
 from ..wan.memory import StepSize, step_bytes
 from ..wan.option import Call
@@ -192,6 +192,8 @@ class Wan21(comfy.model_base.WAN21):
         self.image_to_video = config.takes_image
         self.checkpoint_path = path
         self.checkpoint_metadata = metadata
+        if colours := preview_colours(metadata):
+            self.latent_format.latent_rgb_factors, self.latent_format.latent_rgb_factors_bias = colours
 
     def extra_conds_shapes(self, **conditioning: Any) -> dict[str, list]:
         """What the host hands to `memory_required` of a conditioning."""

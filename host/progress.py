@@ -130,6 +130,8 @@ class TinyPreviewer:
 class StepProgress:
     """`on_step(i, x0)`: moves the node's bar and sends a strip of frames of the current estimate.
 
+    What is shown last stays on the node, so `finished` puts the result there.
+
     Args:
         model: a MODEL of ours.
         steps: of the whole run.
@@ -145,6 +147,15 @@ class StepProgress:
             self.previewer = None
 
     def __call__(self, i: int, x0: Tensor) -> None:
+        self.show(i + 1, x0)
+        check_cancelled()
+
+    def finished(self, x0: Tensor) -> None:
+        """Shows the finished latent, normalised: without a guide frame, under its mask."""
+        if self.previewer is not None:
+            self.show(self.steps, x0)
+
+    def show(self, done: int, x0: Tensor) -> None:
         preview = None
         if self.previewer is not None:
             try:
@@ -152,8 +163,7 @@ class StepProgress:
             except Exception as error:  # as in __init__
                 tell(f"makes no more previews in this run ({error})")
                 self.previewer = None
-        self.bar.update_absolute(i + 1, self.steps, preview)
-        check_cancelled()
+        self.bar.update_absolute(done, self.steps, preview)
 
     def strip(self, x0: Tensor) -> Image.Image:
         """Frames spread over a latent [B, 16, T, h, w], side by side."""

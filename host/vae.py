@@ -263,8 +263,11 @@ def _decode_ours(
     if tile_size == "auto":
         free = vae.patcher.get_free_memory(device) - (out.nbytes if out.device == device else 0)
         tile = choose_tile(model, h, w, device, free, itemsize, held)
-        how = f"tiles of {tile} pixels" if tile else "whole frames"
-        say(f"decodes {how}: whole frames take {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free")
+        if tile:
+            say(
+                f"decodes tiles of {tile} pixels: whole frames take {needed / 2**30:.2f} GiB, "
+                f"{free / 2**30:.2f} GiB are free"
+            )
 
     def retreat(sentence: str) -> None:
         say(sentence)

@@ -29,7 +29,7 @@ class Part:
 def sampling_report(
     parts: Sequence[Part], seed: int, end_alone: bool = False, warnings: Sequence[str] = ()
 ) -> str:
-    """Text of one finished run.
+    """Text of one finished run: what was adjusted first, long rows of numbers last.
 
     Args:
         parts: of the models that took steps, one or two.
@@ -40,25 +40,41 @@ def sampling_report(
     first = parts[0]
     job, record = first.job, first.record
     batch, _, frames, height, width = first.run.shape
-    seconds = [second for part in parts for second in part.record.seconds]
-    steady = seconds[1:] or seconds  # the first step also loads the model
+    steps = sum(len(part.record.seconds) for part in parts)
     tokens = frames * -(-height // 2) * -(-width // 2)
     schedule = f"shift {job.flow_shift:g}, denoise {job.denoise:g}"
     if job.given_sigmas is not None:
         schedule = "sigmas as given"
+    experts = [_expert(part, len(parts) > 1 or job.boundary > 0) for part in parts]
     lines = [
-        f"model: {_model(first)}",
+        *(f"note: {warning}" for warning in warnings),
+        f"time: {time_taken(parts)}",
+        *(f"memory: {sentence}" for sentence in memory_taken(parts)),
         f"size: {width * VAE_STRIDE[2]}x{height * VAE_STRIDE[1]}, {pixel_frames(frames - end_alone)} frames"
         + (f", batch {batch}" if batch > 1 else ""),
-        f"latent: {frames} frames of {width}x{height}, {tokens} tokens",
         f"seed: {seed}",
-        f"solver: {job.solver}, {len(seconds)} steps, guidance {job.guidance_scale:g}, {schedule}",
+        f"solver: {job.solver}, {steps} steps, guidance {job.guidance_scale:g}, {schedule}",
+        *(line for part, expert in zip(parts, experts) for line in _of_part(part, expert)),
+        f"model: {_model(first)}",
+        f"latent: {frames} frames of {width}x{height}, {tokens} tokens",
         f"sigmas: {_numbers(record.sigmas, '.4f')}",
         f"timesteps: {_numbers(record.timesteps, 'g')}",
-        *(line for part in parts for line in _of_part(part, len(parts) > 1 or job.boundary > 0)),
-        f"time: {sum(seconds):.1f} s, {sum(steady) / len(steady):.2f} s per step",
     ]
-    return "\n".join(lines + [f"note: {warning}" for warning in warnings])
+    return "\n".join(lines)
+
+
+def time_taken(parts: Sequence[Part]) -> str:
+    """Seconds of a run and of its step, for people."""
+    seconds = [second for part in parts for second in part.record.seconds]
+    steady = seconds[1:] or seconds  # the first step also loads the model
+    return f"{sum(seconds):.1f} s, {sum(steady) / len(steady):.2f} s per step"
+
+
+def memory_taken(parts: Sequence[Part]) -> list[str]:
+    """What each model took, for people."""
+    if len(parts) == 1:
+        return [parts[0].memory]
+    return [f"{_expert(part, True)}: {part.memory}" for part in parts]
 
 
 def _model(part: Part) -> str:
@@ -66,19 +82,26 @@ def _model(part: Part) -> str:
     return f"{config.kind}, {config.num_layers} blocks, width {config.dim}"
 
 
-def _of_part(part: Part, is_expert: bool) -> Iterable[str]:
+def _expert(part: Part, experts: bool) -> str:
+    """Which of two experts a part is; empty where there is one model."""
+    if not experts:
+        return ""
+    run = part.run
+    is_second = run.own_steps.start or run.timesteps[0] < 1000 * part.job.boundary
+    return "low-noise expert" if is_second else "high-noise expert"
+
+
+def _of_part(part: Part, expert: str) -> Iterable[str]:
     job, run, own = part.job, part.run, part.run.own_steps
-    if is_expert:
-        name = "low-noise" if own.start or run.timesteps[0] < 1000 * job.boundary else "high-noise"
-        second = job.low_noise_guidance_scale if name == "low-noise" else None
+    if expert:
+        second = job.low_noise_guidance_scale if expert.startswith("low") else None
         scale = job.guidance_scale if second is None else second
-        yield f"{name} expert: {_model(part)}, steps {own.start + 1} to {own.stop}, guidance {scale:g}"
+        yield f"{expert}: {_model(part)}, steps {own.start + 1} to {own.stop}, guidance {scale:g}"
     yield f"passes: {_passes(part.record.passes)}"
     if devices := part.record.devices:
         yield "devices: " + ", ".join(f"{name} on {device}" for name, device in sorted(devices.items()))
     for option in job.active(run):
         yield from option.report(run, part.record)
-    yield f"memory: {part.memory}"
 
 
 def _numbers(values: Iterable[float], spec: str) -> str:

@@ -25,7 +25,7 @@ from . import checks
 from .kept_latent import SAMPLING_SECONDS, kept_until_done
 from .load import CATEGORY
 from .named import named
-from .report import Part, sampling_report
+from .report import Part, memory_taken, sampling_report, time_taken
 from .sampler_inputs import (
     Group,
     check_names,
@@ -172,6 +172,10 @@ class Wan21Sampler(io.ComfyNode):
                     samples, record = host.run_sampling(one.model, one, latent, seed, walk.run_of(one))
                 parts.append(Part(one.job, one.run, record, f"{one.memory}; {memory.said}"))
         checks.check_finite(samples)
+        if walk.progress is not None and prepared[0].job.sigmas[-1] == 0:
+            walk.progress.finished(prepared[0].model.model.process_latent_in(samples))
+        for sentence in (time_taken(parts), *memory_taken(parts)):
+            host.tell(sentence)
         report = sampling_report(parts, seed, prepared[0].has_guide, walk.notes)
         job = prepared[0].job
         earlier = 0 if job.starts_from_noise else latent.get(SAMPLING_SECONDS, 0)  # what this one refined
@@ -192,6 +196,7 @@ class Walk:
         self.prepared = prepared
         self.notes: list[str] = []
         self.sampling: Sampling | None = None
+        self.progress: host.StepProgress | None = None
 
     def note(self, sentence: str) -> None:
         """Takes a sentence for the report, and says it at once."""
@@ -217,10 +222,10 @@ class Walk:
         def run(denoiser, noise, start, kept):
             job, model = prepared.job, prepared.model
             if self.sampling is None:
-                on_step = host.StepProgress(model, prepared.run.steps)
+                self.progress = host.StepProgress(model, prepared.run.steps)
                 levels = [job.first_sigma, *job.sigmas[1:]]
                 fresh = host.fresh_noise(job.solver, noise, levels, self.seed)
-                self.sampling = Sampling(job, noise, start, on_step, fresh)
+                self.sampling = Sampling(job, noise, start, self.progress, fresh)
             within_memory = WithinMemory(denoiser, prepared.plans, denoiser.make_room, self.note)
             inner = FiniteOrExact(within_memory, prepared.exact_attention, self.note)
             try:

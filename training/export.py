@@ -6,7 +6,9 @@ import subprocess
 import torch
 from lib.pack import ROOT
 from safetensors.torch import save_file
+from wan21.wan.config import PREVIEW_COLOURS
 
+from .preview_colours import measure
 from .progress import Stage
 from .train_dit import averaged_model
 from .train_lora import trained_lora
@@ -49,18 +51,21 @@ def export(work, models, vae_schedule):
     """
     model = averaged_model(Stage(work, "dit"))
     tokenizer = torch.frombuffer(bytearray(model.text.tokenizer), dtype=torch.uint8)
+    vae = load_vae(work, vae_schedule)
     tensors = {
         "dit": model.dit.state_dict(),
-        "vae": load_vae(work, vae_schedule).state_dict(),
+        "vae": vae.state_dict(),
         "text": model.text.t5.state_dict() | {"spiece_model": tokenizer},
         "lora": trained_lora(Stage(work, "lora"), model),
     }
     seconds = {path.stem: seconds_of(work, path.stem) for path in sorted(work.glob("*.pt"))}
     tensors = {part: stored(named) for part, named in tensors.items()}  # all of them, before any is written
+    told = {part: metadata(part, seconds) for part in FILES}
+    told["dit"][PREVIEW_COLOURS] = json.dumps(measure(vae)[0])
     paths = {part: models / name for part, name in FILES.items()}
     for part, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors[part], path, metadata=metadata(part, seconds))
+        save_file(tensors[part], path, metadata=told[part])
     check_sizes(paths)
     return paths
 

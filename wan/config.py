@@ -17,6 +17,7 @@ LATENT_CHANNELS = 16
 MASK_CHANNELS = 4
 CLIP_TOKENS = 257
 VAE_STRIDE = (4, 8, 8)
+PREVIEW_COLOURS = "latent_rgb_factors"  # key in a checkpoint's metadata
 
 
 @dataclass(frozen=True)
@@ -163,3 +164,35 @@ def _stored_heads(metadata: Mapping[str, str]) -> int | None:
         raise Refusal(f"num_heads in its metadata is a {type(heads).__name__}, not a whole number", AGAIN)
     check_sides({"num_heads": heads})
     return heads
+
+
+def preview_colours(metadata: Mapping[str, str]) -> tuple[list[list[float]], list[float]] | None:
+    """The colour of each latent channel, of a model whose VAE is not Wan2.1's; None where it is.
+
+    Returns:
+        (16 times [r, g, b], [r, g, b] to add), for normalised latents and pixels in [-1, 1].
+
+    Raises:
+        Refusal: the metadata holds something else there.
+    """
+    if PREVIEW_COLOURS not in metadata:
+        return None
+    table = json_table(metadata[PREVIEW_COLOURS], f"`{PREVIEW_COLOURS}` in its metadata")
+    factors, bias = table.get("factors"), table.get("bias")
+    rows = factors if isinstance(factors, list) else []
+    if len(rows) != LATENT_CHANNELS or not all(map(_is_colour, [*rows, bias])):
+        raise Refusal(
+            f"`{PREVIEW_COLOURS}` in its metadata must be {LATENT_CHANNELS} rows of 3 numbers as `factors` "
+            "and one as `bias`",
+            AGAIN,
+        )
+    assert isinstance(bias, list)
+    return rows, bias
+
+
+def _is_colour(row: object) -> bool:
+    return isinstance(row, list) and len(row) == 3 and all(_is_number(value) for value in row)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e3

@@ -1,13 +1,22 @@
 """Previews by TAEHV, Wan2.1's tiny decoder, from the host's vae_approx folder."""
 
+import json
+
+import comfy.latent_formats
 import comfy.taesd.taehv
 import folder_paths
 import latent_preview
 import numpy as np
 import pytest
 import torch
+from helpers import relative
+from lib import bundled
+from PIL import Image
 from safetensors.torch import save_file
 from wan21 import host
+from wan21.wan.refusal import Refusal
+
+PICTURE = Image.new("RGB", (8, 8))
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +29,14 @@ def taehv():
         parameter.data = (noise / parameter[0].numel() ** 0.5).half().float()
     model.decoder[22].bias.data += 0.5  # mid-grey
     return model
+
+
+@pytest.fixture
+def colours():
+    """A colour for each latent pixel, as the host previews by default."""
+    latent_preview.set_preview_method("latent2rgb")
+    yield
+    latent_preview.set_preview_method("default")
 
 
 @pytest.fixture
@@ -82,3 +99,50 @@ def test_a_broken_tiny_decoder_does_not_cost_the_run(models, prompts, sample, ca
     with caplog.at_level("INFO"):
         sample(models["t2v"], *prompts, {"samples": torch.zeros(1, 16, 2, 4, 4)})
     assert "makes no previews in this run" in caplog.text
+
+
+def test_a_model_of_another_vae_shows_its_own_colours(models, tmp_path, colours):
+    """As its file tells them; Wan2.1's otherwise."""
+    factors = torch.randn(16, 3, generator=torch.Generator().manual_seed(2)).tolist()
+    told = {"latent_rgb_factors": json.dumps({"factors": factors, "bias": [0.1, 0.0, -0.1]})}
+    model = saved_again(models["t2v"], tmp_path / "own.safetensors", told)
+    x0 = torch.randn(1, 16, 1, 4, 6, generator=torch.Generator().manual_seed(3)) / 8
+    expected = x0[0, :, 0].movedim(0, -1) @ torch.tensor(factors) + torch.tensor([0.1, 0.0, -0.1])
+    strip = np.asarray(host.StepProgress(model, 3).strip(x0)).astype(float)
+    assert np.abs(strip - ((expected + 1) / 2).clamp(0, 1).numpy() * 255).max() < 1.5
+    other = np.asarray(host.StepProgress(models["t2v"], 3).strip(x0)).astype(float)
+    assert np.abs(strip - other).max() > 20
+
+
+@pytest.mark.parametrize("told", ["[]", "{}", '{"factors": [[1, 2, NaN]], "bias": []}', "[" * 99999])
+def test_colours_that_are_none_are_refused_by_name(models, tmp_path, told):
+    with pytest.raises(Refusal, match=r"latent_rgb_factors.*in its metadata"):
+        saved_again(models["t2v"], tmp_path / "own.safetensors", {"latent_rgb_factors": told})
+
+
+def saved_again(model, path, metadata):
+    save_file(model.model.diffusion_model.state_dict(), path, metadata=metadata)
+    return host.load_model(path)
+
+
+def test_the_bundled_model_shows_what_its_vae_decodes(colours):
+    vae = host.load_vae(bundled.MODELS / "vae" / bundled.VAE)
+    model = host.load_model(bundled.MODELS / "diffusion_models" / bundled.MODEL)
+    rows = torch.linspace(0, 1, 64)
+    picture = torch.stack((rows[:, None].expand(64, 64), rows.expand(64, 64), torch.full((64, 64), 0.5)), -1)
+    x0 = model.model.process_latent_in(vae.encode(picture[None]))
+    strip = torch.tensor(np.asarray(host.StepProgress(model, 1).strip(x0))) / 255
+    error = (strip - picture.unflatten(0, (8, 8)).unflatten(2, (8, 8)).mean((1, 3))).abs().mean()
+    model.model.latent_format = comfy.latent_formats.Wan21()
+    theirs = torch.tensor(np.asarray(host.StepProgress(model, 1).strip(x0))) / 255
+    assert error < 0.08 < (theirs - strip).abs().mean()
+
+
+def test_the_last_preview_is_of_the_finished_latent(models, prompts, sample, monkeypatch, colours):
+    """A mask, a leftover noise or a guide frame makes another latent of the last step's estimate."""
+    seen = []
+    monkeypatch.setattr("wan21.host.progress.StepProgress.strip", lambda self, x0: seen.append(x0) or PICTURE)
+    job = (models["t2v"], *prompts, {"samples": torch.zeros(1, 16, 2, 4, 4)})
+    done = sample(*job, steps=3)[0]["samples"]
+    assert len(seen) == 4
+    assert relative(models["t2v"].model.process_latent_out(seen[-1]), done) < 1e-6

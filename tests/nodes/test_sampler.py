@@ -260,7 +260,12 @@ def test_progress_and_preview_strip(t2v_job, sample, monkeypatch):
     )
     monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
     sample(*t2v_job)
-    assert [(value, total) for value, total, _ in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert [(value, total) for value, total, _ in seen] == [
+        (1, 3),
+        (2, 3),
+        (3, 3),
+        (3, 3),
+    ]  # the last of the result
     kind, image, _ = seen[0][2]
     assert kind == "JPEG" and image.size == (2 * 6, 4)  # both latent frames side by side
 

@@ -45,7 +45,7 @@ def test_sentences_of_nodes_are_lines_once_each(api, job):
     api.do(api.host.step, prompt_id, 1)
     say(api, prompt_id, "Sampler", "goes on  in halves")
     say(api, prompt_id, "Sampler", "goes on  in halves\nkeeps the latent")
-    say(api, prompt_id, "Decode", "Wan21VAEDecode: decodes whole frames")
+    say(api, prompt_id, "Decode", "Wan21VAEDecode: decodes tiles of 64 pixels")
     api.do(
         api.host.tell, "progress_text", {"prompt_id": prompt_id, "node": "999", "text": "of another graph"}
     )
@@ -53,7 +53,7 @@ def test_sentences_of_nodes_are_lines_once_each(api, job):
     assert told == [
         "Wan21Sampler: goes on in halves",
         "Wan21Sampler: keeps the latent",
-        "Wan21VAEDecode: decodes whole frames",
+        "Wan21VAEDecode: decodes tiles of 64 pixels",
     ]
 
 
