@@ -1,4 +1,4 @@
-"""Turn a still image into `demo.mp4` through a real ComfyUI, with `workflows/api/i2v.json`.
+"""Turn a still image into `demo.mp4` through a real ComfyUI, with `workflows/api/Wan2.1 image to video.json`.
 
 Every option is also read from the environment variable of the same name in capitals, which is how
 `make demo IMAGE=cat.jpg PROMPT="zoom in"` passes it on.
@@ -18,7 +18,7 @@ from lib.contact_sheet import contact_sheet, read_frames
 from lib.host_server import HostServer
 from lib.pack import ROOT, comfyui_path
 
-WORKFLOW = ROOT / "workflows" / "api" / "i2v.json"
+WORKFLOW = ROOT / "workflows" / "api" / "Wan2.1 image to video.json"
 WORK_FOLDER = ROOT / "build" / "demo"
 VIDEO = ROOT / "demo.mp4"
 SHEET = ROOT / "demo.jpg"

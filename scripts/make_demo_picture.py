@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from wan21.training import data  # noqa: E402
 from wan21.training.host import Host, to_picture  # noqa: E402
 
+GRAPH = "Wan2.1 - quick start"
 SIZE = (17, 128, 128)  # frames, height, width
 SEED = data.HELD_OUT + 6 * 10**6
 SHOWN = (0, 4, 8, 12, 16)
@@ -24,14 +25,17 @@ OBJECT_PROMPTS = ("a red circle moves left", "a red circle moves up")
 
 
 def main():
-    """Run the graph `quick_start` for each row."""
+    """Run the graph `Wan2.1 - quick start` for each row."""
     scene = data.images(SEED, 1, *SIZE[1:])[0]
     thing = data.clips(SEED + 1, 1, *SIZE, motions=[OBJECT])[0][0, :, SIZE[0] // 2]
     jobs = [(scene, prompt) for prompt in PROMPTS] + [(thing, prompt) for prompt in OBJECT_PROMPTS]
     with tempfile.TemporaryDirectory() as folder, HostServer(Path(folder)) as server:
         host = Host(server)
         rows = [
-            (prompt, host.frames(host.graph("quick_start", prompt, SIZE, 0, Start_image=(image + 1) / 2)))
+            (
+                prompt,
+                host.frames(host.graph(GRAPH, prompt, SIZE, 0, Start_image=(image + 1) / 2)),
+            )
             for image, prompt in jobs
         ]
     sheet(rows).save(pack.ROOT / "docs" / "demo.jpg", quality=90)

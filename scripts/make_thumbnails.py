@@ -29,14 +29,14 @@ STEPS = 20
 SAMPLING = {"guidance_scale": 3, "flow_shift": 3}  # what suits the bundled checkpoint
 PROMPT = "pan left"
 PROMPTS = {  # graph -> title -> text
-    "t2v": {"Positive prompt": "a red circle moves right"},
-    "long_video": {"Positive prompt": "rotate clockwise"},
-    "fast": {"Positive prompt": "zoom in"},
-    "four_steps": {"Positive prompt": "pan right"},
-    "quick_start_four_steps": {"Positive prompt": "zoom in"},
-    "wan22_i2v": {"Positive prompt": "zoom out"},
-    "wan22_four_steps": {"Positive prompt": "pan up"},
-    "segments": {
+    "Wan2.1 text to video": {"Positive prompt": "a red circle moves right"},
+    "Wan2.1 long video RIFLEx": {"Positive prompt": "rotate clockwise"},
+    "Wan2.1 image to video TeaCache": {"Positive prompt": "zoom in"},
+    "Wan2.1 image to video 4 steps": {"Positive prompt": "pan right"},
+    "Wan2.1 - quick start 4 steps": {"Positive prompt": "zoom in"},
+    "Wan2.2 image to video": {"Positive prompt": "zoom out"},
+    "Wan2.2 image to video 4 steps": {"Positive prompt": "pan up"},
+    "Wan2.1 long video in segments": {
         "Positive prompt": "pan left",
         "Positive prompt 2": "zoom in",
         "Positive prompt 3": "rotate clockwise",

@@ -61,7 +61,7 @@ class JobGraph:
 
 def load_workflow(end_image: bool) -> Graph:
     """The graph to fill in, for a start image alone or with an end image."""
-    name = "first_last_frame.json" if end_image else "i2v.json"
+    name = "Wan2.1 first and last frame.json" if end_image else "Wan2.1 image to video.json"
     return json.loads((WORKFLOWS / name).read_text(encoding="utf-8"))
 
 

@@ -61,7 +61,7 @@ def sheet(name, videos):
 def measure_time(host, cases):
     """The whole graph with its video file, on a server that has loaded nothing yet."""
     size = (17, 96, 96)
-    graph = host.graph("quick_start", "pan left", size, 0, Start_image=pictures(0, 1, size)[0])
+    graph = host.graph("Wan2.1 - quick start", "pan left", size, 0, Start_image=pictures(0, 1, size)[0])
     seconds = []
     for seed in (0, 1):
         started = time.perf_counter()
@@ -113,7 +113,7 @@ def camera_videos(host, size, count, wording):
     for case in range(count):
         image, name = images[case // len(data.CAMERA)], data.CAMERA[case % len(data.CAMERA)]
         prompt = wording(data.Motion("camera", name))
-        video = host.frames(host.graph("quick_start", prompt, size, case, Start_image=image))
+        video = host.frames(host.graph("Wan2.1 - quick start", prompt, size, case, Start_image=image))
         result.append((image, name, video))
     return result
 
@@ -168,7 +168,7 @@ def measure_object(host, cases):
     ]
     clips, _ = held_out(3000, len(motions), size, motions)
     videos = [
-        host.frames(host.graph("quick_start", captions.canonical(m), size, i, Start_image=clip[0]))
+        host.frames(host.graph("Wan2.1 - quick start", captions.canonical(m), size, i, Start_image=clip[0]))
         for i, (m, clip) in enumerate(zip(motions, clips))
     ]
     sheet("object", videos)
@@ -181,7 +181,7 @@ def measure_object(host, cases):
         image = held_out(4000 + i, 1, size, [middle])[0][0, 8]
         for way in data.DIRECTIONS:
             prompt = captions.canonical(data.Motion("object", "move", m.colour, m.shape, way))
-            kept.append(host.frames(host.graph("quick_start", prompt, size, i, Start_image=image)))
+            kept.append(host.frames(host.graph("Wan2.1 - quick start", prompt, size, i, Start_image=image)))
             found.append(metrics.object_direction(kept[-1], m.colour))
             told.append(way)
     sheet("object_four_ways", kept)
@@ -205,7 +205,9 @@ def measure_end(host, cases):
         values, reached, videos = [], [], []
         for i, (clip, motion) in enumerate(zip(clips, motions)):
             prompt = captions.canonical(motion)
-            graph = host.graph("first_last_frame", prompt, size, i, Start_image=clip[0], End_image=clip[-1])
+            graph = host.graph(
+                "Wan2.1 first and last frame", prompt, size, i, Start_image=clip[0], End_image=clip[-1]
+            )
             graph = fill(graph, "Image to video", add_frames_for_end_image=alone)
             videos.append(host.frames(graph))
             values.append(metrics.psnr(clip[-1], videos[-1][-1]))
@@ -239,7 +241,9 @@ def measure_lora(host, cases):
     size = (17, 64, 64)
     ratios, equal, videos = [], True, []
     for i, image in enumerate(pictures(6000, 3, size)):
-        graph = host.graph("quick_start", ("pan left", "zoom in", "still")[i], size, i, Start_image=image)
+        graph = host.graph(
+            "Wan2.1 - quick start", ("pan left", "zoom in", "still")[i], size, i, Start_image=image
+        )
         plain = host.frames(graph)
         strong, none = (host.frames(with_lora(graph, strength)) for strength in (1.0, 0.0))
         ratios.append(metrics.saturation(strong[-1]) / metrics.saturation(plain[-1]))

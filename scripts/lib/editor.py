@@ -24,6 +24,8 @@ BROWSER_ARGS = [
 ]
 # A fresh user folder would open the template browser over the page.
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en"}
+NODES_2 = {"Comfy.VueNodes.Enabled": True}  # the renderer of new Desktop and Cloud installations
+CLASSIC = {"Comfy.VueNodes.Enabled": False}
 VIEWPORT = {"width": 1920, "height": 1080}
 TIMEOUT_MS = 120_000  # of any wait for the page: only a failure takes so long, or a busy machine
 # After the extensions' own set-up, which goes on after the graph is there.
@@ -36,19 +38,20 @@ def find_browser():
 
 
 @contextmanager
-def open_editor(url, watch=None):
+def open_editor(url, watch=None, settings=CLASSIC):
     """Open the editor of the server at `url` and yield its page.
 
     Args:
         url: address of the server.
         watch: called with the page before it loads, to listen to what happens there.
+        settings: of the editor's user.
     """
     from playwright.sync_api import sync_playwright
 
     browser_path = find_browser()
     if browser_path is None:
         raise RuntimeError(f"No browser: none of {', '.join(BROWSERS)} is installed.")
-    ComfyClient(url).post("/settings", SETTINGS)
+    ComfyClient(url).post("/settings", SETTINGS | settings)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=BROWSER_ARGS)
         try:

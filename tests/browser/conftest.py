@@ -1,7 +1,7 @@
 """One page of the running server's editor in a real Chromium."""
 
 import pytest
-from lib.editor import BROWSERS, find_browser, open_editor
+from lib.editor import BROWSERS, CLASSIC, NODES_2, find_browser, open_editor
 from lib.pack import comfyui_path
 
 
@@ -11,9 +11,15 @@ def complaints():
     return []
 
 
+@pytest.fixture(scope="module", params=["classic", "nodes 2.0"])
+def renderer(request):
+    """Of the editor: that of local installations, and that of new Desktop and Cloud ones."""
+    return request.param
+
+
 # Not for the session: while Playwright runs, other tests could not call asyncio.run.
 @pytest.fixture(scope="module")
-def page(server, complaints):
+def page(server, complaints, renderer):
     if find_browser() is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     server.client.upload_image(comfyui_path() / "input" / "example.png")
@@ -22,7 +28,7 @@ def page(server, complaints):
         page.on("pageerror", lambda error: complaints.append(f"{error}\n{error.stack}"))
         page.on("console", lambda message: complaints.extend(_complaint(message)))
 
-    with open_editor(server.url, watch) as page:
+    with open_editor(server.url, watch, CLASSIC if renderer == "classic" else NODES_2) as page:
         yield page
 
 

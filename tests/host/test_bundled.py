@@ -30,7 +30,7 @@ def picture():
 
 @pytest.fixture(scope="module")
 def panned(host, picture):
-    return host.frames(host.graph("quick_start", "pan left", SIZE, 1, Start_image=picture))
+    return host.frames(host.graph("Wan2.1 - quick start", "pan left", SIZE, 1, Start_image=picture))
 
 
 def eight_bits(pixels):
@@ -75,7 +75,7 @@ def test_first_frame_is_the_picture(host, picture, panned):
 def test_motion_follows_the_prompt_and_the_picture_stays(host, picture, panned):
     videos = {"pan left": panned}
     for seed, name in enumerate(("pan up", "zoom in", "rotate clockwise", "still")):
-        graph = host.graph("quick_start", name, SIZE, seed, Start_image=picture)
+        graph = host.graph("Wan2.1 - quick start", name, SIZE, seed, Start_image=picture)
         videos[name] = host.frames(graph)
     assert {name: metrics.camera_motion(picture, video) for name, video in videos.items()} == {
         name: name for name in videos
@@ -86,14 +86,16 @@ def test_motion_follows_the_prompt_and_the_picture_stays(host, picture, panned):
 
 def test_other_words_mean_the_same(host, picture):
     prompt = "The camera slowly moves to the LEFT."
-    video = host.frames(host.graph("quick_start", prompt, SIZE, 2, Start_image=picture))
+    video = host.frames(host.graph("Wan2.1 - quick start", prompt, SIZE, 2, Start_image=picture))
     assert metrics.camera_motion(picture, video) == "pan left"
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["last frame", "latent of its own"])
 def test_end_image_is_reached(host, alone):
     clip = eight_bits(data.clips(SEED, 1, *SIZE, motions=["zoom in"])[0])[0].movedim(1, 0)  # [F, 3, H, W]
-    graph = host.graph("first_last_frame", "zoom in", SIZE, 3, Start_image=clip[0], End_image=clip[-1])
+    graph = host.graph(
+        "Wan2.1 first and last frame", "zoom in", SIZE, 3, Start_image=clip[0], End_image=clip[-1]
+    )
     graph = fill(graph, "Image to video", add_frames_for_end_image=alone)
     video = host.frames(fill(graph, "Wan21Sampler", steps=20, guidance_scale=3, flow_shift=3))
     to_end, to_start = metrics.psnr(clip[-1], video[-1]), metrics.psnr(clip[0], video[-1])
@@ -102,7 +104,7 @@ def test_end_image_is_reached(host, alone):
 
 def test_lora_drains_the_colours_and_strength_zero_changes_nothing(host, picture, panned):
     def with_lora(strength):
-        graph = host.graph("quick_start", "pan left", SIZE, 1, Start_image=picture)
+        graph = host.graph("Wan2.1 - quick start", "pan left", SIZE, 1, Start_image=picture)
         graph = fill(graph, "Wan21Sampler", model=["lora", 0])
         inputs = {"model": [find_node(graph, "Wan21ModelLoader"), 0], "lora_name": bundled.COLOUR_LORA}
         inputs["strength_model"] = strength
@@ -121,8 +123,8 @@ def test_four_steps_with_their_lora_come_near_to_twenty(host, picture):
     with_shape = eight_bits(data.clips(SEED, 1, *SIZE, motions=[shape])[0])[0, :, 0]
     gained = []
     for prompt, image in (("pan left", picture), ("zoom in", picture), ("a red circle moves up", with_shape)):
-        full = host.frames(host.graph("quick_start", prompt, SIZE, 1, Start_image=image))
-        graph = host.graph("quick_start_four_steps", prompt, SIZE, 1, Start_image=image)
+        full = host.frames(host.graph("Wan2.1 - quick start", prompt, SIZE, 1, Start_image=image))
+        graph = host.graph("Wan2.1 - quick start 4 steps", prompt, SIZE, 1, Start_image=image)
         four = host.frames(graph)
         without_lora = host.frames(fill(graph, "Wan21LoraLoader", strength=0))
         gained.append(metrics.psnr(full, four) - metrics.psnr(full, without_lora))

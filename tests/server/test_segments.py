@@ -15,7 +15,9 @@ from wan21.server import fields
 from wan21.server.graph import build_graph, load_workflow
 from wan21.server.progress import JobProgress
 
-SEGMENTS = json.loads((ROOT / "workflows" / "api" / "segments.json").read_text(encoding="utf-8"))
+SEGMENTS = json.loads(
+    (ROOT / "workflows" / "api" / "Wan2.1 long video in segments.json").read_text(encoding="utf-8")
+)
 MORE = ["look up", "turn (round)"]
 FIELDS = dict.fromkeys(row.name for row in fields.FIELDS) | {
     "prompt": "pan left",
