@@ -1,7 +1,7 @@
-"""Run every workflow small on a real host, on a picture that a program drew: `workflows/<name>.jpg`.
+"""Run every workflow small on a real host, on pictures that a program drew: `workflows/<name>.jpg`.
 
-python scripts/make_thumbnails.py             # all of them
-python scripts/make_thumbnails.py i2v t2v     # these
+python scripts/make_thumbnails.py                           # all of them
+python scripts/make_thumbnails.py "Wan2.1 text to video"    # this one
 """
 
 import json
@@ -22,55 +22,78 @@ from wan21.training import data  # noqa: E402
 from wan21.training.host import to_picture  # noqa: E402
 
 WORKFLOWS = pack.ROOT / "workflows"
-SEED = data.HELD_OUT + 6 * 10**6 + 14  # a house before hills
+SCENES = data.HELD_OUT + 6 * 10**6
 SIZE = (128, 96)
 NUM_FRAMES = 17
 STEPS = 20
 SAMPLING = {"guidance_scale": 3, "flow_shift": 3}  # what suits the bundled checkpoint
-PROMPT = "pan left"
-PROMPTS = {  # graph -> title -> text
-    "Wan2.1 text to video": {"Positive prompt": "a red circle moves right"},
-    "Wan2.1 long video RIFLEx": {"Positive prompt": "rotate clockwise"},
-    "Wan2.1 image to video TeaCache": {"Positive prompt": "zoom in"},
-    "Wan2.1 image to video 4 steps": {"Positive prompt": "pan right"},
-    "Wan2.1 - quick start 4 steps": {"Positive prompt": "zoom in"},
-    "Wan2.2 image to video": {"Positive prompt": "zoom out"},
-    "Wan2.2 image to video 4 steps": {"Positive prompt": "pan up"},
-    "Wan2.1 long video in segments": {
-        "Positive prompt": "pan left",
-        "Positive prompt 2": "zoom in",
-        "Positive prompt 3": "rotate clockwise",
-    },
+SHOWN = {  # graph -> (scene, prompts of its segments)
+    "Wan2.1 - quick start": (14, "pan left"),
+    "Wan2.1 - quick start (app)": (39, "zoom in"),
+    "Wan2.1 - quick start 4 steps": (24, "zoom in"),
+    "Wan2.1 image to video": (10, "pan right"),
+    "Wan2.1 image to video (app)": (17, "a purple triangle moves right"),
+    "Wan2.1 image to video 4 steps": (19, "zoom in"),
+    "Wan2.1 image to video TeaCache": (33, "zoom out"),
+    "Wan2.1 image to video low memory": (12, "pan left"),
+    "Wan2.1 image to video upscaled": (21, "zoom in"),
+    "Wan2.1 long video RIFLEx": (5, "rotate clockwise"),
+    "Wan2.1 long video in segments": (35, "pan left", "zoom in", "rotate clockwise"),
+    "Wan2.1 first and last frame": (14, "pan right"),
+    "Wan2.1 text to video": (0, "a yellow square moves right"),
+    "Wan2.1 video to video": (24, "pan right"),
+    "Wan2.2 image to video": (20, "pan up"),
+    "Wan2.2 image to video 4 steps": (29, "a black circle moves up"),
+    "Wan2.2 text to video": (0, "a green circle moves left"),
 }
-PICTURES = 9
+SEEDS = {"Wan2.1 text to video": 3, "Wan2.2 text to video": 5}
+DENOISE = {"Wan2.1 video to video": 0.4}
+PICTURES = 4
 WIDTH = 512
 
 
 def main():
     """Write the thumbnails of the workflows named on the command line, or of all."""
-    names = sys.argv[1:] or sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
+    names = sys.argv[1:] or sorted(path.stem for path in WORKFLOWS.glob("*.json"))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         with HostServer(folder) as server:
-            picture = folder / "picture.png"
-            width, height = SIZE
-            to_picture((data.images(SEED, 1, height, width)[0] + 1) / 2).save(picture)
-            image = server.client.upload_image(picture)
-            video = server.client.upload_image(panning_clip(picture, SIZE, NUM_FRAMES, 16), name="clip.mp4")
             for name in names:
-                graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
-                samplers = [n["inputs"] for n in graph.values() if n["class_type"] == "Wan21Sampler"]
-                is_distilled = all(inputs["guidance_scale"] == 1 for inputs in samplers)
-                steps = samplers[0]["steps"] if is_distilled else STEPS
-                small = small_graph(graph, SIZE, NUM_FRAMES, steps, image, video)
-                for title, prompt in PROMPTS.get(name, {"Positive prompt": PROMPT}).items():
-                    small = fill(small, title, text=prompt)
-                for node in small.values():
-                    if node["class_type"] == "Wan21Sampler" and not is_distilled:
-                        node["inputs"].update(SAMPLING)
                 clip = folder / f"{name}.mp4"
-                clip.write_bytes(_run(server.client, small))
+                clip.write_bytes(_run(server.client, _graph(name, folder, server.client)))
                 _thumbnail(clip).save(WORKFLOWS / f"{name}.jpg", quality=85)
+
+
+def _graph(name, folder, client):
+    """The graph `name` on its scene, small."""
+    source = WORKFLOWS / "api" / f"{name.removesuffix(' (app)')}.json"
+    graph = json.loads(source.read_text(encoding="utf-8"))
+    scene, *prompts = SHOWN[name]
+    picture, (width, height) = folder / f"scene-{scene}.png", SIZE
+    to_picture((data.images(SCENES + scene, 1, height, width)[0] + 1) / 2).save(picture)
+    panned = panning_clip(picture, SIZE, NUM_FRAMES, 16)
+    image = client.upload_image(picture)
+    video = client.upload_image(panned, name=f"clip-{scene}.mp4")
+    samplers = [node["inputs"] for node in graph.values() if node["class_type"] == "Wan21Sampler"]
+    is_distilled = all(inputs["guidance_scale"] == 1 for inputs in samplers)
+    small = small_graph(
+        graph, SIZE, NUM_FRAMES, samplers[0]["steps"] if is_distilled else STEPS, image, video
+    )
+    for number, prompt in enumerate(prompts, 1):
+        small = fill(small, "Positive prompt" if number == 1 else f"Positive prompt {number}", text=prompt)
+    if any(node["_meta"]["title"] == "End image" for node in small.values()):
+        (folder / "end.mp4").write_bytes(panned)
+        start, *_, end = read_frames(folder / "end.mp4")
+        start.save(folder / "start.png")
+        end.save(folder / "end.png")
+        small = fill(small, "Start image", image=client.upload_image(folder / "start.png"))
+        small = fill(small, "End image", image=client.upload_image(folder / "end.png"))
+    for node in small.values():
+        if node["class_type"] == "Wan21Sampler":
+            node["inputs"] |= {} if is_distilled else SAMPLING
+            node["inputs"]["seed"] = SEEDS.get(name, 0)
+            node["inputs"]["denoise"] = DENOISE.get(name, node["inputs"]["denoise"])
+    return small
 
 
 def _run(client, graph):

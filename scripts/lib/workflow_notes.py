@@ -31,7 +31,7 @@ NOTES = {
         "For real pictures open the graph **Wan2.1 image to video**, whose note names the files to download.",
     ),
     "Wan2.1 - quick start 4 steps": (
-        "# Quick start in 4 steps\nThe graph **Wan2.1 - quick start** with a LoRA that was distilled from the same "
+        "# Quick start in 4 steps\nThe graph **Wan2.1 - quick start** with a LoRA distilled from the same "
         "small model: 4 passes through the model in place of 40. Press **Run**.",
         "**Sampler**: 4 steps, guidance 1, shift 5 and euler are what the LoRA was trained on. At guidance 1 "
         "the negative prompt is not read.",
