@@ -90,7 +90,7 @@ BLUEPRINTS = {
         COMMON + CLIP_VISION,
         "A still image and a prompt become a video with Wan2.1: loaders, sampler and decode in one node.",
     ),
-    "Wan2.1 First and Last Frame to Video": (
+    "Wan2.1 First-Last-Frame to Video": (
         "Wan2.1 first and last frame",
         COMMON + CLIP_VISION,
         "The video that leads from a first to a last image with Wan2.1, in one node.",

@@ -258,7 +258,7 @@ def test_template_browser_shows_finds_and_opens_our_workflows(page, server):
 
 BLUEPRINT_OF = {
     "Wan2.1 Image to Video": "Wan2.1 image to video",
-    "Wan2.1 First and Last Frame to Video": "Wan2.1 first and last frame",
+    "Wan2.1 First-Last-Frame to Video": "Wan2.1 first and last frame",
     "Wan2.1 Image to Video 4 Steps": "Wan2.1 image to video 4 steps",
 }
 
@@ -270,8 +270,9 @@ def test_every_blueprint_has_its_graph():
 @pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
 def test_a_blueprint_is_one_node_of_the_node_search(path, page):
     """Its name is typed, and what comes is the graph without images and file, with its values."""
+    page.evaluate("() => app.loadGraphData()")
     page.evaluate("() => app.graph.clear()")
-    page.mouse.dblclick(900, 500)
+    page.mouse.dblclick(400, 850)  # an empty place
     page.wait_for_timeout(DRAWN_MS)
     page.keyboard.type(path.stem, delay=20)
     page.wait_for_timeout(DRAWN_MS)
