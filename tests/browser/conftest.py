@@ -11,15 +11,15 @@ def complaints():
     return []
 
 
-@pytest.fixture(scope="module", params=["classic", "nodes 2.0"])
-def renderer(request):
-    """Of the editor: that of local installations, and that of new Desktop and Cloud ones."""
-    return request.param
+@pytest.fixture(scope="module")
+def drawn_by():
+    """The editor's renderer: "classic", that of local installations, or "nodes 2.0"."""
+    return "classic"
 
 
 # Not for the session: while Playwright runs, other tests could not call asyncio.run.
 @pytest.fixture(scope="module")
-def page(server, complaints, renderer):
+def page(server, complaints, drawn_by):
     if find_browser() is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     server.client.upload_image(comfyui_path() / "input" / "example.png")
@@ -28,7 +28,7 @@ def page(server, complaints, renderer):
         page.on("pageerror", lambda error: complaints.append(f"{error}\n{error.stack}"))
         page.on("console", lambda message: complaints.extend(_complaint(message)))
 
-    with open_editor(server.url, watch, CLASSIC if renderer == "classic" else NODES_2) as page:
+    with open_editor(server.url, watch, CLASSIC if drawn_by == "classic" else NODES_2) as page:
         yield page
 
 

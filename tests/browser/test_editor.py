@@ -73,6 +73,11 @@ RUN = """async () => {
 }"""
 
 
+@pytest.fixture(scope="module", params=["classic", "nodes 2.0"])
+def drawn_by(request):
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def no_complaint_about_us(complaints):
     complaints.clear()
@@ -147,14 +152,14 @@ def test_an_app_is_its_graph_with_a_form(path):
 
 
 @each_workflow
-def test_nodes_lie_apart_in_their_groups_and_are_read(path, page, renderer):
+def test_nodes_lie_apart_in_their_groups_and_are_read(path, page, drawn_by):
     """Opened on a laptop: nothing over another or out of its group, bars included, and text is drawn."""
     page.set_viewport_size(LAPTOP)
     try:
         load_graph(page, read(path))
-        page.wait_for_timeout(DRAWN_MS if renderer == "nodes 2.0" else 0)
+        page.wait_for_timeout(DRAWN_MS if drawn_by == "nodes 2.0" else 0)
         assert page.evaluate(FIT) >= LEAST_ZOOM
-        boxes = boxes_of(page, renderer)
+        boxes = boxes_of(page, drawn_by)
         assert overlapping(boxes) == []
         groups = {group["title"]: group["bounding"] for group in read(path)["groups"]}
         for box in boxes:
@@ -164,9 +169,9 @@ def test_nodes_lie_apart_in_their_groups_and_are_read(path, page, renderer):
         page.set_viewport_size(VIEWPORT)
 
 
-def boxes_of(page, renderer):
+def boxes_of(page, drawn_by):
     """[title, left, top, width, height] of each node, title bar and the bars below it included."""
-    if renderer == "nodes 2.0":
+    if drawn_by == "nodes 2.0":
         boxes = page.evaluate(DRAWN)
     else:
         boxes = [
@@ -301,7 +306,7 @@ def test_editor_shows_help_page(node_id, page):
     page.get_by_role("heading", name=title.removeprefix("# "), level=1).wait_for()
 
 
-def test_graph_runs_from_the_editor(page, server, renderer):
+def test_graph_runs_from_the_editor(page, server, drawn_by):
     api = read(ROOT / "workflows" / "api" / I2V)
     small = small_graph(api, num_frames=4 * LATENT_FRAMES - 3)
     load_graph(page, read(ROOT / "workflows" / I2V))
@@ -317,7 +322,7 @@ def test_graph_runs_from_the_editor(page, server, renderer):
     assert {round(width / height) for width, height in previews} == {LATENT_FRAMES}, "not a strip of frames"
     assert [file.suffix for file in videos(server) - before] == [".mp4"]
     page.wait_for_timeout(DRAWN_MS)
-    assert overlapping(boxes_of(page, renderer)) == [], "with the preview and the video shown"
+    assert overlapping(boxes_of(page, drawn_by)) == [], "with the preview and the video shown"
     said = page.evaluate(SAID)
     assert "s per step" in said, "time and memory stand on the sampler"
 
