@@ -85,7 +85,7 @@ CLIP_VISION = (("CLIP vision", "clip_name", "CLIP vision"),)
 OUTSIDE = {"Start image", "End image", "Save video"}
 # Blueprint -> the graph it is made of, what stands on it, and its sentence in the node search.
 BLUEPRINTS = {
-    "Wan2.1 Image to Video": (
+    "Wan2.1 Image to Video Pipeline": (
         "Wan2.1 image to video",
         COMMON + CLIP_VISION,
         "A still image and a prompt become a video with Wan2.1: loaders, sampler and decode in one node.",

@@ -16,16 +16,15 @@ GROUPS = {
     "Images": [["Start image", "CLIP vision"], ["Start image features", "Image to video"]],
     "Size": [["Size and length"], ["Low-noise guidance"]],
     "Source": [["Source video"], ["Frames of the video", "First frames", "Resize"]],
-    "Sample": [["Encode", "Sampler", "Decode"]],
+    "Sample": [["Encode", "Sampler"]],
     "First segment": [["Decode 1", "Size of the clip"]],
     "More segments": [["Segment 2", "Segment 3"]],
-    "Video": [["More frames", "More pixels", "Create video", "Save video"]],
+    "Video": [["Decode", "More frames", "More pixels", "Create video", "Save video"]],
 }
 GROUPS_WITH_END_IMAGE = GROUPS | {
     "Load": [["Model", "VAE"], ["Text encoder", "CLIP vision"]],
     "Images": [["Start image", "Start image features"], ["End image", "End image features"]],
     "Sample": [["Image to video", "Sampler"]],
-    "Video": [["Decode", "Create video", "Save video"]],
 }
 COLUMNS = [
     [NOTE, "Prompt"],
@@ -41,9 +40,9 @@ WIDTH = 290
 WIDTHS = {NOTE: 400, "Positive prompt": 360, "Negative prompt": 360, "Save video": 300}
 # Least heights; a node is never lower than either renderer needs.
 HEIGHTS = {"Positive prompt": 120, "Negative prompt": 100, "Start image": 320, "End image": 320}
-HEIGHTS |= {"Source video": 320, "Save video": 320}
+HEIGHTS |= {"Source video": 320, "Save video": 300}
 # Room below the inputs for the preview and the words of a run.
-ROOM = {"Sampler": 100, "Size of the clip": 40, "Decode": 60, "Decode 1": 60}
+ROOM = {"Sampler": 200, "Size of the clip": 40}
 TITLE_HEIGHT = 30  # the bar above a node, and a group's own title
 GAP = 8
 FOOTER = 27  # below a node of Nodes 2.0: "Error", "Show advanced inputs"

@@ -19,11 +19,13 @@ def graph(server):
     image = server.client.upload_image(comfyui_path() / "input" / "example.png")
     api = json.loads((ROOT / "workflows" / "api" / "Wan2.1 image to video.json").read_text(encoding="utf-8"))
     small = small_graph(api, SIZE, NUM_FRAMES, image=image, video=None)
+    source = {"source": [find_node(small, "Wan21Sampler"), 1]}
+    small["report"] = {"class_type": "PreviewAny", "inputs": source, "_meta": {"title": "Report"}}
     return fill(small, "Wan21Sampler", steps=STEPS)
 
 
 def report_of(graph, job):
-    return job.outputs[find_node(graph, "Report")]["text"][0]
+    return job.outputs[find_node(graph, "PreviewAny")]["text"][0]
 
 
 def test_progress_and_previews_reach_the_client(client, graph):
@@ -35,7 +37,7 @@ def test_progress_and_previews_reach_the_client(client, graph):
         if kind == "progress_state" and sampler in data["nodes"]
     ]
     assert bars == sorted(bars) and {1, 2, 3} <= set(bars)
-    assert len(job.previews) == STEPS
+    assert len(job.previews) == STEPS + 1  # the last of what is finished
     strip = Image.open(io.BytesIO(job.previews[-1]))
     assert strip.format == "JPEG"
     assert strip.width / strip.height == pytest.approx(2 * SIZE[0] / SIZE[1], rel=0.05)  # two latent frames
