@@ -16,6 +16,9 @@ TIMEOUT_S = 90
 # What the host says when one of our nodes refuses a graph that is being queued.
 OUR_WORD = re.compile(r"^Wan21\w+ \(node [^)]*\): Custom validation failed", re.MULTILINE)
 
+# Of a run, not of a difference.
+FIGURES = re.compile(r"s per step$|GiB estimated beside")
+
 
 @dataclass
 class Outcome:
@@ -93,7 +96,7 @@ class Bench:
             self.server.stop()
             self._start()
             return Outcome(error=f"no end: {error}")
-        return Outcome(self._read(written), [text for _, text in job.texts])
+        return Outcome(self._read(written), _notes(job))
 
     def once(self, name, run):
         """The outcome that `run()` gives, run the first time that it is asked for by this name."""
@@ -119,5 +122,11 @@ def _failed(error, folder):
     kind = raised[-1]["exception_type"] if raised else ""
     ours = LINK_NAME in kind
     message = str(error) if ours else f"{kind.rpartition('.')[2]}: {error}"
-    notes = [text for _, text in error.job.texts]
+    notes = _notes(error.job)
     return Outcome(notes=notes, error=" ".join(message.replace(f"{folder}/", "").split()), refused=ours)
+
+
+def _notes(job):
+    """What nodes said, but for the time and the memory of a run."""
+    lines = [line for _, text in job.texts for line in text.splitlines()]
+    return [line for line in dict.fromkeys(lines) if not FIGURES.search(line)]
