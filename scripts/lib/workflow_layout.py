@@ -42,7 +42,7 @@ WIDTHS = {NOTE: 400, "Positive prompt": 360, "Negative prompt": 360, "Save video
 HEIGHTS = {"Positive prompt": 120, "Negative prompt": 100, "Start image": 320, "End image": 320}
 HEIGHTS |= {"Source video": 320, "Save video": 300}
 # Room below the inputs for the preview and the words of a run.
-ROOM = {"Sampler": 200, "Size of the clip": 40}
+ROOM = {"Sampler": 100, "Size of the clip": 40}
 TITLE_HEIGHT = 30  # the bar above a node, and a group's own title
 GAP = 8
 FOOTER = 27  # below a node of Nodes 2.0: "Error", "Show advanced inputs"

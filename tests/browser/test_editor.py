@@ -317,7 +317,9 @@ def test_graph_runs_from_the_editor(page, server, drawn_by):
     page.evaluate(APPLY, small)
     before = videos(server)
     assert not page.evaluate(RUN)
-    page.wait_for_function("window.seen.ended")
+    page.wait_for_function(
+        "window.seen.ended && window.seen.previews.length"
+    )  # decoded by the page in its time
     seen = page.evaluate("() => window.seen")
     assert seen["ended"][0] == "execution_success", seen["ended"][1]
     sampler = next(node_id for node_id, node in small.items() if node["class_type"] == "Wan21Sampler")
