@@ -1,4 +1,8 @@
-"""Model files as bytes, and what accidents and attackers do to them."""
+"""Model files in parts, and what accidents and attackers do to them.
+
+Strategies give parts, of which `raw` makes bytes: hypothesis keeps all that it has drawn, and parts share the
+bytes of the whole file.
+"""
 
 import json
 import math
@@ -19,6 +23,9 @@ class Safetensors:
     tensors: list[tuple[str, str, list[int], bytes]]
     metadata: dict[str, str] = field(default_factory=dict)
 
+    def __repr__(self):
+        return f"Safetensors({_listed(self.tensors)}, {self.metadata!r:.300})"
+
     @classmethod
     def of(cls, path):
         raw = path.read_bytes()
@@ -36,6 +43,10 @@ class Safetensors:
             entries.append(json.dumps(key) + ":" + json.dumps(entry))
         header = ("{" + ",".join(entries) + "}").encode()
         return len(header).to_bytes(8, "little") + header + b"".join(part[3] for part in self.tensors)
+
+
+def _listed(tensors):
+    return [(*parts, len(data)) for *parts, data in tensors]
 
 
 SHAPES = [
@@ -80,13 +91,10 @@ def changed_safetensors(draw, base):
         ):
             case "shape":
                 shape = draw(st.sampled_from([*SHAPES, shape[::-1], [*shape, 1], shape[1:], [0, *shape[1:]]]))
-                whole = all(isinstance(n, int) and 0 <= n < 2**20 for n in shape)
-                count = math.prod(shape) * SIZES.get(dtype, 1) if whole else len(data)
-                tensors[at] = key, dtype, shape, (data + bytes(min(count, 2**20)))[: min(count, 2**20)]
+                tensors[at] = key, dtype, shape, sized(data, shape, dtype)
             case "dtype":
                 dtype = draw(st.sampled_from(sorted(SIZES)))
-                size = math.prod(shape) * SIZES[dtype]
-                tensors[at] = key, dtype, shape, (data + bytes(size))[:size]
+                tensors[at] = key, dtype, shape, sized(data, shape, dtype)
             case "name":
                 number = draw(st.sampled_from(NUMBERS))
                 parts = key.split(".")
@@ -98,34 +106,57 @@ def changed_safetensors(draw, base):
             case "twice":
                 tensors.append(tensors[at])
             case "nan" if dtype in NAN:
-                tensors[at] = key, dtype, shape, NAN[dtype] * math.prod(shape)
+                tensors[at] = key, dtype, shape, NAN[dtype] * (len(data) // SIZES[dtype])
             case "extra":
                 name = draw(st.sampled_from(EXTRA))
                 tensors.append((name, *draw(st.sampled_from([("U8", [3], b"{}}"), ("F32", [], bytes(4))]))))
             case "metadata":
                 metadata[draw(st.sampled_from(NAMES))] = draw(st.sampled_from(TEXTS))
-    return Safetensors(tensors, metadata).raw()
+    return Safetensors(tensors, metadata)
+
+
+def sized(data, shape, dtype):
+    """As many bytes as a shape asks for, where that is a shape and at most 1 MB."""
+    whole = all(isinstance(n, int) and 0 <= n < 2**20 for n in shape)
+    count = min(math.prod(shape) * SIZES[dtype] if whole else len(data), 2**20)
+    return (data + bytes(count))[:count]
+
+
+@dataclass
+class Damage:
+    """The bytes of a file with some changed: (place, bytes taken out, bytes put in)."""
+
+    whole: bytes = field(repr=False)
+    changes: list[tuple[int, int, bytes]]
+
+    def raw(self):
+        data = bytearray(self.whole)
+        for at, out, put in self.changes:
+            data[at : at + out] = put
+        return bytes(data)
 
 
 @st.composite
 def damaged(draw, raw):
-    """The bytes of a file, damaged as by a disk or a broken download, mostly in the head."""
-    data = bytearray(raw)
+    """A file damaged as by a disk or a broken download, mostly in the head."""
+    changes, length = [], len(raw)
     for _ in range(draw(st.integers(1, 3))):
-        at = draw(st.integers(0, min(len(data), 4000) - 1) | st.integers(0, len(data) - 1))
-        match draw(st.sampled_from(["flip", "number", "cut", "zeros", "insert"])):
-            case "flip":
-                data[at] ^= draw(st.integers(1, 255))
+        at = draw(st.integers(0, min(length, 4000) - 1) | st.integers(0, length - 1))
+        match draw(st.sampled_from(["byte", "number", "cut", "zeros", "insert"])):
+            case "byte":
+                change = at, 1, bytes([draw(st.integers(0, 255))])
             case "number":
                 value = draw(st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1]))
-                data[at : at + 8] = struct.pack("<Q", value)
+                change = at, 8, struct.pack("<Q", value)
             case "cut":
-                del data[max(at, 1) :]
+                change = max(at, 1), length, b""
             case "zeros":
-                data[at : at + 64] = bytes(len(data[at : at + 64]))
+                change = at, 64, bytes(min(64, length - at))
             case "insert":
-                data[at:at] = draw(st.binary(min_size=1, max_size=9))
-    return bytes(data)
+                change = at, 0, draw(st.binary(min_size=1, max_size=9))
+        changes.append(change)
+        length = max(1, length - min(change[1], length - change[0]) + len(change[2]))
+    return Damage(raw, changes)
 
 
 @dataclass
@@ -136,6 +167,10 @@ class Gguf:
     tensors: list[tuple[str, list[int], int, bytes]]
     version: int = 3
     order: str = "<"
+
+    def __repr__(self):
+        values = [(key, value[:40]) for key, value in self.values]
+        return f"Gguf({values}, {_listed(self.tensors)}, {self.version}, {self.order!r})"
 
     @classmethod
     def made_of(cls, state_dict):
@@ -232,4 +267,4 @@ def changed_gguf(draw, base):
                 tensors[at] = name, shape, kind, data[: len(data) // 2]
             case "version":
                 version, order = draw(st.sampled_from([(1, "<"), (2, "<"), (3, ">"), (2**31, "<")]))
-    return Gguf(values, tensors, version, order).raw()
+    return Gguf(values, tensors, version, order)
