@@ -1,5 +1,6 @@
 """GGUF files are read with their shapes, and what is damaged is named."""
 
+import math
 import struct
 import sys
 import time
@@ -7,7 +8,10 @@ import time
 import gguf
 import numpy as np
 import pytest
+import torch
 from wan21.wan.files.gguf import dequantize, read_gguf
+from wan21.wan.files.umt5_gguf import read_umt5_gguf
+from wan21.wan.refusal import Refusal
 
 
 def write(path, tensors, orig_shapes=(), family="wan"):
@@ -47,6 +51,38 @@ def test_a_file_is_read_with_its_shapes(tmp_path):
     assert np.abs(unpacked["blocks.0.ffn.0.weight"].numpy() - weight).max() < 0.02
     assert np.array_equal(unpacked["blocks.0.ffn.0.bias"].numpy(), weight[0])
     assert np.array_equal(unpacked["patch_embedding.weight"].flatten().numpy(), conv.astype(np.float32))
+
+
+def test_blocks_may_lie_across_the_rows_of_a_shape_in_the_metadata(tmp_path):
+    numbers = np.random.default_rng(0).standard_normal((1, 160), dtype=np.float32)
+    packed = gguf.quants.quantize(numbers, gguf.GGMLQuantizationType.Q8_0)[0]  # 170 bytes
+    tensors = {"patch_embedding.weight": (packed, "Q8_0")}
+    path = write(tmp_path / "x.gguf", tensors, {"patch_embedding.weight": [4, 10, 1, 2, 2]})
+    found = read_gguf(path)["patch_embedding.weight"]
+    assert np.abs(dequantize(*found).numpy().reshape(1, -1) - numbers).max() < 0.02
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("tokens", [1, 2]), ("scores", ["a", "b"]), ("token_type", ["a", "b"]), ("eos_token_id", "one")]
+    + [("precompiled_charsmap", [0.5]), ("add_space_prefix", math.inf), ("tokens", 7), ("scores", [0.5])],
+)
+def test_a_tokenizer_of_other_types_is_damaged(tmp_path, key, value):
+    path = tmp_path / "umt5.gguf"
+    writer = gguf.GGUFWriter(str(path), "t5encoder")
+    whole = {"tokens": ["a", "b"], "scores": [0.5, 0.25], "token_type": [1, 1], "model": "t5"}
+    for name, given in (whole | {key: value}).items():
+        add = {str: writer.add_string, int: writer.add_int32, float: writer.add_float64}
+        add.get(type(given), writer.add_array)(f"tokenizer.ggml.{name}", given)
+    writer.add_tensor("enc.output_norm.weight", np.ones(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        Refusal, match=r"^umt5\.gguf: the tokenizer in its metadata is damaged .*\. Download it"
+    ):
+        read_umt5_gguf(path, torch.float32)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 40, 200, -40])

@@ -248,10 +248,15 @@ def packed_tensors(file: Container) -> dict[str, Packed]:
     places = _places(file)
     data = torch.from_file(str(file.path), shared=False, size=file.size, dtype=torch.uint8)
     packed = {
-        name: Packed(data[begin:end].view(shape[0] if len(shape) > 1 else 1, -1), kind, shape)
+        name: Packed(data[begin:end].view(_rows(end - begin, shape), -1), kind, shape)
         for name, (begin, end, kind, shape) in places.items()
     }
     return _unfolded(packed)
+
+
+def _rows(size: int, shape: tuple[int, ...]) -> int:
+    """Rows of a tensor's bytes: its own, unless blocks lie across them, as they may with a shape of metadata."""
+    return shape[0] if len(shape) > 1 and size % shape[0] == 0 else 1
 
 
 def _refuse_foreign(file: Container, expected: str) -> None:

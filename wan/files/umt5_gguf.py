@@ -79,7 +79,8 @@ def _tokenizer(file: Container) -> bytes:
     """
     try:
         return _sentencepiece_model(file)
-    except (ValueError, TypeError, struct.error) as error:  # values of any type and length may stand there
+    except (ValueError, TypeError, AttributeError, ArithmeticError, struct.error) as error:
+        # Values of any type, size and length may stand there.
         raise Refusal(f"the tokenizer in its metadata is damaged ({error})", AGAIN) from error
 
 
