@@ -101,6 +101,8 @@ def fetch_bytes(url: str, max_bytes: int, seconds: float) -> bytes:
         with open_link(url, HEADERS, seconds=seconds) as (response, _):
             _check_status(response.status, url)
             body = response.read(max_bytes + 1)
+            if response.length and len(body) <= max_bytes:  # what is left; `read(n)` says nothing of it
+                raise http.client.IncompleteRead(body, response.length)
     except (OSError, http.client.HTTPException) as error:
         raise Refusal(
             f"{shown(url)} could not be read ({type(error).__name__}: {error})",
