@@ -18,7 +18,8 @@ MAX_TEXT = 5000  # a snapshot repeats it, and old clients stop at lines of 128 K
 MAX_URL = 4096
 MAX_SEGMENTS = 16  # of one video, the first included
 NONE = "none"
-SIZE = re.compile(r"(\d{1,5})[*x](\d{1,5})")
+SIZE = re.compile(r"([0-9]{1,5})[*x]([0-9]{1,5})")
+TILES = Literal[0, 128, 256] | None
 
 I2V, SAMPLER, LORA = "Wan21ImageToVideo", "Wan21Sampler", "Wan21LoraLoader"
 DECODE, JOIN = "Wan21VAEDecode", "Wan21JoinClips"
@@ -141,7 +142,7 @@ FIELDS = (
         kind=str,
         description="Width and height in pixels, multiples of 8: 832*480 or 832x480.",
         default="832*480",
-        limits={"max_length": 16},
+        limits={"max_length": 16, "json_schema_extra": {"pattern": f"^{SIZE.pattern}$"}},
         check=_check_size,
     ),
     AppField(
@@ -214,6 +215,7 @@ FIELDS = (
         node=SAMPLER,
         input="cache.multiplier",
         neutral=0.0,
+        limits={"json_schema_extra": {"anyOf": [{"const": 0}, {"minimum": 1}]}},
         check=_check_teacache,
     ),
     AppField(
@@ -246,7 +248,7 @@ FIELDS = (
     ),
     AppField(
         name="vae_tile_size",
-        kind=Literal[0, 128, 256] | None,
+        kind=TILES,
         description="Pixels of a VAE tile; 0 takes whole frames; left out, tiles are used when memory is "
         "short.",
         default=None,

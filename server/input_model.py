@@ -7,13 +7,14 @@ this version of the pack lacks accepts its neutral value only.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
-from .fields import FIELDS, FROM_NODE, REQUIRED, AppField, Check, NodeInputs, available
+from .fields import FIELDS, FROM_NODE, REQUIRED, TILES, AppField, Check, NodeInputs, available
 from .graph import KNOWN_FRAMES
 from .problems import invalid
 
 MIN_FRAMES_OF_PAIR = 5
+WHOLE = (int, TILES)  # kinds whose values may come as 30.0
 
 
 def build_input_model(node_inputs: NodeInputs) -> type[BaseModel]:
@@ -68,12 +69,25 @@ def _definition(row: AppField, node_inputs: NodeInputs) -> tuple[Any, Any]:
     if spec.get("options") and row.choices is None:
         neutral = [] if row.neutral is None else [row.neutral]
         kind = Literal[tuple(dict.fromkeys([*neutral, *spec["options"]]))]
+    if row.kind in WHOLE:
+        kind = Annotated[kind, BeforeValidator(_whole)]
     if row.check is not None:
         kind = Annotated[kind, AfterValidator(_validator(row.check, node_inputs))]
     ranges = {limit: spec[name] for limit, name in (("ge", "min"), ("le", "max")) if name in spec}
     if "ge" in ranges and isinstance(row.neutral, int | float):
         ranges["ge"] = min(ranges["ge"], row.neutral)
     return kind, Field(_default(row, spec), description=row.description, **row.limits, **ranges)
+
+
+def _whole(value: Any) -> Any:
+    """30.0 is an integer in JSON, as 30 is, and false is not 0; the rest is checked by its kind.
+
+    Raises:
+        ValueError: a truth value.
+    """
+    if isinstance(value, bool):
+        raise ValueError("must be a whole number")
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _default(row: AppField, spec: Mapping[str, Any]) -> Any:

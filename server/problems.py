@@ -9,6 +9,7 @@ _TITLES = {
     401: "unauthorized",
     403: "forbidden",
     404: "not_found",
+    408: "request_timeout",
     409: "conflict",
     410: "gone",
     413: "too_large",

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 
 from . import states
 from .access import Gate, RateLimit
@@ -23,6 +23,7 @@ from .waiting import within
 
 PREFIX = "/wan21"
 MAX_BODY_BYTES = 2**20
+BODY_SECONDS = 20
 SNAPSHOT_SECONDS = 8  # the client leaves a stream that sends nothing for 30 s
 UPLOAD = "upload"
 MEDIA = ("image/", "video/", "text/plain")  # shown in a browser; other types are downloads
@@ -255,18 +256,27 @@ def _session(row: SessionRow) -> dict[str, Any]:
 
 
 async def _json_body(request: web.Request) -> Any:
-    """The JSON body of a request, of limited size."""
-    body = b""
-    async for chunk in request.content.iter_any():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise Problem(413, f"the body has more than {MAX_BODY_BYTES} bytes; upload files by POST /files")
+    """The JSON body of a request, of limited size and within a time."""
+    try:
+        body = await within(BODY_SECONDS, _body(request.content))
+    except TimeoutError:
+        raise Problem(408, f"the body was not there within {BODY_SECONDS} s") from None
     try:
         data = json.loads(body, parse_constant=_no_number)
-        json.dumps(data, ensure_ascii=False).encode()  # fails on half a surrogate pair
+        # Fails on half a surrogate pair, and on 1e999, which Python reads as infinity.
+        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise Problem(400, "the body is not JSON") from None
     return data
+
+
+async def _body(content: StreamReader) -> bytes:
+    body = b""
+    async for chunk in content.iter_any():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise Problem(413, f"the body has more than {MAX_BODY_BYTES} bytes; upload files by POST /files")
+    return body
 
 
 def _no_number(text: str) -> None:

@@ -1,14 +1,16 @@
 """The input: schema, checks, and the graph that is queued."""
 
 import re
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import requests
 from helpers_server import APP
 from inferencesh import APIError
 from lib.random_checkpoints import FLF2V, I2V, T2V
-from wan21.server import installed
+from wan21.server import installed, routes
 from wan21.server.graph import load_workflow, preferred_names
 
 
@@ -326,3 +328,44 @@ def test_sides_are_those_that_the_node_takes(api, job):
     assert (nodes["Wan21ImageToVideo"]["width"], nodes["Wan21ImageToVideo"]["height"]) == (1080, 1920)
     with pytest.raises(Exception, match="width is 1084; it must be a multiple of 8"):
         graph_of(api, job(size="1084*1920"))
+
+
+def test_a_whole_number_may_be_written_as_a_float(api, job):
+    given = {"num_frames": 5.0, "num_inference_steps": 3.0, "seed": 7.0, "vae_tile_size": 128.0}
+    graph, task = graph_of(api, job(**given))
+    assert (graph["Wan21Sampler"]["seed"], graph["Wan21Sampler"]["steps"]) == (7, 3)
+    assert type(graph["Wan21Sampler"]["seed"]) is int and graph["Wan21VAEDecode"]["tile_size"] == "128"
+    api.client.cancel(task["id"])
+    api.host.queue.clear()
+    wrong = {"num_frames": 5.5, "num_inference_steps": True, "seed": 1e300, "vae_tile_size": False}
+    assert len(refused_with(api, job(**wrong))) == 4
+
+
+def refused_with(api, params):
+    answer = requests.post(f"{api.url}/apps/run", json=params)
+    assert answer.status_code == 422
+    return answer.json()["errors"]
+
+
+def test_the_schema_knows_sizes_and_speed_ups(api):
+    fields = requests.get(f"{api.url}/apps/{APP}").json()["properties"]
+    size = re.compile(fields["size"]["pattern"], re.ASCII)
+    assert size.search("832*480") and size.search("64x64") and not size.search("832 480")
+    assert fields["teacache"]["anyOf"] == [{"const": 0}, {"minimum": 1}]
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e400", "NaN", "Infinity"])
+def test_numbers_that_json_lacks_are_refused(api, job, number):
+    body = f'{{"app": "{APP}", "input": {{"prompt": "a", "image": "b"}}, "metadata": {{"x": [{number}]}}}}'
+    answer = requests.post(f"{api.url}/apps/run", data=body)
+    assert answer.status_code == 400 and "not JSON" in answer.json()["detail"]
+
+
+def test_a_body_that_stops_half_way_is_given_up(api, monkeypatch):
+    monkeypatch.setattr(routes, "BODY_SECONDS", 0.2)
+    address = urlsplit(api.url)
+    for path in ("/wan21/apps/run", "/wan21/files"):
+        with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n"
+            connection.sendall(head.encode() + b'{"app": ')
+            assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
