@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 from filelock import FileLock, Timeout
+from sqlalchemy.exc import DatabaseError
 
 from .access import Gate, RateLimit
 from .files import Files
 from .installed import Installed
 from .jobs import Jobs
+from .pictures import Pictures
 from .problems import Problem
 from .routes import Handler, Routes
 from .sessions import Sessions
@@ -24,7 +26,7 @@ from .webhooks import Webhooks
 if TYPE_CHECKING:
     from ..host.queue import Host
 
-CLEAN_SECONDS = 3600  # between removals of stale uploads
+CLEAN_SECONDS = 3600  # between removals of files whose time is up
 
 
 def create_app(host: "Host", weight_formats: Collection[str] | None = None) -> web.Application:
@@ -46,12 +48,13 @@ def create_app(host: "Host", weight_formats: Collection[str] | None = None) -> w
     except Timeout:
         raise RuntimeError(f"another server uses {folder}; give each a user folder of its own") from None
     store = Store(folder / "jobs.sqlite")
-    files = Files(store, settings, folder / "uploads", host.input_directory)
+    files = Files(store, settings, folder / "uploads")
+    pictures = Pictures(store, settings, files, host.input_directory)
     hooks = Webhooks(store, settings)
     tasks = Tasks(store, host, hooks.wake)
     sessions = Sessions(store)
     installed = Installed(host, weight_formats)
-    jobs = Jobs(host, settings, files, tasks, sessions, installed)
+    jobs = Jobs(host, settings, files, pictures, tasks, sessions, installed)
     limit = RateLimit(settings.requests_per_minute)
     routes = Routes(settings, Gate(settings), limit, files, tasks, sessions, jobs)
     life = _Life(lock, store, files, hooks, tasks, installed)
@@ -94,12 +97,16 @@ class _Life:
         work: list[asyncio.Task[None]] = []
         try:
             await self._store.open()
+            await self._files.remove_left_behind()
             await self._tasks.start()
             await self._hooks.start()
             work = [asyncio.create_task(self._clean()), asyncio.create_task(self._look())]
             self._failure = None
         except Exception as error:
-            self._failure = f"{type(error).__name__}: {error}"
+            if isinstance(error, DatabaseError):
+                self._failure = self._store.explain(error)
+            else:
+                self._failure = f"{type(error).__name__}: {error}"
             logging.exception("Wan2.1 jobs: the API does not run")
         yield
         for task in work:
@@ -121,7 +128,7 @@ class _Life:
             try:
                 await self._files.remove_stale()
             except Exception:
-                logging.exception("Wan2.1 jobs: old uploads could not be removed")
+                logging.exception("Wan2.1 jobs: old files could not be removed")
             await asyncio.sleep(CLEAN_SECONDS)
 
     async def _look(self) -> None:

@@ -1,4 +1,4 @@
-"""Files of clients: uploads, the pictures of jobs, and what jobs wrote."""
+"""Files of clients: uploads and what becomes of them, and the room that one owner has."""
 
 import asyncio
 import base64
@@ -8,28 +8,33 @@ import math
 import mimetypes
 import re
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiohttp import StreamReader
 
-from ..net.fetch import fetch_bytes
-from .images import write_png
 from .problems import Problem, invalid
 from .settings import Settings
 from .store import FileRow, Store
 
 URI = "wan21://files/"
 IMAGE_FIELDS = ("image", "end_image")
-FETCH_SECONDS = 12  # for each of two pictures; the client waits 30 s for the answer to a run
-KEEP_USED_SECONDS = 3600  # life of an upload after a run used it
+ARRIVING = "arriving"  # role of a picture whose task is not stored yet
+KEEP_USED_SECONDS = 3600  # life of an upload after a run used it, and of a picture after its task is over
+RETRY_SECONDS = 60  # where nobody knows when there is room again
 MAX_FILES_PER_REQUEST = 16
 MAX_TEXT_BYTES = 64 * 1024
 _TOKEN = re.compile(r"[\w-]{43}")
+
+
+class Removed(NamedTuple):
+    """Ids of files that were removed, were gone already, and could not be removed."""
+
+    deleted: list[str]
+    skipped: list[str]
+    failed: list[str]
 
 
 class Files:
@@ -37,20 +42,14 @@ class Files:
 
     Args:
         uploads: folder for uploads, ours alone.
-        inputs: the host's input folder, where the pictures of jobs go.
     """
 
-    def __init__(self, store: Store, settings: Settings, uploads: Path, inputs: Path):
+    def __init__(self, store: Store, settings: Settings, uploads: Path):
         self._store = store
         self._settings = settings
         self._uploads = uploads
-        self._inputs = inputs
         self._uploads.mkdir(parents=True, exist_ok=True)
-        # Pools of their own: a slow server elsewhere blocks only fetches, and one picture is decoded at a
-        # time because a large one takes much memory.
-        self._fetchers = ThreadPoolExecutor(max_workers=16, thread_name_prefix="wan21-fetch")
-        self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan21-image")
-        self._announcing = asyncio.Lock()  # check of the quota and its use are one step
+        self._reserving = asyncio.Lock()  # check of the quota and its use are one step
 
     async def announce(
         self, owner: str, requests: Any, upload_url: Callable[[str], str]
@@ -62,25 +61,44 @@ class Files:
             upload_url: from the secret part to the whole URL.
 
         Raises:
-            Problem: 422 for a malformed request, 413 for a file that is too large, 429 when all uploads of
+            Problem: 422 for a malformed request, 413 for a file that is too large, 429 when all files of
                 the owner are.
         """
         if not isinstance(requests, list) or not 1 <= len(requests) <= MAX_FILES_PER_REQUEST:
             raise Problem(422, f"files must be a list of 1 to {MAX_FILES_PER_REQUEST} objects")
         rows = [self._row(owner, request) for request in requests]
-        async with self._announcing:
-            now = time.time()
-            kept = await self._store.kept_uploads(owner, now)
-            total, limit = sum(row.size for row in (*kept, *rows)), self._settings.max_stored_bytes
-            if total > limit:
-                wait = math.ceil(min((row.expires_at or now for row in kept), default=now) - now)
-                raise Problem(
-                    429,
-                    f"uploads of this key would take {total} bytes; {limit} are kept at a time",
-                    headers={"Retry-After": str(max(1, wait))},
-                )
+        async with self._reserving:
+            await self._check_room(owner, sum(row.size for row in rows))
             await self._store.add(*rows)
         return [described(row) | {"upload_url": upload_url(row.token or "")} for row in rows]
+
+    async def reserve(self, owner: str, row: FileRow, size: int | None = None) -> None:
+        """Makes the row of a picture that is to come, or, once its size is known, counts it.
+
+        Raises:
+            Problem: 429 when the files of the owner take too much.
+        """
+        async with self._reserving:
+            await self._check_room(owner, 1 if size is None else size)
+            if size is None:
+                await self._store.add(row)
+            else:
+                row.size = size
+                await self._store.save(row, "size")
+
+    async def _check_room(self, owner: str, more: int) -> None:
+        now = time.time()
+        kept = await self._store.kept_files(owner, now)
+        total, limit = sum(row.size for row in kept) + more, self._settings.max_stored_bytes
+        if total > limit:
+            ends = [row.expires_at for row in kept if row.expires_at is not None and row.size]
+            wait = math.ceil(min(ends) - now) if ends else RETRY_SECONDS
+            raise Problem(
+                429,
+                f"uploads and pictures of this key would take {total} bytes; {limit} are kept at a time. "
+                "Delete the files of tasks that are over",
+                headers={"Retry-After": str(max(1, wait))},
+            )
 
     def _row(self, owner: str, request: Any) -> FileRow:
         given = request if isinstance(request, dict) else {}
@@ -164,65 +182,27 @@ class Files:
         """A value as it was given, where it is the address of an uploaded text."""
         if not isinstance(value, str) or not value.startswith(URI):
             return value
-        row = await self._upload(owner, field, value)
+        row = await self.upload(owner, field, value)
         if row.filename is not None or row.size > MAX_TEXT_BYTES:
             raise invalid((field, "is a file; the client uploads texts that name a file on its machine"))
         return base64.b64encode(Path(row.path).read_bytes()).decode()
 
-    async def _upload(self, owner: str, field: str, uri: str) -> FileRow:
+    async def upload(self, owner: str, field: str, uri: str) -> FileRow:
+        """The row of an uploaded file that a field of the input names.
+
+        Raises:
+            Problem: 422.
+        """
         try:
             return await self.find(owner, uri.removeprefix(URI))
         except Problem:
             raise invalid((field, "the uploaded file is unknown or expired; upload it again")) from None
 
-    async def prepare_images(
-        self, owner: str, task_id: str, values: Mapping[str, Any]
-    ) -> tuple[dict[str, str], list[FileRow]]:
-        """Brings the pictures of a job into the host's input folder.
-
-        Returns:
-            ({"image": name for LoadImage, ...}, rows to add).
-
-        Raises:
-            Problem: 422 with the field of a picture that cannot be fetched or decoded. No file stays then.
-        """
-        names: dict[str, str] = {}
-        rows: list[FileRow] = []
-        folder = self._inputs / "wan21" / task_id
-        try:
-            for field in IMAGE_FIELDS:
-                if values[field]:
-                    path = folder / f"{field}.png"
-                    await self._prepare(owner, field, values[field], path)
-                    names[field] = path.relative_to(self._inputs).as_posix()
-                    rows.append(file_row(owner, task_id, "input", path))
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        return names, rows
-
-    async def _prepare(self, owner: str, field: str, value: str, path: Path) -> None:
-        loop = asyncio.get_running_loop()
-        fetched = path.with_suffix(".fetched")  # on disk, because many may wait for the decoder
-        try:
-            if value.startswith(URI):
-                source = Path((await self._upload(owner, field, value)).path)
-            elif value.startswith(("https://", "http://")):
-                limit, source = self._settings.max_upload_bytes, fetched
-                await loop.run_in_executor(self._fetchers, _fetch, value, limit, fetched)
-            else:
-                raise invalid((field, "must be an uploaded file or an https URL"))
-            await loop.run_in_executor(self._decoder, write_png, source, path)
-        except ValueError as error:
-            raise invalid((field, str(error))) from error
-        finally:
-            fetched.unlink(missing_ok=True)
-
     async def used(self, owner: str, values: Mapping[str, Any]) -> None:
         """Lets the uploads of a job expire soon: its pictures are copied, and clients upload them anew."""
         for field in IMAGE_FIELDS:
             if (values[field] or "").startswith(URI):
-                row = await self._upload(owner, field, values[field])
+                row = await self.upload(owner, field, values[field])
                 if row.role != "upload" or row.expires_at is None:  # a picture of another task
                     continue
                 row.expires_at = min(row.expires_at, time.time() + KEEP_USED_SECONDS)
@@ -233,34 +213,45 @@ class Files:
         conditions = [FileRow.task_id == task_id] + ([FileRow.role == role] if role else [])
         return await self._store.select(FileRow, *conditions, order=FileRow.created_at)
 
-    async def remove(self, rows: Iterable[FileRow]) -> tuple[list[str], list[str]]:
-        """Removes files and their rows; (ids of files removed, ids of files that were gone already)."""
-        deleted: list[str] = []
-        skipped: list[str] = []
+    async def remove(self, rows: Iterable[FileRow]) -> Removed:
+        """Removes files and their rows. One that cannot be removed keeps its row, and the rest goes."""
+        removed = Removed([], [], [])
         for row in rows:
             path = Path(row.path)
-            (deleted if path.is_file() else skipped).append(row.id)
-            path.unlink(missing_ok=True)
+            there = path.exists()
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:  # on Windows, somebody plays the video
+                logging.warning("Wan2.1 jobs: %s cannot be removed: %s", path, error)
+                removed.failed.append(row.id)
+                continue
+            (removed.deleted if there else removed.skipped).append(row.id)
             await self._store.delete(row)
             if row.task_id and path.parent.name == row.task_id:
                 _remove_if_empty(path.parent)
-        return deleted, skipped
+        return removed
 
     async def remove_stale(self) -> None:
-        """Removes uploads that were not finished or not used in time, and parts of a killed process."""
-        deleted, _ = await self.remove(await self._store.stale_files(time.time()))
-        if deleted:
-            logging.info("Wan2.1 jobs: %d unused uploads removed", len(deleted))
-        oldest = time.time() - self._settings.keep_uploads_seconds
-        for path in self._uploads.glob("*.part"):
-            if path.stat().st_mtime < oldest:
+        """Removes files whose time is up: uploads that were not finished or used, pictures of old tasks."""
+        removed = await self.remove(await self._store.stale_files(time.time()))
+        if removed.deleted:
+            logging.info("Wan2.1 jobs: %d files removed whose time was up", len(removed.deleted))
+
+    async def remove_left_behind(self) -> None:
+        """Removes what a killed process was busy with; to be called before the first request."""
+        rows = await self._store.select(FileRow, FileRow.role.in_((ARRIVING, "upload")))
+        half = [row for row in rows if row.role == ARRIVING or (not row.token and not _is_there(row))]
+        for row in half:
+            Path(row.path).with_suffix(".fetched").unlink(missing_ok=True)
+        await self.remove(half)
+        known = {row.path for row in rows}
+        for path in self._uploads.iterdir():
+            if str(path) not in known:
                 path.unlink(missing_ok=True)
 
 
-def _fetch(url: str, limit: int, path: Path) -> None:
-    content = fetch_bytes(url, limit, FETCH_SECONDS)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+def _is_there(row: FileRow) -> bool:
+    return Path(row.path).is_file()
 
 
 def file_row(owner: str, task_id: str, role: str, path: Path) -> FileRow:

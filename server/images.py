@@ -2,21 +2,33 @@
 
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from .problems import disk_is_full
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 16_384
 
 
-def write_png(source: Path, target: Path) -> None:
+ORIENTATION, TURN = 0x0112, Image.Transpose  # of EXIF
+ON_SIDE = (TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90)
+TURNS = dict(zip(range(2, 9), (TURN.FLIP_LEFT_RIGHT, TURN.ROTATE_180, TURN.FLIP_TOP_BOTTOM, *ON_SIDE)))
+STRIP_PIXELS = 2_000_000  # converted at a time: a decoded picture is never held in several copies
+SPARE = 2  # times the sides of the video are kept: what is cut by then is cut by whole factors
+LEAST_SIDE = 512  # for CLIP vision, however small the video is
+
+
+def write_png(source: Path, target: Path, size: tuple[int, int]) -> None:
     """Writes a picture as an 8-bit RGB PNG without metadata, turned as its EXIF data says. Blocking.
 
-    An animation gives its first frame; transparent pixels are blended over black.
+    An animation gives its first frame; transparent pixels are blended over black. A picture of at least four
+    times the video's sides is made smaller by a whole factor, so that twice the sides are left.
 
     Args:
         source: a file in one of `FORMATS`.
         target: the file to write, in a folder that is made.
+        size: (width, height) of the video.
 
     Raises:
         ValueError: not such a picture, damaged, or larger than `MAX_PIXELS` or `MAX_SIDE`, which the header
@@ -30,19 +42,47 @@ def write_png(source: Path, target: Path) -> None:
                     f"the picture has {width}x{height} pixels; the most are {MAX_PIXELS:,} in all "
                     f"and {MAX_SIDE:,} a side"
                 )
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits; convert("RGB") would clip them at 255
-                upright = upright.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
-            if upright.has_transparency_data:
-                rgba = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
+            turn = TURNS.get(image.getexif().get(ORIENTATION))
+            size = size[::-1] if turn in ON_SIDE else size
+            factor = _factor(image.size, size)
+            image.draft(None, (width // factor, height // factor))  # a JPEG is decoded smaller
+            clean = _smaller(image, _factor(image.size, size))
+            clean = clean if turn is None else clean.transpose(turn)
             target.parent.mkdir(parents=True, exist_ok=True)
-            clean = Image.new("RGB", upright.size)
-            clean.paste(upright.convert("RGB"))  # without the metadata of the original
             clean.save(target, "PNG", compress_level=1)
     except UnidentifiedImageError:
         raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}") from None
     except ValueError:
         raise
+    except OSError as error:
+        if disk_is_full(error):
+            raise  # not the picture's fault
+        raise ValueError(f"the picture cannot be decoded: {error}") from error
     except Exception as error:  # of damaged metadata Pillow raises struct.error, TypeError and others
         raise ValueError(f"the picture cannot be decoded: {error}") from error
+
+
+def _factor(size: tuple[int, int], video: tuple[int, int]) -> int:
+    """By how much both sides of a picture can be divided."""
+    return max(1, min(side // max(SPARE * other, LEAST_SIDE) for side, other in zip(size, video)))
+
+
+def _smaller(image: Image.Image, factor: int) -> Image.Image:
+    """A picture in RGB over black, its sides divided by a factor, strip by strip."""
+    width, height = image.size
+    image.load()
+    small = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+    rows = max(1, STRIP_PIXELS // width // factor) * factor
+    for top in range(0, height, rows):
+        strip = _in_rgb(image.crop((0, top, width, min(top + rows, height))))
+        small.paste(strip.reduce(factor) if factor > 1 else strip, (0, top // factor))
+    return small
+
+
+def _in_rgb(strip: Image.Image) -> Image.Image:
+    if strip.mode.startswith("I"):  # 16 bits; convert("RGB") would clip them at 255
+        strip = strip.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    if strip.has_transparency_data:
+        rgba = strip.convert("RGBA")
+        strip = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
+    return strip.convert("RGB")

@@ -18,6 +18,7 @@ from .files import Files
 from .graph import LOADERS, Graph, JobGraph, build_graph, class_of, load_workflow, preferred_names
 from .input_model import build_input_model, read_input
 from .installed import Installed
+from .pictures import Pictures
 from .problems import Problem, as_part, invalid, of_node, without_name
 from .sessions import Sessions
 from .settings import Settings
@@ -68,7 +69,7 @@ class Jobs:
     """Takes run requests in.
 
     Args:
-        host, settings, files, tasks, sessions, installed: the parts of the API.
+        host, settings, files, pictures, tasks, sessions, installed: the parts of the API.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Jobs:
         host: "Host",
         settings: Settings,
         files: Files,
+        pictures: Pictures,
         tasks: Tasks,
         sessions: Sessions,
         installed: Installed,
@@ -83,6 +85,7 @@ class Jobs:
         self._host = host
         self._settings = settings
         self._files = files
+        self._pictures = pictures
         self._tasks = tasks
         self._sessions = sessions
         self._installed = installed
@@ -129,16 +132,16 @@ class Jobs:
     async def _submit(self, owner: str, params: dict[str, Any], base_url: str) -> TaskRow:
         began = time.monotonic()
         draft = await self._draft(owner, params.get("input"))
-        images, pictures = await self._files.prepare_images(owner, draft.task_id, draft.values)
+        images = await self._pictures.prepare(owner, draft.task_id, draft.values)
         try:
             _check_time(began)
             job, outputs = await self._checked_graph(draft, images)
             session = await self._sessions.enter(owner, params.get("session"), params.get("session_timeout"))
             row = _task_row(owner, params, base_url, draft, job, session)
             await self._files.used(owner, draft.values)
-            await self._tasks.add(row, pictures, outputs, draft.notes)
+            await self._tasks.add(row, outputs, draft.notes)
         except BaseException:
-            await self._files.remove(pictures)
+            await self._pictures.discard(draft.task_id)
             raise
         return row
 

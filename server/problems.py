@@ -1,8 +1,10 @@
 """Errors for clients: problem+json (RFC 9457), with the keys that every version of the client reads."""
 
+import errno
 from collections.abc import Iterable, Mapping
 
 from aiohttp import web
+from sqlalchemy.exc import DatabaseError, OperationalError
 
 _TITLES = {
     400: "invalid_request",
@@ -17,6 +19,7 @@ _TITLES = {
     429: "rate_limited",
     500: "internal_error",
     503: "unavailable",
+    507: "insufficient_storage",
 }
 
 
@@ -59,6 +62,29 @@ class Problem(Exception):
         return web.json_response(
             body, status=self.status, headers=self.headers, content_type="application/problem+json"
         )
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether the system or the database says that there is no room."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or (isinstance(error, OperationalError) and "is full" in str(error.orig))
+
+
+def of_storage(error: Exception) -> Problem | None:
+    """The problem that an error of the server's own disk or database is to clients, None for other errors."""
+    if disk_is_full(error):
+        return Problem(
+            507,
+            "The server's disk is full. Delete files of tasks that are over, or tell the server's owner.",
+            headers={"Retry-After": "60"},
+        )
+    if isinstance(error, OperationalError) or type(error) is DatabaseError:  # locked; damaged
+        return Problem(
+            503,
+            f"The server's database does not answer ({error.orig}); send the request again.",
+            headers={"Retry-After": "10"},
+        )
+    return None
 
 
 def invalid(*errors: tuple[str, str]) -> Problem:

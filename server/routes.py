@@ -9,11 +9,10 @@ from typing import Any
 
 from aiohttp import StreamReader, web
 
-from . import states
 from .access import Gate, RateLimit
-from .files import Files, described
+from .files import Files, Removed, described
 from .jobs import APP, Jobs
-from .problems import Problem
+from .problems import Problem, of_storage
 from .sessions import Sessions, state_of
 from .settings import Settings
 from .snapshot import iso_time, snapshot, snapshot_line
@@ -24,6 +23,7 @@ from .waiting import within
 PREFIX = "/wan21"
 MAX_BODY_BYTES = 2**20
 BODY_SECONDS = 20
+RETRY_SECONDS = 10
 SNAPSHOT_SECONDS = 8  # the client leaves a stream that sends nothing for 30 s
 UPLOAD = "upload"
 MEDIA = ("image/", "video/", "text/plain")  # shown in a browser; other types are downloads
@@ -91,8 +91,10 @@ class Routes:
             return Problem(known, error.reason).response()
         except (ConnectionResetError, asyncio.CancelledError):
             raise  # the client is gone
-        except Exception:
+        except Exception as error:
             logging.exception("Wan2.1 jobs: %s %s failed", request.method, request.path)
+            if problem := of_storage(error):
+                return problem.response()
             return Problem(500, "The server made an error; its log says which.").response()
 
     # --- runs and tasks --------------------------------------------------------------------------------
@@ -156,9 +158,10 @@ class Routes:
 
     async def delete(self, request: web.Request) -> web.Response:
         row = await self._task(request)
+        self._tasks.check_over(row)
+        if request.query.get("files") == "true":  # first: who is to delete them when the task is forgotten?
+            _told(await self._files.remove(await self._files.of_task(row.id)))
         await self._tasks.delete(row)
-        if request.query.get("files") == "true":
-            await self._files.remove(await self._files.of_task(row.id))
         return web.Response(status=204)
 
     def _owner(self, request: web.Request) -> str:
@@ -175,10 +178,9 @@ class Routes:
 
     async def delete_task_files(self, request: web.Request) -> web.Response:
         row = await self._task(request)
-        if row.status not in states.TERMINAL:
-            raise Problem(409, "The task is not over; cancel it first.")
-        deleted, skipped = await self._files.remove(await self._rows_of_task(request))
-        return _answer({"deleted": deleted, "skipped": skipped})
+        self._tasks.check_over(row)
+        removed = _told(await self._files.remove(await self._rows_of_task(request)))
+        return _answer({"deleted": removed.deleted, "skipped": removed.skipped})
 
     async def _rows_of_task(self, request: web.Request) -> Sequence[FileRow]:
         row = await self._task(request)
@@ -238,6 +240,22 @@ class Routes:
 
     def _base_url(self, request: web.Request) -> str:
         return self._settings.public_url or f"{request.scheme}://{request.host}{PREFIX}"
+
+
+def _told(removed: Removed) -> Removed:
+    """What was removed.
+
+    Raises:
+        Problem: 503 when some could not be.
+    """
+    if removed.failed:
+        raise Problem(
+            503,
+            f"{len(removed.failed)} files could not be removed ({', '.join(removed.failed)}), and the task "
+            "stays: another program may have them open. Close it, and try again.",
+            headers={"Retry-After": str(RETRY_SECONDS)},
+        )
+    return removed
 
 
 def _answer(data: object) -> web.Response:

@@ -10,10 +10,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import JSON, ColumnElement, Insert, create_engine, delete, event, select, update
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    Executable,
+    Insert,
+    create_engine,
+    delete,
+    event,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
 
+from .schema import bring_up_to_date
+
 RECEIVE_SECONDS = 3600  # limit of the transfer of one upload
+LOCK_SECONDS = 3  # that another program may hold the database; the client waits 30 s for an answer
 T = TypeVar("T")
 
 
@@ -61,10 +76,11 @@ class FileRow(Base):
     """One file.
 
     Attributes:
-        role: "upload" (not used by a task yet), "input" or "output".
+        role: "upload" (not used by a task yet), "arriving" (of a task that is not stored yet), "input" or
+            "output".
         path: on disk.
         token: secret part of the upload URL; None once the file is there.
-        expires_at: when an unfinished or unused upload is removed.
+        expires_at: when it is removed: an upload, a picture whose task is over; None for other files.
     """
 
     __tablename__ = "files"
@@ -105,7 +121,9 @@ class Store:
     """
 
     def __init__(self, path: Path):
-        self._engine = create_engine(f"sqlite:///{path}", connect_args={"check_same_thread": False})
+        self._path = path
+        wait = {"check_same_thread": False, "timeout": LOCK_SECONDS}
+        self._engine = create_engine(f"sqlite:///{path}", connect_args=wait)
         event.listen(self._engine, "connect", _on_connect)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan21-store")
 
@@ -117,10 +135,22 @@ class Store:
         return await asyncio.get_running_loop().run_in_executor(self._thread, in_session)
 
     async def open(self) -> None:
-        """Creates missing tables."""
-        await asyncio.get_running_loop().run_in_executor(
-            self._thread, lambda: Base.metadata.create_all(self._engine)
-        )
+        """Creates the tables, or brings those of an older version up to date.
+
+        Raises:
+            RuntimeError: the database is of a newer version.
+            DatabaseError: it is damaged, or held by another program.
+        """
+        run = asyncio.get_running_loop().run_in_executor
+        await run(self._thread, bring_up_to_date, self._engine, Base.metadata, self._path)
+
+    def explain(self, error: DatabaseError) -> str:
+        """Why the database cannot be used, and what to do."""
+        if isinstance(error, OperationalError):
+            fix = "end the program that holds it, or make room, and start ComfyUI again"
+        else:
+            fix = "move the file away to begin anew"
+        return f"{self._path} cannot be read ({error.orig}); {fix}"
 
     def close(self) -> None:
         """Finishes what was asked for and closes the file."""
@@ -141,13 +171,18 @@ class Store:
         """Writes the named columns of a row, as they are now."""
         await self.write(row, {name: getattr(row, name) for name in names})
 
-    async def write(self, row: Row, values: dict[str, Any], *new_rows: Row) -> None:
-        """Writes new values of columns, with copies of new rows; the row in memory stays as it is."""
+    async def write(self, row: Row, values: dict[str, Any]) -> None:
+        """Writes new values of columns; the row in memory stays as it is."""
+        await self._write(row, values)
+
+    async def _write(
+        self, row: Row, values: dict[str, Any], new_rows: Sequence[Row] = (), *more: Executable
+    ) -> None:
         statement = update(type(row)).where(type(row).id == row.id).values(**values)
         inserts = [_insert(new) for new in new_rows]
 
         def work(session: Session) -> None:
-            for one in (*inserts, statement):
+            for one in (*inserts, statement, *more):
                 session.execute(one)
 
         await self._run(work)
@@ -178,10 +213,32 @@ class Store:
 
         return await self._run(work)
 
-    async def kept_uploads(self, owner: str, now: float) -> Sequence[FileRow]:
-        """One owner's uploads, announced or received, that have not expired."""
+    async def add_task(self, row: TaskRow) -> None:
+        """Inserts a copy of a task, whose pictures have arrived with that."""
+        insert = _insert(row)
+        pictures = (FileRow.task_id == row.id, FileRow.role == "arriving")
+        arrived = update(FileRow).where(*pictures).values(role="input", expires_at=None)
+
+        def work(session: Session) -> None:
+            session.execute(insert)
+            session.execute(arrived)
+
+        await self._run(work)
+
+    async def end_task(
+        self, row: TaskRow, values: dict[str, Any], outputs: Sequence[FileRow], keep_until: float
+    ) -> None:
+        """Writes the end of a task: columns of its row, what it wrote, and when its pictures go."""
+        expire = update(FileRow).where(FileRow.task_id == row.id, FileRow.role == "input")
+        await self._write(row, values, outputs, expire.values(expires_at=keep_until))
+
+    async def kept_files(self, owner: str, now: float) -> Sequence[FileRow]:
+        """One owner's uploads, announced or received, and pictures of tasks, that have not expired."""
         return await self.select(
-            FileRow, FileRow.owner == owner, FileRow.role == "upload", FileRow.expires_at > now
+            FileRow,
+            FileRow.owner == owner,
+            FileRow.role.in_(("upload", "arriving", "input")),
+            or_(FileRow.expires_at.is_(None), FileRow.expires_at > now),
         )
 
     async def due_webhooks(
@@ -204,8 +261,8 @@ class Store:
         )
 
     async def stale_files(self, now: float) -> Sequence[FileRow]:
-        """Uploads that were not finished or not used in time."""
-        return await self.select(FileRow, FileRow.role == "upload", FileRow.expires_at <= now)
+        """Files whose time is up."""
+        return await self.select(FileRow, FileRow.expires_at <= now)
 
 
 def _insert(row: Row) -> Insert:

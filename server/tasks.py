@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import states
-from .files import file_row
+from .files import KEEP_USED_SECONDS, file_row
 from .graph import class_of
 from .problems import Problem, as_part, of_node
 from .progress import MAX_LOGS, STEP, JobProgress, News, Said, later
@@ -137,14 +137,11 @@ class Tasks:
         for live in self._live.values():
             live.release()
 
-    async def add(
-        self, row: TaskRow, files: Sequence[FileRow], outputs: list[str], notes: Sequence[str]
-    ) -> None:
+    async def add(self, row: TaskRow, outputs: list[str], notes: Sequence[str]) -> None:
         """Stores a checked job, durably, and queues it.
 
         Args:
             row: the new task.
-            files: rows of its pictures.
             outputs: ids of the nodes to run, of the host's check.
             notes: first lines of its log.
         """
@@ -153,7 +150,7 @@ class Tasks:
             live.log(note)
         live.log("queued")
         row.status = states.QUEUED
-        await self._store.add(row, *files)
+        await self._store.add_task(row)
         self._enter(row, live)
         self._host.put(row.prompt_id, row.graph, outputs, row.created_at)
 
@@ -188,14 +185,17 @@ class Tasks:
         row.status = states.CANCELLING
         await self._changed(live, save=True)
 
-    async def delete(self, row: TaskRow) -> None:
-        """Forgets a task that is over.
+    def check_over(self, row: TaskRow) -> None:
+        """Checks that a task is over.
 
         Raises:
             Problem: 409 while it waits or runs.
         """
         if row.id in self._live:
             raise Problem(409, "The task is not over; cancel it first.")
+
+    async def delete(self, row: TaskRow) -> None:
+        """Forgets a task that is over."""
         self._host.forget(row.prompt_id)
         await self._store.delete(row)
 
@@ -311,7 +311,9 @@ class Tasks:
         if row.webhook:
             changes |= {"hook_state": "pending", "hook_next": now}
         try:
-            await self._store.write(row, changes, *files)  # first: what clients are told outlives a kill
+            await self._store.end_task(
+                row, changes, files, now + KEEP_USED_SECONDS
+            )  # first: what clients are told outlives a kill
         except BaseException:
             live.ending = False  # `_watch` tries again
             raise
