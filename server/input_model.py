@@ -7,7 +7,15 @@ this version of the pack lacks accepts its neutral value only.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+)
 
 from .fields import FIELDS, FROM_NODE, REQUIRED, TILES, AppField, Check, NodeInputs, available
 from .graph import KNOWN_FRAMES

@@ -424,7 +424,7 @@ def test_the_owner_allows_private_addresses_or_turns_downloads_off(server, tmp_p
 @pytest.mark.parametrize("short", [1, len(BODY) - 1, len(BODY) - 100_000])
 def test_a_picture_that_is_cut_off_is_not_taken(server, short):
     server.answer = lambda request: send(request, BODY[: len(BODY) - short], length=len(BODY))
-    with pytest.raises(Refusal, match="could not be read .*IncompleteRead"):
+    with pytest.raises(Refusal, match=r"could not be read .*IncompleteRead"):
         f.fetch_bytes(server.url, len(BODY), 10)
     server.answer = send
     assert f.fetch_bytes(server.url, len(BODY), 10) == BODY

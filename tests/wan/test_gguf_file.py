@@ -65,9 +65,15 @@ def test_blocks_may_lie_across_the_rows_of_a_shape_in_the_metadata(tmp_path):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("tokens", [1, 2]), ("scores", ["a", "b"]), ("token_type", ["a", "b"]), ("eos_token_id", "one"),
-        ("precompiled_charsmap", [0.5]), ("add_space_prefix", math.inf), ("tokens", 7), ("scores", [0.5]),
-    ],  # fmt: skip
+        ("tokens", [1, 2]),
+        ("scores", ["a", "b"]),
+        ("token_type", ["a", "b"]),
+        ("eos_token_id", "one"),
+        ("precompiled_charsmap", [0.5]),
+        ("add_space_prefix", math.inf),
+        ("tokens", 7),
+        ("scores", [0.5]),
+    ],
 )
 def test_a_tokenizer_of_other_types_is_damaged(tmp_path, key, value):
     path = tmp_path / "umt5.gguf"

@@ -255,7 +255,7 @@ def packed_tensors(file: Container) -> dict[str, Packed]:
 
 
 def _rows(size: int, shape: tuple[int, ...]) -> int:
-    """Rows of a tensor's bytes: its own, unless blocks lie across them, as they may with a shape of metadata."""
+    """Rows of a tensor's bytes: its own, unless blocks lie across them."""
     return shape[0] if len(shape) > 1 and size % shape[0] == 0 else 1
 
 
