@@ -4,10 +4,12 @@ import json
 import logging
 import secrets
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import comfy.model_management
 import comfy.quant_ops
 import execution
 import folder_paths
@@ -144,6 +146,17 @@ class Host:
         if self._queue.delete_queue_item(lambda item: item[1] == prompt_id):
             return "removed"
         return "interrupted" if self._queue.interrupt_if_running(prompt_id) else "absent"
+
+    def stop_running(self, seconds: float) -> None:
+        """Empties the queue, interrupts what runs and waits for its end. Blocking, for the process's end.
+
+        A thread that computes while Python ends aborts the process.
+        """
+        self._queue.wipe_queue()
+        end = time.monotonic() + seconds
+        while self._queue.currently_running and time.monotonic() < end:
+            comfy.model_management.interrupt_current_processing()  # again: a job that begins forgets it
+            time.sleep(0.02)
 
     def known(self) -> set[str]:
         """The ids of all jobs that wait or run."""

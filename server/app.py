@@ -1,6 +1,7 @@
 """Puts the parts of the API together and ties them to the life of the web server."""
 
 import asyncio
+import atexit
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Collection
@@ -100,6 +101,7 @@ class _Life:
             await self._files.remove_left_behind()
             await self._tasks.start()
             await self._hooks.start()
+            atexit.register(self._tasks.stop_at_exit)  # ComfyUI ends by Ctrl+C without the clean-up below
             work = [asyncio.create_task(self._clean()), asyncio.create_task(self._look())]
             self._failure = None
         except Exception as error:
@@ -109,6 +111,7 @@ class _Life:
                 self._failure = f"{type(error).__name__}: {error}"
             logging.exception("Wan2.1 jobs: the API does not run")
         yield
+        atexit.unregister(self._tasks.stop_at_exit)
         for task in work:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

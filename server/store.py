@@ -187,6 +187,12 @@ class Store:
 
         await self._run(work)
 
+    def save_at_exit(self, row: Row, *names: str) -> None:
+        """`save`, for the end of a process that has neither an event loop nor further threads. Blocking."""
+        values = {name: getattr(row, name) for name in names}
+        with Session(self._engine) as session, session.begin():
+            session.execute(update(type(row)).where(type(row).id == row.id).values(**values))
+
     async def get(self, kind: type[R], row_id: str) -> R | None:
         """One row by its id."""
         return await self._run(lambda session: session.get(kind, row_id))

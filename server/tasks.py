@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..host.queue import Host
 
 CHECK_SECONDS = 2  # between comparisons of the host's queue with our tasks
+STOP_SECONDS = 20  # for the running job, when the process ends
 SAVE_SECONDS = 5  # between writes of a running task's progress
 QUEUE_LENGTH = 64  # snapshots; a reader that lags behind by more loses the oldest
 MAX_ERROR, MAX_LINE = 4000, 1000  # characters; a snapshot line must stay far below 128 KiB
@@ -131,6 +133,18 @@ class Tasks:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+
+    def stop_at_exit(self) -> None:
+        """Ends the running task when the process ends without its event loop, as by Ctrl+C. Blocking."""
+        running = [live.row for live in self._live.values() if live.row.status not in states.NOT_STARTED]
+        self._host.stop_running(STOP_SECONDS)
+        for row in running:
+            cancelled = row.status == states.CANCELLING
+            row.status, row.error = (states.CANCELLED, "") if cancelled else (states.FAILED, LOST)
+            row.updated_at = time.time()
+            if row.webhook:
+                row.hook_state, row.hook_next = "pending", row.updated_at
+            self._store.save_at_exit(row, "status", "error", "updated_at", "hook_state", "hook_next")
 
     def release(self) -> None:
         """Tells all readers that nothing follows."""
@@ -323,6 +337,9 @@ class Tasks:
         self._by_prompt.pop(row.prompt_id, None)
         live.publish()
         live.release()
+        if status != states.COMPLETED:  # nothing that it may have written has a row
+            folder = self._host.output_directory / "wan21" / row.id
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
         if row.webhook:
             self._on_end()
 

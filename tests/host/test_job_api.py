@@ -1,8 +1,12 @@
 """The job API on a real host, with the unmodified client and the bundled checkpoint."""
 
+import contextlib
 import hashlib
 import io
 import json
+import os
+import signal
+import sqlite3
 import time
 import uuid
 
@@ -213,3 +217,19 @@ def test_a_killed_server_loses_no_task(tmp_path, monkeypatch):
         running: TaskStatus.FAILED,
         waiting: TaskStatus.COMPLETED,
     }
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl+C is no signal that a process can be sent there")
+def test_ctrl_c_during_a_job_ends_cleanly_with_the_state_written(tmp_path):
+    """A thread of torch had ended the process by SIGABRT."""
+    with HostServer(tmp_path, start_timeout_s=SLOW_START_S) as server:
+        jobs = connect(server)
+        running, waiting = (jobs.run(request(num_inference_steps=1000), wait=False)["id"] for _ in range(2))
+        for update in jobs.stream_task(running):
+            if update["logs"][-1]["content"].startswith("step "):
+                break
+        os.kill(server.process.pid, signal.SIGINT)
+        assert server.process.wait(60) == 0, server.log_tail()
+    with contextlib.closing(sqlite3.connect(tmp_path / "user" / "__wan21_jobs" / "jobs.sqlite")) as database:
+        stored = dict(database.execute("SELECT id, status FROM tasks"))
+    assert stored == {running: TaskStatus.FAILED, waiting: TaskStatus.QUEUED}

@@ -93,6 +93,12 @@ class FakeHost:
         self.finish(prompt_id, [("execution_interrupted", {"prompt_id": prompt_id})])
         return "interrupted"
 
+    def stop_running(self, seconds):
+        self.queue = [prompt_id for prompt_id in self.queue if prompt_id == self.running]
+        if self.running:
+            self.queue.remove(self.running)
+            self.running = None
+
     def model_path(self, folder, name):
         return self._models / folder / name
 

@@ -6,8 +6,9 @@ import time
 
 import pytest
 import requests
-from helpers_server import STEPS, serve, wait_until
+from helpers_server import STEPS, serve, stored_status, wait_until
 from inferencesh import TaskStatus
+from wan21.server import app
 
 
 def test_run_waits_for_the_output(api, job):
@@ -226,3 +227,30 @@ def test_sessions(api, job):
     assert requests.get(f"{api.url}/sessions/{session}").status_code == 410
     body = {"app": "infsh/wan2-1-i2v", "session": session, "input": first["input"]}
     assert requests.post(f"{api.url}/apps/run", json=body).status_code == 410
+
+
+def test_what_a_job_wrote_goes_when_it_fails(api, job):
+    task = api.client.run(job(), wait=False)["id"]
+    [prompt_id] = api.host.queue
+    api.do(api.host.start, prompt_id)
+    api.do(api.host.write_outputs, prompt_id)
+    folder = api.host.output_directory / "wan21" / task
+    assert (folder / "video_00001_.mp4").is_file()
+    api.client.cancel(task)
+    wait_until(lambda: not folder.exists())
+
+
+@pytest.mark.parametrize("cancelling", [False, True])
+def test_the_end_of_the_process_is_written_without_its_event_loop(host, job, monkeypatch, cancelling):
+    at_exit = []
+    monkeypatch.setattr(app.atexit, "register", at_exit.append)
+    with serve(host) as api:
+        running, waiting = (api.client.run(job(), wait=False)["id"] for _ in range(2))
+        api.do(host.start, host.queue[0])
+        if cancelling:
+            host.cancel = lambda prompt_id: "interrupted"  # and not heard yet
+            api.client.cancel(running)
+        [stop] = at_exit
+        stop()
+        expected = TaskStatus.CANCELLED if cancelling else TaskStatus.FAILED
+        assert [stored_status(host, task) for task in (running, waiting)] == [expected, TaskStatus.QUEUED]
