@@ -2,14 +2,17 @@
 
     python scripts/load_jobs.py                     # 200 queued jobs, 100 streams, GETs while one job runs
     python scripts/load_jobs.py --kills 20          # and 20 kills at random moments
+    python scripts/load_jobs.py --queued 0 --row 100    # 100 jobs in a row: memory, open files, threads
 
-Exits with 1 when a check fails: the 99th percentile of `GET /tasks/{id}`, a lost task, a missing webhook.
+Exits with 1 when a check fails: the 99th percentile of `GET /tasks/{id}`, a lost task, a missing webhook, what
+a kill left behind, memory that grows.
 """
 
 import argparse
 import contextlib
 import os
 import random
+import sqlite3
 import statistics
 import sys
 import tempfile
@@ -17,6 +20,7 @@ import threading
 import time
 from collections import Counter
 
+import psutil
 import requests
 from lib.host_server import HostServer
 from lib.job_api import Receiver, upload
@@ -26,7 +30,7 @@ APP = "infsh/wan2-1-i2v"
 LIMIT_MS = 100
 SLOW_START_S = 900
 TERMINAL = {10, 11, 12}
-COMPLETED, RUNNING = 10, 7
+COMPLETED, CANCELLED, RUNNING = 10, 12, 7
 SMALL = {"prompt": "pan left", "size": "64*64", "num_frames": 5, "num_inference_steps": 2}
 
 
@@ -86,6 +90,24 @@ def _read(url, lines):
             lines[threading.get_ident()] += 1
 
 
+def run_in_a_row(server, api, jobs):
+    """Run jobs one after another, every sixth cancelled; whether the process stays as it is."""
+    process, seen = psutil.Process(server.process.pid), []
+    for number in range(1, jobs + 1):
+        cancelled = number % 6 == 0
+        task_id = api.submit(seed=number, **({"num_inference_steps": 1000} if cancelled else {}))
+        if cancelled:
+            api.wait(task_id, {RUNNING})
+            api.web.post(f"{api.url}/tasks/{task_id}/cancel").raise_for_status()
+        assert api.wait(task_id, TERMINAL)["status"] == (CANCELLED if cancelled else COMPLETED)
+        with process.oneshot():
+            seen.append((process.memory_info().rss >> 20, process.num_fds(), process.num_threads()))
+    begun = seen[jobs // 5]  # by then all is loaded
+    for name, first, last in zip(("MB of memory", "open files", "threads"), begun, seen[-1]):
+        print(f"{jobs} jobs in a row: {name} {first} after job {jobs // 5 + 1}, {last} after the last")
+    return all(last <= first + more for first, last, more in zip(begun, seen[-1], (50, 3, 3)))
+
+
 def kill_and_restart(folder, kills, receiver):
     """Kill the server at random moments while jobs are submitted. Returns the ids of accepted tasks."""
     accepted = []
@@ -104,10 +126,20 @@ def kill_and_restart(folder, kills, receiver):
     return accepted
 
 
+def left_behind(server):
+    """Files of no task that the API knows, and parts of uploads."""
+    data = server.base_directory / "user" / "__wan21_jobs"
+    with contextlib.closing(sqlite3.connect(data / "jobs.sqlite")) as database:
+        known = {task_id for (task_id,) in database.execute("SELECT id FROM tasks")}
+    folders = (server.input_directory / "wan21", server.output_directory / "wan21")
+    left = [path for folder in folders for path in folder.glob("*") if path.name not in known]
+    return [*left, *(data / "uploads").glob("*.part")]
+
+
 def main():
     """Run both parts and say what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, default in (("queued", 200), ("streams", 100), ("seconds", 30), ("kills", 0)):
+    for name, default in (("queued", 200), ("streams", 100), ("seconds", 30), ("kills", 0), ("row", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     os.environ |= {"WAN21_ALLOW_PRIVATE_URLS": "1", "WAN21_REQUESTS_PER_MINUTE": "100000"}
@@ -123,6 +155,9 @@ def main():
             )
             print(f"99th percentile {p99:.1f} ms (limit {LIMIT_MS})", flush=True)
             good = p99 < LIMIT_MS
+        if options.row:
+            with HostServer(folder, start_timeout_s=SLOW_START_S) as server:
+                good &= run_in_a_row(server, Api(server, None), options.row)
         if options.kills:
             good &= check_kills(folder, options.kills, receiver)
     sys.exit(not good)
@@ -142,10 +177,12 @@ def check_kills(folder, kills, receiver):
         deadline = time.monotonic() + 60
         while set(accepted) - told_of(receiver) and time.monotonic() < deadline:
             time.sleep(0.5)
+    left = left_behind(server)
     missing = set(accepted) - told_of(receiver)
     print(f"{kills} kills: {len(accepted)} tasks accepted, {states[COMPLETED]} completed", end=", ")
-    print(f"{sum(states.values()) - states[COMPLETED]} failed, {len(missing)} without a webhook")
-    return not missing and sum(states.values()) == len(accepted)
+    print(f"{sum(states.values()) - states[COMPLETED]} failed, {len(missing)} without a webhook", end=", ")
+    print(f"{len(left)} files left behind", *left[:5])
+    return not missing and not left and sum(states.values()) == len(accepted)
 
 
 if __name__ == "__main__":
