@@ -4,8 +4,8 @@
     python scripts/load_jobs.py --kills 20          # and 20 kills at random moments
     python scripts/load_jobs.py --queued 0 --row 100    # 100 jobs in a row: memory, open files, threads
 
-Exits with 1 when a check fails: the 99th percentile of `GET /tasks/{id}`, a lost task, a missing webhook, what
-a kill left behind, memory that grows.
+Exits with 1 when a check fails: the 99th percentile of `GET /tasks/{id}`, a lost task, a missing webhook,
+what a kill left behind, memory that grows.
 """
 
 import argparse
