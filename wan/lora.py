@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .files.bad_file import listed
 from .files.kinds import LORA, not_a
 from .files.limits import FLOATS
 from .files.lora_alpha import Scaling
@@ -179,6 +180,9 @@ def match_lora(
             origin[split] = key
             layers.setdefault(split[0], {})[split[1]] = tensor
     if not layers:
+        reasons = sorted({why for key, why in lora.unmatched.items() if split_lora_key(key)})
+        if reasons:
+            raise Refusal(f"its factors are {listed(reasons)}", "Pick a LoRA in float32, float16 or bfloat16")
         raise not_a(LORA, state_dict)
     if key := next((key for key in origin.values() if not _is_finite(state_dict[key])), None):
         raise Refusal(

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from wan21.wan import files as ck
+from wan21.wan.files import safetensors_file
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = {f"blocks.{i}.weight": torch.arange(6.0).reshape(2, 3) + i for i in range(5)}
@@ -467,3 +468,13 @@ def test_the_look_at_a_header_gives_the_types(tmp_path):
     save_file(weights, tmp_path / "x.safetensors")
     found = ck.read_shapes(tmp_path / "x.safetensors").state_dict
     assert {key: value.dtype for key, value in found.items()} == types
+
+
+def test_a_header_of_too_many_tensors_is_counted_before_it_is_read(tmp_path, monkeypatch):
+    """Half a million had taken 10 s and 400 MB to be refused."""
+    names = ",".join(f'"k{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(100_001))
+    header = f"{{{names}}}".encode()
+    path = tmp_path / "many.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    monkeypatch.setattr(safetensors_file, "load_json", lambda *_, **__: pytest.fail("it was read"))
+    assert "it lists 100001 tensors, and up to 100000" in refusal(path)

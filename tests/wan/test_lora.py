@@ -392,6 +392,13 @@ def test_a_file_that_is_no_lora_is_named():
         wl.match_lora({k: torch.empty(s, device="meta") for k, s in T2V.items()}, T2V)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
+def test_a_lora_of_numbers_that_none_is_stored_in_is_named(dtype):
+    file = {key: value.to(dtype) for key, value in low_rank(Q, rank=2).items()}
+    with pytest.raises(ValueError, match=rf"its factors are stored as {str(dtype)[6:]}, .*Pick a LoRA in"):
+        wl.match_lora(file, T2V)
+
+
 def test_files_stored_in_half_precision_and_fp8():
     for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
         down, up = rand(2, 8).to(dtype), rand(8, 2).to(dtype)

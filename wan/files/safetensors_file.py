@@ -111,6 +111,9 @@ def _check_header(path: Path) -> None:
 
 def _entries(raw: bytes) -> dict[str, Any]:
     """The table of tensors in a header, of which safetensors bounds neither the number nor the keys."""
+    count = raw.count(b'"data_offsets"')  # before millions are read; an escaped spelling is counted below
+    if count > MAX_TENSORS:
+        raise _too_many(count)
     try:
         pairs = load_json(raw, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
@@ -122,15 +125,17 @@ def _entries(raw: bytes) -> dict[str, Any]:
         raise Refusal("its header is damaged (a tensor stands in it twice)", AGAIN)
     entries.pop("__metadata__", None)
     if len(entries) > MAX_TENSORS:
-        raise Refusal(
-            f"it lists {len(entries)} tensors, and up to {MAX_TENSORS} are read", "Pick another file"
-        )
+        raise _too_many(len(entries))
     longest = max(map(len, entries), default=0)
     if longest > MAX_KEY_LENGTH:
         raise Refusal(
             f"its header is damaged (a key of {longest} letters; up to {MAX_KEY_LENGTH} are read)", AGAIN
         )
     return entries
+
+
+def _too_many(count: int) -> Refusal:
+    return Refusal(f"it lists {count} tensors, and up to {MAX_TENSORS} are read", "Pick another file")
 
 
 class _Pairs(list):
