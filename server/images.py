@@ -42,11 +42,11 @@ def write_png(source: Path, target: Path, size: tuple[int, int]) -> None:
                     f"the picture has {width}x{height} pixels; the most are {MAX_PIXELS:,} in all "
                     f"and {MAX_SIDE:,} a side"
                 )
-            turn = TURNS.get(image.getexif().get(ORIENTATION))
-            size = size[::-1] if turn in ON_SIDE else size
-            factor = _factor(image.size, size)
+            turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+            sides = (size[1], size[0]) if turn in ON_SIDE else size
+            factor = _factor(image.size, sides)
             image.draft(None, (width // factor, height // factor))  # a JPEG is decoded smaller
-            clean = _smaller(image, _factor(image.size, size))
+            clean = _smaller(image, _factor(image.size, sides))
             clean = clean if turn is None else clean.transpose(turn)
             target.parent.mkdir(parents=True, exist_ok=True)
             clean.save(target, "PNG", compress_level=1)
