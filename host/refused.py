@@ -20,9 +20,8 @@ from server import PromptServer  # pyright: ignore[reportAttributeAccessIssue]
 from ..wan.refusal import Refusal
 
 REFUSED = "Refused"  # the `message` of an entry whose `details` are the sentence of a refusal
-_TYPE = (
-    f"{Refusal.__module__}.{Refusal.__qualname__}"  # as the host writes it: the module is named by its path
-)
+# As the host writes it: the module is named by its path.
+_TYPE = f"{Refusal.__module__}.{Refusal.__qualname__}"
 _QUEUE = ("/prompt", "/api/prompt")
 NodeErrors = dict[str, dict[str, Any]]  # node id -> {"class_type", "errors": [...]}, as the host answers
 
@@ -31,7 +30,7 @@ def name_inputs(node_errors: NodeErrors) -> None:
     """Files every refusal of ours under the input that its sentence names first, in place."""
     for found in node_errors.values():
         for problem in found["errors"]:
-            if problem["extra_info"].get("exception_type") == _TYPE:
+            if (problem.get("extra_info") or {}).get("exception_type") == _TYPE:
                 name = _named_first(problem["details"], found["class_type"])
                 problem |= {"message": REFUSED, "extra_info": {"input_name": name} if name else {}}
 
@@ -50,8 +49,9 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         request.method == "POST"
         and request.path in _QUEUE
         and isinstance(response, web.Response)
+        and response.content_type == "application/json"
         and isinstance(response.body, bytes)
-        and Refusal.__qualname__.encode() in response.body
+        and json.dumps(_TYPE)[1:-1].encode() in response.body  # else it is as the host made it
     ):
         answer = json.loads(response.body)
         name_inputs(answer["node_errors"])

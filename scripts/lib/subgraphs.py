@@ -173,7 +173,9 @@ class _Box:
     def node(self, links):
         """The box itself, in the graph whose links are `links`."""
         incoming = {link[4]: link[0] for link in links if link[3] == self.node_id}
-        outgoing = {i: [link[0] for link in links if link[1:3] == [self.node_id, i]] for i in range(99)}
+        outgoing = [
+            [link[0] for link in links if link[1:3] == [self.node_id, i]] for i in range(len(self.outputs))
+        ]
         shown = {name for name, _ in self.shown}
         return {
             "id": self.node_id,

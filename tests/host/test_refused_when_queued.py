@@ -57,6 +57,15 @@ def test_what_is_no_number_is_the_hosts_to_refuse(node, name, value, complaints)
     assert found == name and f"{value}" in sentence
 
 
+def test_an_answer_that_only_names_a_refusal_is_the_hosts(client):
+    """A class that nobody has, called as our exception is."""
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        client.post("/prompt", {"prompt": {"1": {"class_type": "Refusal", "inputs": {}}}})
+    answer = json.load(caught.value)
+    assert caught.value.code == 400 and answer["error"]["type"] == "missing_node_type"
+    assert answer["node_errors"] == {}
+
+
 def test_another_packs_answer_is_left_alone(complaints):
     graph = graph_with("4", {"image": "nobody.png"})
     [(name, sentence)] = complaints(graph)["4"]

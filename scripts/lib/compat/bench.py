@@ -14,8 +14,7 @@ from ..pack import LINK_NAME
 PROBE = Path(__file__).with_name("probe")
 TIMEOUT_S = 90
 # What the host says when one of our nodes refuses a graph that is being queued.
-OUR_WORD = re.compile(r"^Wan21\w+ \(node [^)]*\): Custom validation failed", re.MULTILINE)
-
+OUR_WORD = re.compile(r"^Wan21\w+ \(node [^)]*\): Refused", re.MULTILINE)
 # Of a run, not of a difference.
 FIGURES = re.compile(r"s per step$|GiB estimated beside")
 
