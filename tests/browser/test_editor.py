@@ -274,18 +274,22 @@ def test_every_blueprint_has_its_graph():
 
 
 @pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
-def test_a_blueprint_is_one_node_of_the_node_search(path, page):
+def test_a_blueprint_is_one_node_of_the_node_search(path, page, server):
     """Its name is typed, and what comes is the graph without images and file, with its values."""
-    page.reload()  # what lies over the canvas from tests before would take the click
-    page.wait_for_function(READY)
-    page.evaluate("() => app.graph.clear()")
-    page.mouse.dblclick(900, 500)
-    page.wait_for_timeout(DRAWN_MS)
-    page.keyboard.type(path.stem, delay=20)
-    page.wait_for_timeout(DRAWN_MS)
-    page.keyboard.press("Enter")
-    page.wait_for_function("title => app.graph._nodes.some(node => node.title === title)", arg=path.stem)
-    inner = by_title(api_graph(page))
+    fresh = page.context.browser.new_page(viewport=VIEWPORT)  # nothing lies over its canvas
+    try:
+        fresh.goto(server.url)
+        fresh.wait_for_function(READY)
+        fresh.evaluate("() => app.graph.clear()")
+        fresh.mouse.dblclick(900, 500)
+        fresh.get_by_text("Most relevant").first.wait_for()
+        fresh.keyboard.type(path.stem, delay=20)
+        fresh.get_by_text(path.stem, exact=True).first.wait_for()
+        fresh.keyboard.press("Enter")
+        fresh.wait_for_function("title => app.graph._nodes.some(node => node.title === title)", arg=path.stem)
+        inner = by_title(api_graph(fresh))
+    finally:
+        fresh.close()
     graph = by_title(read(ROOT / "workflows" / "api" / f"{BLUEPRINT_OF[path.stem]}.json"))
     assert inner.keys() == graph.keys() - {"Start image", "End image", "Save video"}
     for title, made in inner.items():

@@ -219,8 +219,16 @@ def test_a_killed_server_loses_no_task(tmp_path, monkeypatch):
     }
 
 
+@pytest.fixture
+def interruptible():
+    """A shell that runs the tests in the background has them ignore Ctrl+C, and all that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl+C is no signal that a process can be sent there")
-def test_ctrl_c_during_a_job_ends_cleanly_with_the_state_written(tmp_path):
+def test_ctrl_c_during_a_job_ends_cleanly_with_the_state_written(tmp_path, interruptible):
     """A thread of torch had ended the process by SIGABRT."""
     with HostServer(tmp_path, start_timeout_s=SLOW_START_S) as server:
         jobs = connect(server)
