@@ -27,7 +27,7 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en"}
 NODES_2 = {"Comfy.VueNodes.Enabled": True}  # the renderer of new Desktop and Cloud installations
 CLASSIC = {"Comfy.VueNodes.Enabled": False}
 VIEWPORT = {"width": 1920, "height": 1080}
-TIMEOUT_MS = 120_000  # of any wait for the page: only a failure takes so long, or a busy machine
+TIMEOUT_MS = 60_000  # of any wait for the page: only a failure takes so long, or a busy machine
 # After the extensions' own set-up, which goes on after the graph is there.
 READY = "window.app?.graph && window.app.extensionManager && !document.querySelector('.p-blockui-mask')"
 
@@ -55,15 +55,25 @@ def open_editor(url, watch=None, settings=CLASSIC):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=BROWSER_ARGS)
         try:
-            page = browser.new_page(viewport=VIEWPORT)
-            page.set_default_timeout(TIMEOUT_MS)
-            if watch is not None:
-                watch(page)
-            page.goto(url)
-            page.wait_for_function(READY)
-            yield page
+            with open_tab(browser, url, watch) as page:
+                yield page
         finally:
             browser.close()
+
+
+@contextmanager
+def open_tab(browser, url, watch=None):
+    """Open the editor in a further page of a running browser, without what its other pages hold."""
+    page = browser.new_page(viewport=VIEWPORT)
+    try:
+        page.set_default_timeout(TIMEOUT_MS)
+        if watch is not None:
+            watch(page)
+        page.goto(url)
+        page.wait_for_function(READY)
+        yield page
+    finally:
+        page.close()
 
 
 def load_graph(page, graph):

@@ -1,7 +1,7 @@
 """One page of the running server's editor in a real Chromium."""
 
 import pytest
-from lib.editor import BROWSERS, CLASSIC, NODES_2, find_browser, open_editor
+from lib.editor import BROWSERS, CLASSIC, NODES_2, find_browser, open_editor, open_tab
 from lib.pack import comfyui_path
 
 
@@ -17,19 +17,32 @@ def drawn_by():
     return "classic"
 
 
-# Not for the session: while Playwright runs, other tests could not call asyncio.run.
 @pytest.fixture(scope="module")
-def page(server, complaints, drawn_by):
-    if find_browser() is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
-    server.client.upload_image(comfyui_path() / "input" / "example.png")
+def watch(complaints):
+    """Listens to a page."""
 
     def watch(page):
         page.on("pageerror", lambda error: complaints.append(f"{error}\n{error.stack}"))
         page.on("console", lambda message: complaints.extend(_complaint(message)))
 
+    return watch
+
+
+# Not for the session: while Playwright runs, other tests could not call asyncio.run.
+@pytest.fixture(scope="module")
+def page(server, watch, drawn_by):
+    if find_browser() is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    server.client.upload_image(comfyui_path() / "input" / "example.png")
     with open_editor(server.url, watch, CLASSIC if drawn_by == "classic" else NODES_2) as page:
         yield page
+
+
+@pytest.fixture
+def tab(page, server, watch):
+    """A page of one test alone: no graph, dialog or panel of another test lies on it."""
+    with open_tab(page.context.browser, server.url, watch) as tab:
+        yield tab
 
 
 def _complaint(message):

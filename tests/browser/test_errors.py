@@ -2,7 +2,7 @@
 
 import pytest
 from helpers_refused import IMAGE_TO_VIDEO, JOIN, REFUSED, SAVE, UPSAMPLE, graph_with
-from lib.editor import TIMEOUT_MS, editor_graph, load_api_graph, load_graph
+from lib.editor import editor_graph, load_api_graph, load_graph
 
 RENDERERS = {"classic": False, "nodes 2.0": True}
 SET_RENDERER = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
@@ -20,11 +20,9 @@ FORM = [(IMAGE_TO_VIDEO, "width"), (IMAGE_TO_VIDEO, "num_frames"), (UPSAMPLE, "m
 @pytest.fixture(params=RENDERERS, ids=lambda name: name.replace(" ", "-"))
 def renderer(request, page):
     """The page with nodes drawn by one of the editor's two renderers."""
-    page.set_default_timeout(30_000)
     page.evaluate(SET_RENDERER, RENDERERS[request.param])
     yield page
     page.evaluate(SET_RENDERER, False)
-    page.set_default_timeout(TIMEOUT_MS)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -1,7 +1,7 @@
-"""Help pages beside the graph: all of a page stands within the narrow panel, in English and Chinese."""
+"""Help pages beside the graph, in English and Chinese: all of a page stands within the narrow panel."""
 
 import pytest
-from lib.editor import READY, SETTINGS
+from lib.editor import CLASSIC, NODES_2, READY, SETTINGS
 from lib.pack import ROOT
 
 PAGES = ROOT / "web" / "docs"
@@ -26,14 +26,18 @@ PICTURES_ARE_THERE = """() => [...document.querySelectorAll('.node-help-content 
     .every(image => image.complete && image.naturalWidth)"""
 
 
-@pytest.fixture(scope="module", params=["en", "zh"])
+EDITORS = {"en": CLASSIC, "zh": CLASSIC, "en, nodes 2.0": NODES_2}
+
+
+@pytest.fixture(scope="module", params=EDITORS)
 def editor(request, page, server):
-    """The editor in a language, and its code."""
-    server.client.post("/settings", {"Comfy.Locale": request.param})
+    """The editor in a language, and the language's code."""
+    language = request.param.split(",")[0]
+    server.client.post("/settings", EDITORS[request.param] | {"Comfy.Locale": language})
     page.reload()
     page.wait_for_function(READY)
-    yield page, request.param
-    server.client.post("/settings", SETTINGS)
+    yield page, language
+    server.client.post("/settings", SETTINGS | CLASSIC)
     page.reload()
     page.wait_for_function(READY)
 
