@@ -10,6 +10,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import torch
+from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.supported_models_base import BASE
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..wan import files
 from ..wan.config import detect_config
+from ..wan.device import multiplies_in_bf16
 from ..wan.dit import WanModel
 from ..wan.files.gguf import BLOCKS, dequantize, read_gguf
 from ..wan.files.marks import check_scales, unpacked_shapes
@@ -37,6 +39,7 @@ WEIGHT_DTYPES = DTYPES | {
     FP8_FAST: torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+IN_BF16 = "computed in bf16, which this CPU multiplies itself; weight_dtype fp32 is the exact and slower way"
 PLAIN = ("F32", "F16", "BF16")  # GGUF types that are unpacked when read
 
 
@@ -62,7 +65,7 @@ def load_model(
     with torch.device("meta"):
         expected = {k: tuple(v.shape) for k, v in WanModel(config, nn).state_dict().items()}
     left_out = files.check_keys(expected, file.shapes)
-    note = tell_left_out(path.name, left_out)
+    notes = [tell_left_out(path.name, left_out)]
     for key in left_out:
         file.leave_out(key)
     # Without the file's metadata, of which the host would believe any size, and which `config` is read from.
@@ -71,11 +74,11 @@ def load_model(
     host_config.unet_config |= {"num_heads": config.num_heads, "text_dim": config.text_dim}
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
-    _choose_dtype(host_config, file.detected, load_device, weight_dtype)
+    notes.append(_choose_dtype(host_config, file.detected, load_device, weight_dtype))
     if operations := file.operations(load_device):
         host_config.custom_operations = operations  # pyright: ignore[reportAttributeAccessIssue]
     model = Wan21(host_config, config, path, file.metadata, file.built_on, file.stored(host_config))
-    model.device, model.file_notes = offload_device, [note] if note else []
+    model.device, model.file_notes = offload_device, [note for note in notes if note]
     host_patcher = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher_class = PackedPatcher if is_gguf else host_patcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
@@ -98,12 +101,13 @@ def notes_on_file(model: ModelPatcher) -> list[str]:
 
 def _choose_dtype(
     host_config: BASE, state_dict: dict[str, Tensor], load_device: torch.device, weight_dtype: str
-) -> None:
-    """Sets storage and compute dtype.
+) -> str:
+    """Sets storage and compute dtype; gives what is to be said of it, or nothing.
 
     The compute dtype is the host's choice. For a file in bf16 it is offered bf16 first: that is what Wan2.1's
     release computes in, and fp16 would overflow sooner and cast every weight at every use. By default weights
-    are stored as in the file.
+    are stored as in the file. On a CPU the host computes in float32 whatever is asked; where the CPU has
+    products in bf16, who asks for bf16 gets them.
     """
     management = comfy.model_management
     dtype = WEIGHT_DTYPES.get(weight_dtype)
@@ -126,7 +130,13 @@ def _choose_dtype(
     cast = management.unet_manual_cast(None if quantised else chosen, load_device, supported)
     if dtype is None and stored is not None and _keeps(load_device, stored, chosen):
         chosen, cast = stored, cast or chosen
+    note = ""
+    asked = weight_dtype == "bf16" or (weight_dtype == "default" and args.bf16_unet and not quantised)
+    if asked and load_device.type == "cpu" and multiplies_in_bf16(load_device):
+        cast, note = None if chosen == torch.bfloat16 else torch.bfloat16, IN_BF16
+        tell(note)
     host_config.set_inference_dtype(chosen, cast, device=load_device)
+    return note
 
 
 def _keeps(device: torch.device, stored: torch.dtype, chosen: torch.dtype) -> bool:

@@ -10,19 +10,14 @@ from contextlib import contextmanager
 
 import torch
 
+from ..wan.device import multiplies_in_bf16
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-
-
-def has_bf16_products(device):
-    """Whether the device multiplies bfloat16 matrices in hardware, about twice as fast as float32."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def bf16_products(device):
     """A context in which matrix products are taken in bfloat16 where that is faster; weights stay float32."""
-    enabled = has_bf16_products(device)
+    enabled = multiplies_in_bf16(device)
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 

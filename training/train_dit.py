@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from ..wan.config import PATCH_SIZE
+from ..wan.device import multiplies_in_bf16
 from . import captions, data, dit, latents
-from .optim import Average, MuonAdamW, bf16_products, has_bf16_products, warm_up_then_decay
+from .optim import Average, MuonAdamW, bf16_products, warm_up_then_decay
 from .progress import Parts, train
 from .text import TextEncoder, train_tokenizer
 
@@ -114,7 +115,7 @@ def dit_stage(stage, schedule, device="cpu"):
         adam=BY_ADAM,
         weight_decay=0.02,
         iterations=4,
-        in_bf16=has_bf16_products(device),
+        in_bf16=multiplies_in_bf16(device),
     )
     average = Average(model, schedule.average)
     held_out = HeldOut(stage.work / "latents_held_out", held_out_plan(), device)

@@ -219,7 +219,7 @@ def test_products_in_bfloat16_leave_weights_and_gradients_in_float32(monkeypatch
     clip, condition = (torch.randn(2, c, 2, 4, 4, generator=generator) for c in (16, 20))
     gradients = []
     for in_bf16 in (False, True):
-        monkeypatch.setattr(optim, "has_bf16_products", lambda device, answer=in_bf16: answer)
+        monkeypatch.setattr(optim, "multiplies_in_bf16", lambda device, answer=in_bf16: answer)
         with torch.inference_mode(False), torch.enable_grad():
             model = TinyModel(tokenizer)
             torch.nn.init.normal_(model.dit.head.head.weight, std=0.05, generator=generator.manual_seed(1))

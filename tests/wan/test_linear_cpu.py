@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def products(monkeypatch):
-    """Sizes of the products that oneDNN was asked for."""
+    """Sizes of the products that oneDNN was asked for, on a CPU where it is the faster library."""
+    monkeypatch.setattr(linear_cpu, "_faster", {torch.get_num_threads(): True})
     real, seen = torch.ops.mkldnn._linear_pointwise, []
 
     def counted(x, *args):
@@ -55,3 +56,31 @@ def test_gradients_flow(products):
     linear_cpu.linear(x, weight, bias).sum().backward()
     assert products == [] and weight.grad is not None
     torch.testing.assert_close(weight.grad[0], x.sum((0, 1)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "onednn, mkl, taken", [(1, 1.2, True), (1, 1, True), (1, 0.97, True), (1, 0.9, False)]
+)
+def test_the_faster_library_takes_the_products(products, monkeypatch, onednn, mkl, taken):
+    """Timed once, however many layers follow; of two that are as fast always the same."""
+    probes = []
+
+    def seconds(functions, x, weight):
+        probes.append((tuple(x.shape), tuple(weight.shape)))
+        return [onednn, mkl]
+
+    monkeypatch.setattr(linear_cpu, "_faster", {})
+    monkeypatch.setattr(linear_cpu, "_seconds", seconds)
+    x, weight, bias = tensors(*LARGE)
+    with torch.inference_mode():
+        for _ in range(2):
+            linear_cpu.linear(x, weight, bias)
+    assert products == [(1, 1100, 960)] * (2 * taken)
+    assert probes == [((linear_cpu.PROBED_PRODUCTS // 960**2, 960), (960, 960))]
+
+
+def test_the_probe_times_both(monkeypatch):
+    calls = []
+    functions = tuple(lambda *tensors, name=name: calls.append(name) for name in "ab")
+    assert all(0 <= s < 1 for s in linear_cpu._seconds(functions, torch.ones(1), torch.ones(1)))
+    assert calls == ["a", "b"] * linear_cpu.CALLS
