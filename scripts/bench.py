@@ -1,13 +1,15 @@
 """Time and memory of our DiT and VAE beside ComfyUI's native ones and diffusers', on the same weights.
 
-    python scripts/bench.py [--only dit,vae-encode,vae-decode,vae-tiles] [--device cpu|cuda] [--repeat N]
-                            [--json bench.json] [--quick]
+    python scripts/bench.py [--only dit,vae-encode,vae-decode,vae-tiles,graph] [--device cpu|cuda]
+                            [--repeat N] [--json bench.json] [--quick]
 
 Time: all peers in one process, warmed up, taking turns; the median of the repeats. With `--repeat 0`, on the
 CPU: one cold call of each, in the process that measures its memory, and no comparison of results.
 Memory: what a call needs beyond its weights and inputs. On CUDA `max_memory_allocated`; on the CPU one fresh
 process per peer, its peak resident size during the call less its resident size before.
 The ratio is ours over the better of the two peers. Time it on a machine that does nothing else.
+`graph`: the quick start from loading to the video's file on a ComfyUI server, and the same with the host's
+nodes, in three sizes. Where the CPU multiplies in bf16 itself, "ours bf16" is our DiT in it.
 """
 
 import argparse
@@ -18,20 +20,24 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from lib import pack
+from lib import graph_race, pack
+from lib.host_server import HostServer
 
 pack.load_pack()
 pack.load_host()
 
 import torch  # noqa: E402
 from lib.random_weights import randomise  # noqa: E402
+from wan21.wan.device import multiplies_in_bf16  # noqa: E402
 
 PEERS = ("native", "diffusers")
+BF16 = "ours bf16"
 CONTESTANTS = {
-    "dit": ("ours", *PEERS),
+    "dit": ("ours", *[BF16] * multiplies_in_bf16("cpu"), *PEERS),
     "vae-encode": ("ours", *PEERS),
     "vae-decode": ("ours", *PEERS),
     "vae-tiles": ("ours", "tiles 512", "tiles 256", "native"),  # ours whole and in tiles, native whole
@@ -106,21 +112,23 @@ def dit_case(peers, device, dtype, quick):
     def build(peer):
         if peer == "diffusers":
             model = theirs
-        elif peer == "ours":
+        elif peer in ("ours", BF16):
             model = WanModel(config, CpuOperations if device == "cpu" else torch.nn)
         else:
             sizes = {"dim": width, "ffn_dim": ffn, "num_heads": heads, "num_layers": layers}
             model = NativeModel(operations=comfy.ops.disable_weight_init, dtype=torch.float32, **sizes)
         if peer != "diffusers":
             model.load_state_dict(to_wan_dit_keys(weights))
-        return model.eval().requires_grad_(False).to(device, dtype)
+        return model.eval().requires_grad_(False).to(device, torch.bfloat16 if peer == BF16 else dtype)
 
-    models = {peer: build(peer) for peer in peers}
+    models = {peer: build(peer) for peer in peers if peer != BF16 or device == "cpu"}
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, 16, 5, side, side, generator=generator).to(device, dtype)
     context = torch.randn(1, 512, 4096, generator=generator).to(device, dtype)
     timestep = torch.tensor([500.0], device=device)
     calls = {peer: lambda model=model: model(x, timestep, context) for peer, model in models.items()}
+    if BF16 in models:
+        calls[BF16] = lambda: models[BF16](x.bfloat16(), timestep, context.bfloat16())
     if "diffusers" in models:
         calls["diffusers"] = lambda: models["diffusers"](x, timestep, context, return_dict=False)[0]
     return calls, f"width {width}, {heads} heads, ffn {ffn}, {layers} layers, {5 * (side // 2) ** 2} tokens"
@@ -219,6 +227,19 @@ def measure(case, device, repeat, quick, memory=True):
     return row
 
 
+def graph_rows(repeat, quick):
+    """A row a size."""
+    sizes, steps = (graph_race.SIZES[:1], 1) if quick else (graph_race.SIZES, graph_race.STEPS)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, HostServer(folder) as server:
+        for side, frames in sizes:
+            seconds = graph_race.race(server, side, frames, steps, repeat, multiplies_in_bf16("cpu"))
+            size = f"{frames} frames of {side}x{side}, {steps} steps"
+            ratio = seconds["ours"] / seconds["native"]
+            rows.append({"case": "graph", "size": size, "seconds": seconds, "time_ratio": ratio})
+    return rows
+
+
 def table(rows):
     lines = ["case         peer        seconds   memory MiB   ours/peer: time  memory  relative error"]
     for row in rows:
@@ -237,7 +258,7 @@ def table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", default="dit,vae-encode,vae-decode")
+    parser.add_argument("--only", default="dit,vae-encode,vae-decode,graph")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
     )
@@ -252,7 +273,12 @@ def main():
         return
     if not args.repeat and (args.device == "cuda" or not sys.platform.startswith("linux")):
         parser.error("--repeat 0 is for the CPU of a Linux machine, where cold calls can be measured.")
-    rows = [measure(case, args.device, args.repeat, args.quick) for case in args.only.split(",")]
+    rows = []
+    for case in args.only.split(","):
+        if case == "graph":
+            rows += graph_rows(max(1, args.repeat), args.quick)
+        else:
+            rows.append(measure(case, args.device, args.repeat, args.quick))
     print(table(rows))
     if args.json:
         info = {"device": args.device, "torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -104,11 +104,12 @@ def test_the_three_ways_of_both_passes():
 @pytest.mark.parametrize("case", ["dit", "vae-encode", "vae-decode"])
 def test_the_peers_of_the_benchmark_compute_the_same(case):
     row = bench.measure(case, "cpu", repeat=1, quick=True, memory=False)
-    assert row["relative_error"].keys() == row["seconds"].keys() - {"ours"} == set(bench.PEERS)
-    assert max(row["relative_error"].values()) < 3e-5
-    ours, *theirs = (row["seconds"][peer] for peer in bench.CONTESTANTS[case])
-    assert row["time_ratio"] == pytest.approx(ours / min(theirs))
-    assert bench.table([row]).count("\n") == 4
+    errors, seconds = dict(row["relative_error"]), row["seconds"]
+    assert seconds.keys() == set(bench.CONTESTANTS[case])
+    assert errors.pop(bench.BF16, 0.01) == pytest.approx(0.01, abs=0.01)  # where the CPU has it
+    assert errors.keys() == set(bench.PEERS) and max(errors.values()) < 3e-5
+    assert row["time_ratio"] == pytest.approx(seconds["ours"] / min(seconds[peer] for peer in bench.PEERS))
+    assert bench.table([row]).count("\n") == 1 + len(seconds)
 
 
 def test_the_benchmark_measures_memory_in_a_process_of_its_own():
