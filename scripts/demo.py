@@ -12,11 +12,15 @@ import signal
 import sys
 from pathlib import Path
 
-from lib import bundled
+from lib import bundled, pack
 from lib.comfy_client import GraphRejected, JobFailed, fill, without
 from lib.contact_sheet import contact_sheet, read_frames
 from lib.host_server import HostServer
 from lib.pack import ROOT, comfyui_path
+
+pack.load_pack()
+
+from wan21.wan.device import multiplies_in_bf16  # noqa: E402
 
 WORKFLOW = ROOT / "workflows" / "api" / "Wan2.1 image to video.json"
 WORK_FOLDER = ROOT / "build" / "demo"
@@ -88,7 +92,8 @@ def make_video(client, options):
 def _filled_graph(options, image):
     graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     graph = without(graph, "CLIPVisionLoader", "CLIPVisionEncode")  # 1.3 GB; their features are optional
-    graph = fill(graph, "Wan21ModelLoader", model_name=bundled.FILES["model_name"])
+    dtype = "bf16" if multiplies_in_bf16("cpu") else "default"  # a fifth to a third faster; a GPU takes either
+    graph = fill(graph, "Wan21ModelLoader", model_name=bundled.FILES["model_name"], weight_dtype=dtype)
     graph = fill(graph, "Wan21TextEncoderLoader", text_encoder_name=bundled.FILES["text_encoder_name"])
     graph = fill(graph, "Wan21VAELoader", vae_name=bundled.FILES["vae_name"])
     graph = fill(graph, "LoadImage", image=image)
