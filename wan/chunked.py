@@ -60,12 +60,9 @@ def in_parts(
     y = attention(q, k, v).flatten(2)  # (B, L, D)
     del q, k, v, places
     for rows, found in zip(x.chunk(parts, dim=1), y.chunk(parts, dim=1)):
-        block.attended(rows, found, e)
-    del y, found
-    for rows in x.chunk(parts, dim=1):
-        block.cross(rows, text, image, attention, attend)
-    for rows in x.chunk(parts, dim=1):
-        block.feed_forward(rows, e, dtype)
+        rows, normed = block.attended(rows, found, e, dtype)
+        rows, normed = block.crossed(rows, normed, e, text, image, attention, attend)
+        block.fed_forward(rows, normed, e)
     return x  # (B, L, D)
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from .attention import AttentionFn, sdpa
 from .config import PATCH_SIZE, WanConfig
 from .device import is_wide
+from .glue import added, added_then_modulated, added_then_normed, modulated, normed_heads
 from .inplace import may_overwrite
-from .rope import apply_rope, axis_frequencies, rope_table
+from .rope import axis_frequencies, rope_table
 
 
 @dataclass
@@ -92,22 +93,6 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1).float()  # (B, dim)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """adaLN: LayerNorm(x)*(1 + scale) + shift in float32, then `dtype`. x [B, L, D], the others [B, 1, D]."""
-    if x.shape[0] == 1:  # one kernel: the modulation is the norm's affine part
-        y = F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps)
-    else:
-        y = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
-    return y.to(dtype)  # (B, L, D)
-
-
-def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
-    """Residual step x + y*gate, in x's dtype; on the stream itself where it `may_overwrite`."""
-    if may_overwrite():  # y is widened while it is read: no float32 copy of it
-        return x.add_(y) if gate is None else x.addcmul_(y, gate)
-    return x + y if gate is None else torch.addcmul(x, y.float(), gate)
-
-
 class GELU(nn.Module):
     """GELU by tanh. Its input, the hidden layer, is the largest tensor of a step: no second one where it
     `may_overwrite`."""
@@ -137,8 +122,8 @@ class WanSelfAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))  # (B, L, D) -> (B, L, N, D/N)
 
     def forward(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q = apply_rope(self.heads(self.norm_q(self.q(x))), rope)  # (B, L, N, D/N)
-        k = apply_rope(self.heads(self.norm_k(self.k(x))), rope)  # (B, L, N, D/N)
+        q = normed_heads(self.q(x), self.norm_q, self.num_heads, rope)  # (B, L, N, D/N)
+        k = normed_heads(self.k(x), self.norm_k, self.num_heads, rope)  # (B, L, N, D/N)
         v = self.heads(self.v(x))  # (B, L, N, D/N)
         return q, k, v
 
@@ -157,12 +142,13 @@ class WanCrossAttention(WanSelfAttention):
 
     def keys_and_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Of a text [B, T, D]: 2 x [B, T, N, D/N]."""
-        return self.heads(self.norm_k(self.k(text))), self.heads(self.v(text))
+        return normed_heads(self.k(text), self.norm_k, self.num_heads), self.heads(self.v(text))
 
     def image_keys_and_values(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Of image tokens [B, I, D]: 2 x [B, I, N, D/N]."""
         assert self.k_img is not None
-        return self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image))
+        keys = normed_heads(self.k_img(image), self.norm_k_img, self.num_heads)
+        return keys, self.heads(self.v_img(image))
 
     def forward(
         self,
@@ -172,10 +158,10 @@ class WanCrossAttention(WanSelfAttention):
         attention: AttentionFn,
         attend: AttendText = attend_text,
     ) -> Tensor:
-        q = self.heads(self.norm_q(self.q(x)))  # (B, L, N, D/N)
+        q = normed_heads(self.q(x), self.norm_q, self.num_heads)  # (B, L, N, D/N)
         y = attend(self, q, text, attention)  # (B, L, N, D/N)
         if image is not None:
-            y = add_gated(y, attention(q, *self.image_keys_and_values(image)))  # (B, L, N, D/N)
+            y = added(y, attention(q, *self.image_keys_and_values(image)))  # (B, L, N, D/N)
         return self.o(y.flatten(2))  # (B, L, D)
 
 
@@ -222,10 +208,9 @@ class WanAttentionBlock(nn.Module):
         """
         e = self.modulations(modulation)  # 6 x (B, 1, D)
         y = attention(*self.qkv(x, e, rope, text.dtype)).flatten(2)  # (B, L, D)
-        x = self.attended(x, y, e)  # (B, L, D)
-        del y
-        x = self.cross(x, text, image, attention, attend)  # (B, L, D)
-        return self.feed_forward(x, e, text.dtype)  # (B, L, D)
+        x, y = self.attended(x, y, e, text.dtype)  # 2 x (B, L, D)
+        x, y = self.crossed(x, y, e, text, image, attention, attend)  # 2 x (B, L, D)
+        return self.fed_forward(x, y, e)  # (B, L, D)
 
     def modulations(self, modulation: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate of the self-attention, then of the feed-forward: 6 x [B, 1, D]."""
@@ -233,21 +218,32 @@ class WanAttentionBlock(nn.Module):
 
     def qkv(self, x: Tensor, e: tuple[Tensor, ...], rope: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Queries, keys and values of tokens, 3 x [B, rows, N, D/N]; `rope` has the rows of these tokens."""
-        return self.self_attn(modulate(x, e[0], e[1], self.eps, dtype), rope)
+        return self.self_attn(modulated(x, e[0], e[1], self.eps, dtype), rope)
 
-    def attended(self, x: Tensor, y: Tensor, e: tuple[Tensor, ...]) -> Tensor:
-        """Tokens with what self-attention found for them, y [B, rows, D]."""
-        return add_gated(x, self.self_attn.o(y), e[2])
+    def attended(
+        self, x: Tensor, found: Tensor, e: tuple[Tensor, ...], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens with what self-attention found for them, [B, rows, D]; and as cross-attention reads them."""
+        return added_then_normed(x, self.self_attn.o(found), e[2], self.norm3, dtype)
 
-    def cross(
-        self, x: Tensor, text: Tensor, image: Tensor | None, attention: AttentionFn, attend: AttendText
-    ) -> Tensor:
-        """Tokens after they have looked at text and image."""
-        return add_gated(x, self.cross_attn(self.norm3(x).to(text.dtype), text, image, attention, attend))
+    def crossed(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        e: tuple[Tensor, ...],
+        text: Tensor,
+        image: Tensor | None,
+        attention: AttentionFn,
+        attend: AttendText,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens with what they found in text and image; and as the feed-forward reads them."""
+        return added_then_modulated(
+            x, self.cross_attn(normed, text, image, attention, attend), e[3], e[4], self.eps, text.dtype
+        )
 
-    def feed_forward(self, x: Tensor, e: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def fed_forward(self, x: Tensor, modulated: Tensor, e: tuple[Tensor, ...]) -> Tensor:
         """Tokens after the feed-forward."""
-        return add_gated(x, self.ffn(modulate(x, e[3], e[4], self.eps, dtype)), e[5])
+        return added(x, self.ffn(modulated), e[5])
 
 
 BlockExecutor = Callable[..., Tensor]
@@ -269,7 +265,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.modulation.to(time) + time.unsqueeze(1)).chunk(2, dim=1)  # 2 x (B, 1, D)
-        return self.head(modulate(x, shift, scale, self.eps, x.dtype))  # (B, L, 4*C)
+        return self.head(modulated(x, shift, scale, self.eps, x.dtype))  # (B, L, 4*C)
 
 
 class MLPProj(nn.Module):

@@ -168,7 +168,8 @@ def _block_bytes(size: StepSize, parts: int) -> int:
     output = row * size.tokens + row * part
     # With NAG: tokens, queries, what was found in two texts and its result; beside them three float32 copies.
     texts = 5 * row + 3 * 4 * config.dim if size.nag else 4 * row
-    cross = max(norm, texts, 2 * row + normed) * part
-    feed_forward = max(norm, 2 * row + e * config.ffn_dim) * part
+    found = row * size.tokens if parts > 1 else 0  # by self-attention, kept until the last part is through
+    cross = max(row + norm, texts, 2 * row + normed) * part + found
+    feed_forward = (2 * row + e * config.ffn_dim) * part + found
     matrix = (size.matrix_bytes or e) * config.dim * config.ffn_dim
     return round(max(project, attend, output, cross, feed_forward) + matrix)

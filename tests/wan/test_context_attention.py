@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from wan21.wan.chunked import block_executor
 from wan21.wan.config import WanConfig
-from wan21.wan.dit import WanModel, attend_text, modulate, unpatchify
+from wan21.wan.dit import WanModel, attend_text, unpatchify
+from wan21.wan.glue import modulated
 from wan21.wan.option import Option
 from wan21.wan.rope import axis_frequencies, rope_table
 from wan21.wan.sample import SampleJob, sample
@@ -111,7 +112,7 @@ def written_out(loaded, x, timestep, option):
     x = p.x
     for block in model.blocks:
         e = (block.modulation + p.modulation).chunk(6, dim=1)
-        q, k, v = block.self_attn(modulate(x, e[0], e[1], config.eps, x.dtype), rope)
+        q, k, v = block.self_attn(modulated(x, e[0], e[1], config.eps, x.dtype), rope)
         y = F.scaled_dot_product_attention(*(t.movedim(2, 1) for t in (q, k, v))).movedim(1, 2)
         x = x + block.self_attn.o(y.flatten(2)) * e[2]
         c = block.cross_attn
@@ -121,7 +122,7 @@ def written_out(loaded, x, timestep, option):
         if p.image is not None:
             y = y + softmax_attention(q, rms(c.k_img(p.image), c.norm_k_img.weight), c.v_img(p.image))
         x = x + c.o(y.flatten(2))
-        x = x + block.ffn(modulate(x, e[3], e[4], config.eps, x.dtype)) * e[5]
+        x = x + block.ffn(modulated(x, e[3], e[4], config.eps, x.dtype)) * e[5]
     return unpatchify(model.head(x, p.time), grid)
 
 

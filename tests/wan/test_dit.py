@@ -9,8 +9,9 @@ from lib.random_weights import randomise
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from wan21.wan.config import WanConfig, detect_config
-from wan21.wan.dit import WanModel, add_gated, run_blocks
+from wan21.wan.dit import WanModel, run_blocks
 from wan21.wan.files import to_wan_dit_keys
+from wan21.wan.glue import added
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +129,7 @@ def test_a_residual_step_widens_what_it_adds(dtype):
     expected = torch.addcmul(x, y.float(), gate)
     with torch.no_grad():
         stream = x.clone()
-        assert add_gated(stream, y, gate) is stream
+        assert added(stream, y, gate) is stream
     assert torch.equal(stream, expected)
 
 
