@@ -19,6 +19,7 @@ BELOW = {
 }
 IN_WAN = {"torch", "safetensors", "einops"}
 IN_FUNCTIONS_OF_WAN = {"gguf"}  # optional
+IN_KERNELS = {"triton"}  # optional too: in the modules of wan/kernels/, which are imported in a function
 # ComfyUI's internals are for host/; what it offers to custom nodes, for nodes/ and extension as well.
 INTERNALS = {
     "comfy", "comfy_aimdo", "comfy_execution", "comfy_extras", "comfy_kitchen", "execution",
@@ -78,7 +79,9 @@ def problems(module, source):
         elif top in OFFERED and folder not in MAY_USE_OFFERED:
             yield f"{where}: {folder} may not import {top}"
         elif folder == "wan" and not (
-            top in sys.stdlib_module_names | IN_WAN or (in_function and top in IN_FUNCTIONS_OF_WAN)
+            top in sys.stdlib_module_names | IN_WAN
+            or (in_function and top in IN_FUNCTIONS_OF_WAN)
+            or (top in IN_KERNELS and module[:2] == ("wan", "kernels") and module[2] != "__init__")
         ):
             yield f"{where}: wan may not import {top}"
 
@@ -99,6 +102,9 @@ def test_no_module_imports_upward_or_sideways():
         ("wan/dit", "import torch.nn.functional", None),
         ("wan/files/gguf", "def read():\n    import gguf", None),
         ("wan/files/gguf", "import gguf", "wan may not import gguf"),
+        ("wan/kernels/rms_rope", "import triton.language as tl", None),
+        ("wan/kernels/__init__", "import triton", "wan may not import triton"),
+        ("wan/glue", "import triton", "wan may not import triton"),
         ("net/fetch", "from ..host import queue", "net may not import host"),
         ("frames/lanczos", "from .. import net, wan", "frames may not import net"),
         ("host/model", "from ..frames import lanczos", None),

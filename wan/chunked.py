@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .attention import AttentionFn
+from .changed import is_changed
 from .dit import AttendText, BlockExecutor, WanAttentionBlock, at_once, attend_text
 from .inplace import may_overwrite
 
@@ -23,8 +24,7 @@ def block_executor(parts: int) -> BlockExecutor:
 
 def _in_parts_or_whole(block: WanAttentionBlock, *inputs: Any, parts: int) -> Tensor:
     """A block whose call somebody has changed or hooked is called, whatever memory that takes."""
-    is_changed = "forward" in vars(block) or block._forward_hooks or block._forward_pre_hooks
-    return at_once(block, *inputs) if is_changed else in_parts(block, *inputs, parts=parts)
+    return at_once(block, *inputs) if is_changed(block) else in_parts(block, *inputs, parts=parts)
 
 
 def in_parts(

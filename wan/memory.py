@@ -165,7 +165,7 @@ def _block_bytes(size: StepSize, parts: int) -> int:
         project += 3 * row * size.tokens
     copies = ATTENTION_COPIES.get(size.attention, 0)
     attend = (4 * row + 2 * copies * config.dim + 4 * config.num_heads) * size.tokens
-    output = row * size.tokens + row * part
+    output = row * size.tokens + max(row, norm) * part
     # With NAG: tokens, queries, what was found in two texts and its result; beside them three float32 copies.
     texts = 5 * row + 3 * 4 * config.dim if size.nag else 4 * row
     found = row * size.tokens if parts > 1 else 0  # by self-attention, kept until the last part is through

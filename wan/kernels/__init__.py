@@ -1,0 +1,119 @@
+"""Triton kernels of `wan.glue`, and where they are taken.
+
+They are for NVIDIA GPUs and 16 bits. Each is run on a few tokens at its first use on a device and compared
+with PyTorch's own operations; where it differs, cannot be built or cannot run, those stay for the process.
+With WAN21_KERNELS=0 in the environment none is taken.
+"""
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from threading import Lock
+from typing import Any
+
+import torch
+
+from ..out_of_memory import is_out_of_memory
+
+SWITCH = "WAN21_KERNELS"
+CAPABILITY = (8, 0)  # least; bfloat16 needs it
+MAX_WIDTH = 8192  # of a token that stays in the registers of one program
+TOLERANCE = 0.01  # of the relative difference; bfloat16 rounds by up to 0.004
+
+Distance = Callable[[Callable], float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether a kernel is taken.
+
+    Attributes:
+        function: the kernel, or None where PyTorch's own operations are taken.
+        why: for these, as what follows a colon.
+    """
+
+    function: Callable[..., Any] | None
+    why: str = ""
+
+
+_building = Lock()  # one at a time: threads of several GPUs would build the same kernel
+_chosen: dict[tuple, Choice] = {}
+
+
+def choose(
+    name: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], distance: Distance
+) -> Choice:
+    """A kernel or none, decided once a process for each device, dtype and size.
+
+    Args:
+        name: of the kernel and its module in this folder.
+        dtype: to compute in.
+        sizes: width of a token, then what else the kernel is built for.
+        distance: of a kernel from PyTorch's own operations on this device, in this dtype and size: relative,
+            the largest of all ways in which it is called; infinite for NaN.
+    """
+    key = name, device, dtype, sizes
+    if key not in _chosen:
+        with _building:
+            if key not in _chosen:
+                _chosen[key] = _decide(name, device, dtype, sizes[0], distance)
+    return _chosen[key]
+
+
+def describe(choices: Mapping[str, Choice]) -> str:
+    """Which kernels are taken and why others are not, for the report."""
+    taken = [name for name, choice in choices.items() if choice.function is not None]
+    others = {name: choice.why for name, choice in choices.items() if choice.function is None}
+    if not taken and len(set(others.values())) == 1:
+        return f"none of our own: {next(iter(others.values()))}"
+    return "; ".join([", ".join(taken) or "none", *(f"not {name}: {why}" for name, why in others.items())])
+
+
+def _decide(name: str, device: torch.device, dtype: torch.dtype, width: int, distance: Distance) -> Choice:
+    if why := obstacle(device, dtype, width):
+        return Choice(None, why)
+    try:
+        function = getattr(importlib.import_module(f".{name}", __name__), name)
+        off = distance(function)
+    except Exception as error:  # of the compilers: many kinds
+        if is_out_of_memory(error):  # nothing is known of the kernel
+            raise
+        return Choice(None, f"it cannot be built or run here ({_first_line(error)})")
+    if off > TOLERANCE:
+        return Choice(None, f"it differs from PyTorch's own by {off:.1e} on this device")
+    return Choice(function)
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why no kernel is tried, or None."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH} is 0"
+    if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
+        return "they are for NVIDIA GPUs"
+    if dtype.itemsize != 2:
+        return f"they work in 16 bits and the model in {str(dtype).removeprefix('torch.')}"
+    if width > MAX_WIDTH:
+        return f"they take a width of up to {MAX_WIDTH} and the model has {width}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        needed, have = (".".join(map(str, c)) for c in (CAPABILITY, capability))
+        return f"they need compute capability {needed} and the device has {have}"
+    return _without_triton()
+
+
+@cache
+def _without_triton() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError:
+        return "Triton is not installed"
+    except Exception as error:  # built for another PyTorch or Python
+        return f"Triton does not load ({_first_line(error)})"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
