@@ -96,9 +96,9 @@ def compiled(name, capability, folder):
     module = importlib.import_module(f"wan21.wan.kernels.{name}")
     constants, pointers = WAYS[name], POINTERS[name]
     types = {**pointers, "width": "i32", "eps": "fp32"} | dict.fromkeys(constants, "constexpr")
-    place = {argument: (i,) for i, argument in enumerate(module.kernel.arg_names)}
+    place = {argument: (i,) for i, argument in enumerate(module._kernel.arg_names)}
     source = ASTSource(
-        fn=module.kernel,
+        fn=module._kernel,
         signature={argument: types[argument] for argument in place},
         constexprs={place[argument]: value for argument, value in constants.items()},
         attrs={place[argument]: [["tt.divisibility", 16]] for argument in (*pointers, "width")},

@@ -14,7 +14,7 @@ WARPS = 8
 
 
 @triton.jit
-def kernel(
+def _kernel(
     x_ptr, y_ptr, gate_ptr, weight_ptr, bias_ptr, out_ptr, width, eps,
     HAS_Y: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def residual_norm(
         for i in range(batch):
             # What is missing is never read, but the kernel wants a pointer.
             part = [x[i] if t is None else t[i] for t in (x, y, gate, weight, bias, out)]
-            launch: Any = kernel[(rows,)]
+            launch: Any = _kernel[(rows,)]
             launch(
                 *part, width, eps, HAS_Y=y is not None, HAS_GATE=gate is not None,
                 HAS_NORM=out is not None, BLOCK=triton.next_power_of_2(width), num_warps=WARPS,

@@ -11,7 +11,7 @@ WARPS = 8
 
 
 @triton.jit
-def kernel(
+def _kernel(
     x_ptr, weight_ptr, table_ptr, out_ptr, width, eps,
     HEAD: tl.constexpr, HAS_TABLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def rms_rope(x: Tensor, weight: Tensor, eps: float, heads: int, table: Tensor | 
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         for i in range(batch):
-            launch: Any = kernel[(rows,)]
+            launch: Any = _kernel[(rows,)]
             launch(
                 x[i], weight, x if table is None else table, out[i], width, eps,
                 HEAD=width // heads, HAS_TABLE=table is not None,

@@ -1,0 +1,20 @@
+"""The kernels of `wan.kernels` in PyTorch, called as the Triton ones are: to test what is around them."""
+
+import torch.nn.functional as F
+from wan21.wan.rope import apply_rope
+
+
+def residual_norm(x, y, gate, affine, eps, dtype):
+    if y is not None:
+        x.add_(y if gate is None else y.float() * gate)
+    if affine is not None:
+        weight, bias = affine
+        return (F.layer_norm(x, x.shape[-1:], eps=eps) * weight + bias).to(dtype)
+
+
+def rms_rope(x, weight, eps, heads, table):
+    normed = F.rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, (heads, -1))
+    return normed if table is None else apply_rope(normed, table)
+
+
+BOTH = {"residual_norm": residual_norm, "rms_rope": rms_rope}
