@@ -88,7 +88,7 @@ def check_image(name: str, image: Tensor, several: bool = False) -> None:
     if shape[0] != 1 and not several:
         raise Refusal(
             f"{name} holds {shape[0]} images; it must be one",
-            "Pick one with ImageFromBatch, or use the graph Wan2.1 video to video for a clip",
+            "Pick one with ImageFromBatch, or use the graph Wan2.1 video to video (v2v)",
         )
     if shape[3] < 3:
         raise Refusal(f"{name} has {shape[3]} channel(s); it must be RGB", "Connect a colour image")

@@ -1,4 +1,4 @@
-"""Turn a still image into `demo.mp4` through a real ComfyUI, with `workflows/api/Wan2.1 image to video.json`.
+"""Turn a still image into `demo.mp4` through a real ComfyUI, with `workflows/api/Wan2.1 image to video (i2v).json`.
 
 Every option is also read from the environment variable of the same name in capitals, which is how
 `make demo IMAGE=cat.jpg PROMPT="zoom in"` passes it on.
@@ -22,7 +22,7 @@ pack.load_pack()
 
 from wan21.wan.device import multiplies_in_bf16  # noqa: E402
 
-WORKFLOW = ROOT / "workflows" / "api" / "Wan2.1 image to video.json"
+WORKFLOW = ROOT / "workflows" / "api" / "Wan2.1 image to video (i2v).json"
 WORK_FOLDER = ROOT / "build" / "demo"
 VIDEO = ROOT / "demo.mp4"
 SHEET = ROOT / "demo.jpg"

@@ -18,7 +18,7 @@ from lib.host_server import HostServer  # noqa: E402
 from wan21.training import data  # noqa: E402
 from wan21.training.host import to_picture  # noqa: E402
 
-GRAPHS = {"editor": "Wan2.1 - quick start", "app": "Wan2.1 - quick start (app)"}
+GRAPHS = {"editor": "Wan2.1 - quick start", "app": "Wan2.1 - quick start.app"}
 SCENE = data.HELD_OUT + 6 * 10**6 + 14  # a house before hills
 SIZE = (96, 128)  # the scene is another at another size
 SCREEN = {"width": 1600, "height": 900}

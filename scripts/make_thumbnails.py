@@ -1,7 +1,7 @@
 """Run every workflow small on a real host, on pictures that a program drew: `workflows/<name>.jpg`.
 
 python scripts/make_thumbnails.py                           # all of them
-python scripts/make_thumbnails.py "Wan2.1 text to video"    # this one
+python scripts/make_thumbnails.py "Wan2.1 text to video (t2v)"    # this one
 """
 
 import json
@@ -29,25 +29,25 @@ STEPS = 20
 SAMPLING = {"guidance_scale": 3, "flow_shift": 3}  # what suits the bundled checkpoint
 SHOWN = {  # graph -> (scene, prompts of its segments)
     "Wan2.1 - quick start": (14, "pan left"),
-    "Wan2.1 - quick start (app)": (39, "zoom in"),
+    "Wan2.1 - quick start.app": (39, "zoom in"),
     "Wan2.1 - quick start 4 steps": (24, "zoom in"),
-    "Wan2.1 image to video": (10, "pan right"),
-    "Wan2.1 image to video (app)": (17, "a purple triangle moves right"),
-    "Wan2.1 image to video 4 steps": (19, "zoom in"),
+    "Wan2.1 image to video (i2v)": (10, "pan right"),
+    "Wan2.1 image to video (i2v).app": (17, "a purple triangle moves right"),
+    "Wan2.1 4 steps image to video (lightx2v)": (19, "zoom in"),
     "Wan2.1 image to video TeaCache": (33, "zoom out"),
-    "Wan2.1 image to video low memory": (12, "pan left"),
+    "Wan2.1 image to video low VRAM": (12, "pan left"),
     "Wan2.1 image to video upscaled": (21, "zoom in"),
     "Wan2.1 long video RIFLEx": (5, "rotate clockwise"),
     "Wan2.1 long video in segments": (35, "pan left", "zoom in", "rotate clockwise"),
-    "Wan2.1 first and last frame": (14, "pan right"),
-    "Wan2.1 text to video": (0, "a yellow square moves right"),
-    "Wan2.1 video to video": (24, "pan right"),
-    "Wan2.2 image to video": (20, "pan up"),
-    "Wan2.2 image to video 4 steps": (29, "a black circle moves up"),
-    "Wan2.2 text to video": (0, "a green circle moves left"),
+    "Wan2.1 first and last frame (flf2v)": (14, "pan right"),
+    "Wan2.1 text to video (t2v)": (0, "a yellow square moves right"),
+    "Wan2.1 video to video (v2v)": (24, "pan right"),
+    "Wan2.2 image to video (i2v)": (20, "pan up"),
+    "Wan2.2 4 steps image to video (lightx2v)": (29, "a black circle moves up"),
+    "Wan2.2 text to video (t2v)": (0, "a green circle moves left"),
 }
-SEEDS = {"Wan2.1 text to video": 3, "Wan2.2 text to video": 5}
-DENOISE = {"Wan2.1 video to video": 0.4}
+SEEDS = {"Wan2.1 text to video (t2v)": 3, "Wan2.2 text to video (t2v)": 5}
+DENOISE = {"Wan2.1 video to video (v2v)": 0.4}
 PICTURES = 4
 WIDTH = 512
 

@@ -6,9 +6,10 @@ a graph lacks; folded nodes, apps and blueprints come from the tables below, pla
 and `make_thumbnails.py` when the pictures should change too.
 
     python scripts/make_workflows.py                           # all of them; needs a Chromium
-    python scripts/make_workflows.py "Wan2.1 text to video"    # this one
+    python scripts/make_workflows.py "Wan2.1 text to video (t2v)"    # this one
 """
 
+import copy
 import json
 import re
 import sys
@@ -59,15 +60,15 @@ def _segment(number):
 
 FOLDS = {"Wan2.1 long video in segments": [_segment(2), _segment(3)]}
 
-# Graphs that are there as a form too: (title, input) from top to bottom.
+# Graphs that are there as a form too: (title, input, label or None for the editor's own) from top to bottom.
 FORM = (
-    ("Start image", "image"),
-    ("Positive prompt", "text"),
-    ("Image to video", "num_frames"),
-    ("Sampler", "seed"),
+    ("Start image", "image", None),
+    ("Positive prompt", "text", "prompt"),
+    ("Image to video", "num_frames", None),
+    ("Sampler", "seed", None),
 )
-APPS = {"Wan2.1 - quick start": FORM, "Wan2.1 image to video": FORM}
-APP = "{} (app)"
+APPS = {"Wan2.1 - quick start": FORM, "Wan2.1 image to video (i2v)": FORM}
+APP = "{}.app"  # the browser marks these as apps, and so does the sidebar when one is saved
 
 COMMON = (
     ("Positive prompt", "text", "prompt"),
@@ -86,17 +87,17 @@ OUTSIDE = {"Start image", "End image", "Save video"}
 # Blueprint -> the graph it is made of, what stands on it, and its sentence in the node search.
 BLUEPRINTS = {
     "Wan2.1 Image to Video Pipeline": (
-        "Wan2.1 image to video",
+        "Wan2.1 image to video (i2v)",
         COMMON + CLIP_VISION,
         "A still image and a prompt become a video with Wan2.1: loaders, sampler and decode in one node.",
     ),
     "Wan2.1 First-Last-Frame to Video": (
-        "Wan2.1 first and last frame",
+        "Wan2.1 first and last frame (flf2v)",
         COMMON + CLIP_VISION,
         "The video that leads from a first to a last image with Wan2.1, in one node.",
     ),
     "Wan2.1 Image to Video 4 Steps": (
-        "Wan2.1 image to video 4 steps",
+        "Wan2.1 4 steps image to video (lightx2v)",
         (*COMMON, ("LoRA", "lora_name", "LoRA"), *CLIP_VISION),
         "A still image becomes a video in four steps with Wan2.1 and a step-distilled LoRA, in one node.",
     ),
@@ -166,9 +167,13 @@ def described(graph, name):
 
 def as_app(graph, form):
     """Return the graph as a form (App Mode): these inputs, and the saved video."""
-    by_title = {node["title"]: node["id"] for node in graph["nodes"]}
-    inputs = [[by_title[title], name] for title, name in form]
-    data = {"inputs": inputs, "outputs": [by_title["Save video"]]}
+    graph = copy.deepcopy(graph)
+    by_title = {node["title"]: node for node in graph["nodes"]}
+    inputs = [[by_title[title]["id"], name] for title, name, _ in form]
+    for title, name, label in form:
+        if label:
+            next(slot for slot in by_title[title]["inputs"] if slot["name"] == name)["label"] = label
+    data = {"inputs": inputs, "outputs": [by_title["Save video"]["id"]]}
     identifier = str(uuid.uuid5(uuid.UUID(graph["id"]), "app"))
     return graph | {"id": identifier, "extra": graph["extra"] | {"linearMode": True, "linearData": data}}
 

@@ -61,7 +61,7 @@ class JobGraph:
 
 def load_workflow(end_image: bool) -> Graph:
     """The graph to fill in, for a start image alone or with an end image; the sampler's report is kept."""
-    name = "Wan2.1 first and last frame.json" if end_image else "Wan2.1 image to video.json"
+    name = "Wan2.1 first and last frame (flf2v).json" if end_image else "Wan2.1 image to video (i2v).json"
     graph: Graph = json.loads((WORKFLOWS / name).read_text(encoding="utf-8"))
     [sampler] = find(graph, "Wan21Sampler")
     number = str(1 + max(map(int, graph)))

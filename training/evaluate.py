@@ -206,7 +206,7 @@ def measure_end(host, cases):
         for i, (clip, motion) in enumerate(zip(clips, motions)):
             prompt = captions.canonical(motion)
             graph = host.graph(
-                "Wan2.1 first and last frame", prompt, size, i, Start_image=clip[0], End_image=clip[-1]
+                "Wan2.1 first and last frame (flf2v)", prompt, size, i, Start_image=clip[0], End_image=clip[-1]
             )
             graph = fill(graph, "Image to video", add_frames_for_end_image=alone)
             videos.append(host.frames(graph))
@@ -227,7 +227,7 @@ def measure_text_only(host, cases):
         colour, way = [*data.COLOURS][i % 6], data.DIRECTIONS[i % 4]
         prompt = f"a {colour} circle moves {way}"
         try:
-            videos.append(host.frames(host.graph("t2v", prompt, size, i)))
+            videos.append(host.frames(host.graph("Wan2.1 text to video (t2v)", prompt, size, i)))
         except (GraphRejected, JobFailed) as error:
             return [Row("without image", f"refused: {str(error)[:60]}", ">= 75 %", False)]
         found.append(metrics.object_direction(videos[-1], colour))

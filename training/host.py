@@ -43,7 +43,7 @@ class Host:
         graph = fill(graph, "Wan21Sampler", seed=seed, **self.sampling)
         for title, image in images.items():
             graph = fill(graph, title.replace("_", " "), image=self.upload(image))
-        if name == "t2v":
+        if any(node["_meta"]["title"] == "Size and length" for node in graph.values()):  # no start image
             return fill(graph, "Size and length", width=width, height=height, length=frames)
         return fill(graph, "Image to video", width=width, height=height, num_frames=frames)
 

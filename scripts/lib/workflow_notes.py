@@ -28,7 +28,7 @@ NOTES = {
         "*zoom out*, *rotate clockwise*, *rotate counterclockwise*, *still*; or a shape of the picture that "
         "moves: *a red circle moves left*.",
         "**Image to video**: sides of 64 to 128 in steps of 16, 5 to 33 frames (4n+1).",
-        "For real pictures open the graph **Wan2.1 image to video**, whose note names the files to download.",
+        "For real pictures open the graph **Wan2.1 image to video (i2v)**, whose note names the files to download.",
     ),
     "Wan2.1 - quick start 4 steps": (
         "# Quick start in 4 steps\nThe graph **Wan2.1 - quick start** with a LoRA distilled from the same "
@@ -39,10 +39,10 @@ NOTES = {
         "**Start image**: your picture. It is cropped to 128x128; the model was made for 64 to 128 pixels.",
         "**Positive prompt**: one motion, as in **Wan2.1 - quick start**: *pan left*, *zoom in*, "
         "*rotate clockwise*, *still*, *a red circle moves left*.",
-        "For real pictures open the graph **Wan2.1 image to video 4 steps**, whose note names the files to "
+        "For real pictures open the graph **Wan2.1 4 steps image to video (lightx2v)**, whose note names the files to "
         "download.",
     ),
-    "Wan2.1 image to video": (
+    "Wan2.1 image to video (i2v)": (
         "# Image to video\nA still image becomes five seconds of video.",
         "**Start image**: your picture. **Positive prompt**: what moves in it, and how the camera does.",
         f"**Image to video**: size and length. {SIDES_AND_FRAMES} 832x480 or 480x832 suits this model; "
@@ -53,7 +53,7 @@ NOTES = {
         "less closely.",
         TEXT_ENCODER,
     ),
-    "Wan2.1 image to video 4 steps": (
+    "Wan2.1 4 steps image to video (lightx2v)": (
         "# Image to video in 4 steps\nA LoRA that was distilled to four steps without guidance: 4 passes "
         "through the model in place of 60.",
         "**LoRA**: LightX2V's for the 480p model. **Sampler**: 4 steps, guidance 1, shift 5 and euler are "
@@ -63,7 +63,7 @@ NOTES = {
         f"**Image to video**: size and length. {SIDES_AND_FRAMES}",
         TEXT_ENCODER,
     ),
-    "Wan2.2 image to video": (
+    "Wan2.2 image to video (i2v)": (
         "# Wan2.2 image to video\nTwo experts of 14B: one for the steps of high noise, one for the rest.",
         "**High-noise model**, **Low-noise model**: both files of one release; the sampler changes over by "
         "itself. **Sampler**: the release runs 40 steps at guidance 3.5 and shift 5.",
@@ -71,7 +71,7 @@ NOTES = {
         f"**Image to video**: size and length. {SIDES_AND_FRAMES} There is no CLIP vision in these models.",
         TEXT_ENCODER,
     ),
-    "Wan2.2 text to video": (
+    "Wan2.2 text to video (t2v)": (
         "# Wan2.2 text to video\nTwo experts of 14B: one for the steps of high noise, one for the rest.",
         "**Positive prompt**: what is seen, what moves, how the camera does.",
         f"**Size and length**. {SIDES_AND_FRAMES} 832x480 takes well under half the time of 1280x720.",
@@ -80,7 +80,7 @@ NOTES = {
         "for the second (**Low-noise guidance**).",
         TEXT_ENCODER,
     ),
-    "Wan2.2 image to video 4 steps": (
+    "Wan2.2 4 steps image to video (lightx2v)": (
         "# Wan2.2 image to video in 4 steps\nBoth experts with their LoRA: two steps each.",
         "**High-noise LoRA**, **Low-noise LoRA**: LightX2V's pair. **Sampler**: 4 steps, guidance 1, shift 5 "
         "and euler are what they were trained on; switch *nag* on to have the negative prompt act.",
@@ -117,7 +117,7 @@ NOTES = {
         f"**Image to video**: size and length before upsampling. {SIDES_AND_FRAMES}",
         TEXT_ENCODER,
     ),
-    "Wan2.1 image to video low memory": (
+    "Wan2.1 image to video low VRAM": (
         "# Image to video, low memory\nFor a GPU that runs out of memory with the other graph.",
         "**Model**: *fp8_e4m3fn* halves the weights, a little detail is lost. **Text encoder**: *cpu* keeps "
         "it out of GPU memory; prompts take longer there.",
@@ -129,7 +129,7 @@ NOTES = {
         "**CLIP vision** is optional: delete its nodes to save memory, the picture then follows the image "
         "less closely.",
     ),
-    "Wan2.1 first and last frame": (
+    "Wan2.1 first and last frame (flf2v)": (
         "# First and last frame to video\nThe video that leads from one image to another.",
         "**Start image**, **End image**: your two pictures, of the same shape. "
         "**Positive prompt**: what happens between them.",
@@ -155,7 +155,7 @@ NOTES = {
         "frames less closely.",
         TEXT_ENCODER,
     ),
-    "Wan2.1 text to video": (
+    "Wan2.1 text to video (t2v)": (
         "# Text to video\nFive seconds of video from a sentence or two.",
         "**Positive prompt**: what is seen, what moves, how the camera does.",
         f"**Size and length**. {SIDES_AND_FRAMES} 832x480 suits this model.",
@@ -163,7 +163,7 @@ NOTES = {
         "12; for the 14B model (*wan2.1_t2v_14B_fp16.safetensors*) guidance 5 and shift 5.",
         TEXT_ENCODER,
     ),
-    "Wan2.1 video to video": (
+    "Wan2.1 video to video (v2v)": (
         "# Video to video\nA clip is partly turned back into noise and made anew after the prompt.",
         "**Source video**: your clip, uploaded with its button. **Positive prompt**: what it should become.",
         "**First frames**: how many to use, 4n+1 (5, 9 … 81) and no more than the clip has.",

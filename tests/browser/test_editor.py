@@ -12,10 +12,10 @@ from lib.pack import LINK_NAME, ROOT
 from lib.small_graphs import small_graph
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-APP = " (app)"  # the same graph as a form
+APP = ".app"  # the same graph as a form
 GRAPHS = [path for path in WORKFLOWS if not path.stem.endswith(APP)]
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
-I2V = "Wan2.1 image to video.json"
+I2V = "Wan2.1 image to video (i2v).json"
 EDITOR_ONLY = {"MarkdownNote", "Note"}  # not part of what is queued
 TITLE_HEIGHT = 30
 LATENT_FRAMES = 3
@@ -138,6 +138,8 @@ def test_an_app_is_its_graph_with_a_form(path):
     app, graph = read(path), read(path.with_name(path.name.replace(APP, "")))
     form = app["extra"].pop("linearData")
     assert app["extra"].pop("linearMode") is True
+    named = [slot.pop("label") for node in app["nodes"] for slot in node["inputs"] if "label" in slot]
+    assert named == ["prompt"], "the form says it for text"
     assert app | {"id": None} == graph | {"id": None}
     widgets = {
         (node["id"], slot["name"]) for node in app["nodes"] for slot in node["inputs"] if "widget" in slot
@@ -232,7 +234,15 @@ SEARCHES = [
     "long video",
     "text to video",
     "wan 2.2",
+    "quick start",
+    "i2v",
+    "flf2v",
+    "lightx2v",
+    "wan 2.2 4 steps",
+    "low vram",
 ]
+SHOWN_CARDS = """() => [...document.querySelectorAll('[data-testid^=template-workflow-]')]
+    .map(card => [card.dataset.testid.replace('template-workflow-', ''), /\\bApp$/.test(card.innerText)])"""
 
 
 def test_template_browser_shows_finds_and_opens_our_workflows(tab, server):
@@ -242,24 +252,28 @@ def test_template_browser_shows_finds_and_opens_our_workflows(tab, server):
     browser = tab.get_by_role("dialog")  # a node of Nodes 2.0 names our pack, too
     browser.get_by_text(LINK_NAME, exact=True).click()
     cards = {path.stem: browser.get_by_role("img", name=path.stem, exact=True) for path in WORKFLOWS}
+    cards["Wan2.2 text to video (t2v)"].wait_for()
+    shown = tab.evaluate(SHOWN_CARDS)
+    assert [name for name, _ in shown] == sorted(cards), "the quick start first"
+    assert {name for name, is_app in shown if is_app} == {name for name in cards if name.endswith(APP)}
     search = browser.get_by_placeholder("Search ...")
     for text in SEARCHES:
         search.fill(text)
         words = [word for word in text.split() if word != "wan"]
-        wanted = [name for name in cards if all(word in name for word in words)]
+        wanted = [name for name in cards if all(word in name.lower() for word in words)]
         assert wanted
         for name in wanted:
             cards[name].wait_for()
     search.fill("wan2.1 image to video")
     tab.wait_for_function("() => [...document.images].every(image => image.complete && image.naturalWidth)")
-    cards["Wan2.1 image to video"].click()
+    cards["Wan2.1 image to video (i2v)"].click()
     tab.wait_for_function("app.graph._nodes.some(node => node.type === 'Wan21Sampler')")
 
 
 BLUEPRINT_OF = {
-    "Wan2.1 Image to Video Pipeline": "Wan2.1 image to video",
-    "Wan2.1 First-Last-Frame to Video": "Wan2.1 first and last frame",
-    "Wan2.1 Image to Video 4 Steps": "Wan2.1 image to video 4 steps",
+    "Wan2.1 Image to Video Pipeline": "Wan2.1 image to video (i2v)",
+    "Wan2.1 First-Last-Frame to Video": "Wan2.1 first and last frame (flf2v)",
+    "Wan2.1 Image to Video 4 Steps": "Wan2.1 4 steps image to video (lightx2v)",
 }
 
 

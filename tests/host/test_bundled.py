@@ -94,7 +94,7 @@ def test_other_words_mean_the_same(host, picture):
 def test_end_image_is_reached(host, alone):
     clip = eight_bits(data.clips(SEED, 1, *SIZE, motions=["zoom in"])[0])[0].movedim(1, 0)  # [F, 3, H, W]
     graph = host.graph(
-        "Wan2.1 first and last frame", "zoom in", SIZE, 3, Start_image=clip[0], End_image=clip[-1]
+        "Wan2.1 first and last frame (flf2v)", "zoom in", SIZE, 3, Start_image=clip[0], End_image=clip[-1]
     )
     graph = fill(graph, "Image to video", add_frames_for_end_image=alone)
     video = host.frames(fill(graph, "Wan21Sampler", steps=20, guidance_scale=3, flow_shift=3))

@@ -26,10 +26,10 @@ FLOAT32 = ["--force-fp32", "--fp32-vae", "--fp32-text-enc"]
 KINDS = ("failure", "error", "skipped")  # of what did not pass, in the XML that pytest writes
 GRAPHS = [
     "Wan2.1 image to video TeaCache",
-    "Wan2.1 first and last frame",
-    "Wan2.1 image to video low memory",
+    "Wan2.1 first and last frame (flf2v)",
+    "Wan2.1 image to video low VRAM",
     "Wan2.1 image to video upscaled",
-    "Wan2.1 video to video",
+    "Wan2.1 video to video (v2v)",
 ]
 # Test files by whether weights come to the device at their use, and what is left out of them: it has a kernel
 # of its own, goes on on the CPU where there is a GPU, gives models tensors of the CPU, or looks at weights
@@ -103,8 +103,8 @@ def test_a_graph_gives_the_video_of_the_cpu(server, start, name):
 def test_in_16_bits_the_video_is_nearly_that_of_the_cpu(server, start):
     assert (
         metrics.psnr(
-            frames(start(), "Wan2.1 image to video low memory"),
-            frames(server, "Wan2.1 image to video low memory"),
+            frames(start(), "Wan2.1 image to video low VRAM"),
+            frames(server, "Wan2.1 image to video low VRAM"),
         )
         > 30
     )
