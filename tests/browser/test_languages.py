@@ -24,6 +24,7 @@ SHOWN = """([type, group, choice]) => {
             .map(w => [w.name, w.label || w.name])),
         inputs: Object.fromEntries(node.inputs.map(slot => [slot.name, label(slot)])),
         outputs: node.outputs.map(label),
+        tooltips: Object.fromEntries((node.widgets ?? []).map(w => [w.name, w.tooltip])),
     }
 }"""
 # In Nodes 2.0 a node is part of the document.
@@ -63,8 +64,11 @@ def test_nodes_are_in_chinese(chinese_page):
         if nodes_2:
             texts_shown = [shown["title"], *shown["widgets"].values(), *shown["outputs"]]
             page.wait_for_function(ON_THE_PAGE, arg=texts_shown)
-    assert {f"{GROUP}.multiplier", f"{GROUP}.profile"} <= labels_of_sampler(page).keys()
-
-
-def labels_of_sampler(page):
-    return page.evaluate(SHOWN, ["Wan21Sampler", GROUP, "teacache"])["widgets"]
+    sampler, inputs = (
+        page.evaluate(SHOWN, ["Wan21Sampler", GROUP, "teacache"]),
+        CHINESE["Wan21Sampler"]["inputs"],
+    )
+    for setting in (f"{GROUP}.multiplier", f"{GROUP}.profile"):
+        assert setting in sampler["widgets"]
+        # What stands here the editor shows before any translation of its own.
+        assert sampler["tooltips"][setting] == inputs[setting.replace(".", "_")]["tooltip"]
