@@ -1,4 +1,4 @@
-"""Turn a still image into `demo.mp4` through a real ComfyUI, with `workflows/api/Wan2.1 image to video (i2v).json`.
+"""Turn a still image into `demo.mp4` by `workflows/api/Wan2.1 image to video (i2v).json` on a real ComfyUI.
 
 Every option is also read from the environment variable of the same name in capitals, which is how
 `make demo IMAGE=cat.jpg PROMPT="zoom in"` passes it on.

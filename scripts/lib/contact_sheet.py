@@ -6,11 +6,11 @@ MAX_FRAMES = 12
 GAP_PX = 4
 
 
-def read_frames(video_path):
-    """Return every frame of a video file as a Pillow image."""
+def read_frames(video):
+    """Return every frame of a video, a path or an open file, as a Pillow image."""
     import av
 
-    with av.open(str(video_path)) as container:
+    with av.open(video) as container:
         return [frame.to_image() for frame in container.decode(video=0)]
 
 

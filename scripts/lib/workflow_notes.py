@@ -28,7 +28,8 @@ NOTES = {
         "*zoom out*, *rotate clockwise*, *rotate counterclockwise*, *still*; or a shape of the picture that "
         "moves: *a red circle moves left*.",
         "**Image to video**: sides of 64 to 128 in steps of 16, 5 to 33 frames (4n+1).",
-        "For real pictures open the graph **Wan2.1 image to video (i2v)**, whose note names the files to download.",
+        "For real pictures open the graph **Wan2.1 image to video (i2v)**, whose note names the files to "
+        "download.",
     ),
     "Wan2.1 - quick start 4 steps": (
         "# Quick start in 4 steps\nThe graph **Wan2.1 - quick start** with a LoRA distilled from the same "
@@ -39,8 +40,8 @@ NOTES = {
         "**Start image**: your picture. It is cropped to 128x128; the model was made for 64 to 128 pixels.",
         "**Positive prompt**: one motion, as in **Wan2.1 - quick start**: *pan left*, *zoom in*, "
         "*rotate clockwise*, *still*, *a red circle moves left*.",
-        "For real pictures open the graph **Wan2.1 4 steps image to video (lightx2v)**, whose note names the files to "
-        "download.",
+        "For real pictures open the graph **Wan2.1 4 steps image to video (lightx2v)**, whose note names the "
+        "files to download.",
     ),
     "Wan2.1 image to video (i2v)": (
         "# Image to video\nA still image becomes five seconds of video.",
