@@ -1,16 +1,14 @@
 """Write `docs/icon.png` and `docs/banner.png`, which the registry shows: a still and the frames it becomes.
 
-Drawn here from circles and polygons: a boat sails over a bay while the sun sets.
+Drawn from circles and polygons: a boat sails over a bay while the sun sets.
 """
 
-import math
-
 from lib.pack import ROOT
+from lib.scenes import bay, gradient
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 ICON = (400, 400)  # the registry wants a square of at most 400x400
 BANNER = (1260, 540)  # and 21:9
-FRAME = 800  # pixels of a side, as drawn
 TOP, BOTTOM = (38, 30, 74), (16, 78, 92)  # colours of the background
 COLOURS = 160  # of the palette that keeps the files small
 OVER = 2  # drawn so much larger, then reduced
@@ -22,45 +20,11 @@ def main():
     save(banner(), "banner.png")
 
 
-def scene(time):
-    """The frame at `time` in [0, 1], FRAME pixels square."""
-    picture = gradient((FRAME, FRAME), (250, 196, 122), (226, 96, 110))
-    draw = ImageDraw.Draw(picture)
-    sun, level = (round(FRAME * 0.64), round(FRAME * (0.26 + 0.24 * time))), round(FRAME * 0.62)
-    draw.circle(sun, 92, (255, 232, 170))
-    ridge(draw, level, 150, 0.0, (150, 84, 128))
-    ridge(draw, level, 84, 2.1, (98, 62, 116))
-    water = gradient((FRAME, FRAME - level), (232, 132, 124), (40, 62, 112))
-    picture.paste(water, (0, level))
-    for k in range(9):  # the sun on the water, broken by waves
-        half = 88 - 7 * k + 14 * math.sin(5 * k + 8 * time)
-        y = level + 14 + 30 * k
-        draw.rounded_rectangle((sun[0] - half, y, sun[0] + half, y + 9), 5, (255, 218, 160))
-    boat(draw, FRAME * (0.2 + 0.5 * time), level + 128 + 8 * math.sin(7 * time))
-    return picture
-
-
-def ridge(draw, level, height, phase, colour):
-    """Hills along the horizon."""
-    tops = [
-        (x, level - height * (0.62 + 0.38 * math.sin(x / 97 + phase) * math.cos(x / 61 + 2 * phase)))
-        for x in range(0, FRAME + 1, 4)
-    ]
-    draw.polygon([(0, level), *tops, (FRAME, level)], colour)
-
-
-def boat(draw, x, y):
-    """A sailing boat whose hull is centred at (x, y)."""
-    draw.polygon([(x - 10, y - 24), (x - 10, y - 250), (x - 118, y - 24)], (255, 246, 232))
-    draw.polygon([(x + 8, y - 24), (x + 8, y - 220), (x + 84, y - 24)], (246, 214, 190))
-    draw.polygon([(x - 130, y - 12), (x + 118, y - 12), (x + 82, y + 40), (x - 96, y + 40)], (66, 36, 66))
-
-
 def icon():
     """Three frames fanned out behind a play button."""
     picture = background(ICON)
     for time, x, y, angle in ((1.0, 236, 176, -14), (0.6, 212, 190, -5), (0.2, 180, 206, 4)):
-        lay(picture, scene(time), 244, (x, y), angle)
+        lay(picture, bay(time), 244, (x, y), angle)
     play(picture, (180, 206), 48)
     return picture.resize(ICON, Image.Resampling.LANCZOS)
 
@@ -69,8 +33,8 @@ def banner():
     """The still, and the frames that come of it one behind the other; the pack's name above."""
     picture = background(BANNER)
     for k in reversed(range(5)):
-        lay(picture, scene(0.2 * (k + 1)), 290 - 12 * k, (674 + 106 * k, 330), 0)
-    lay(picture, scene(0), 310, (222, 326), 3)
+        lay(picture, bay(0.2 * (k + 1)), 290 - 12 * k, (674 + 106 * k, 330), 0)
+    lay(picture, bay(0), 310, (222, 326), 3)
     arrow(picture, (414, 330), (508, 330))
     draw = ImageDraw.Draw(picture)
     draw.text((64 * OVER, 40 * OVER), "Wan2.1 Image to Video", "white", ImageFont.load_default(62 * OVER))
@@ -80,14 +44,6 @@ def banner():
 def background(size):
     """What a picture of that size lies on, drawn larger."""
     return gradient((size[0] * OVER, size[1] * OVER), TOP, BOTTOM)
-
-
-def gradient(size, top, bottom):
-    """A picture whose colour changes from top to bottom."""
-    shades = Image.new("RGB", (1, 256))
-    for y in range(256):
-        shades.putpixel((0, y), tuple(round(a + (b - a) * y / 255) for a, b in zip(top, bottom)))
-    return shades.resize(size, Image.Resampling.BICUBIC)
 
 
 def lay(picture, frame, side, centre, angle):
