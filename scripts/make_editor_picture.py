@@ -15,12 +15,10 @@ pack.load_host()
 
 from lib.editor import NODES_2, load_graph, open_editor  # noqa: E402
 from lib.host_server import HostServer  # noqa: E402
-from wan21.training import data  # noqa: E402
-from wan21.training.host import to_picture  # noqa: E402
+from lib.scenes import SCENES, small  # noqa: E402
 
 GRAPHS = {"editor": "Wan2.1 - quick start", "app": "Wan2.1 - quick start.app"}
-SCENE = data.HELD_OUT + 6 * 10**6 + 14  # a house before hills
-SIZE = (96, 128)  # the scene is another at another size
+SCENE, SIDE = "bay", 512
 SCREEN = {"width": 1600, "height": 900}
 SETTLED_MS = 3000
 RUN = """async () => {
@@ -36,8 +34,8 @@ RUN = """async () => {
 def main():
     """Write both pictures."""
     with tempfile.TemporaryDirectory() as folder, HostServer(folder) as server:
-        picture = Path(folder) / "house.png"
-        to_picture((data.images(SCENE, 1, *SIZE)[0] + 1) / 2).save(picture)
+        picture = Path(folder) / f"{SCENE}.png"
+        small(SCENES[SCENE](), SIDE).save(picture)
         image = server.client.upload_image(picture)
         for name, source in GRAPHS.items():
             graph = json.loads((pack.ROOT / "workflows" / f"{source}.json").read_text(encoding="utf-8"))
@@ -45,7 +43,7 @@ def main():
             start["widgets_values"][0] = image
             with open_editor(server.url, settings=NODES_2) as page:
                 page.set_viewport_size(SCREEN)
-                load_graph(page, graph)
+                load_graph(page, graph, source)
                 page.wait_for_timeout(SETTLED_MS)
                 end, message = page.evaluate(RUN)
                 if end != "execution_success":

@@ -76,9 +76,9 @@ def open_tab(browser, url, watch=None):
         page.close()
 
 
-def load_graph(page, graph):
-    """Load a graph in the editor's own format."""
-    page.evaluate("graph => app.loadGraphData(graph)", graph)
+def load_graph(page, graph, name=None):
+    """Load a graph in the editor's own format, into a tab of that name."""
+    page.evaluate("([graph, name]) => app.loadGraphData(graph, true, true, name)", [graph, name])
 
 
 def load_api_graph(page, graph, name):
