@@ -154,6 +154,22 @@ def test_gguf(kind, whole, tmp_path, bounded):
     runs()
 
 
+def test_pickles(whole, tmp_path, bounded):
+    source, path = tmp_path / NAME, tmp_path / "made.pth"
+    source.write_bytes(whole["vae"].raw())
+    torch.save(load_file(source), path)
+    assert check("vae", path) is not None
+
+    @LIMITS
+    @given(damaged(path.read_bytes()))
+    def runs(made):
+        path.unlink()
+        path.write_bytes(made.raw())
+        check("vae", path)
+
+    runs()
+
+
 def test_loras(whole, tmp_path, bounded):
     base, path = whole["lora"], tmp_path / NAME
     path.touch()

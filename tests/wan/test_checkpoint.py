@@ -447,7 +447,7 @@ def test_a_pickled_tensor_must_have_all_its_numbers(tmp_path):
     torch.save(vae | {key: vae[key].flatten()[:1].expand(2**40)}, path)
     assert f"{key} has fewer numbers than its shape" in refusal(path)
     torch.save(vae | {key: torch.eye(3).to_sparse()}, path)
-    assert f"{key} is a sparse tensor" in refusal(path)
+    assert "(torch._utils _rebuild_sparse_tensor)" in refusal(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.uint8, torch.int8])

@@ -8,13 +8,10 @@ Renaming the layouts people have into Wan's own names is in `keys` (DiT, VAE) an
 (text encoder); the functions a loader needs are also importable from here.
 """
 
-import pickle
 import re
 from collections.abc import Callable, Mapping
-from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-import torch
 from torch import Tensor
 
 from ..refusal import Refusal
@@ -39,6 +36,7 @@ from .keys import (
 )
 from .kinds import Kind, WrongKind, detect_kind
 from .limits import load_json
+from .pickled import read_pickle
 from .safetensors_file import MAX_HEADER_BYTES, read_header, read_safetensors
 from .umt5 import to_umt5_keys, umt5_config, umt5_shapes
 
@@ -70,8 +68,6 @@ MAX_SIGNS = (
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".pth", ".pt")
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
-# Kinds the Wan2.1 release itself publishes as pickles (Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth).
-PICKLED_KINDS = ("wan21_vae", "umt5")
 
 
 ReadOne = Callable[[Path], Checkpoint]  # reads one safetensors file
@@ -124,7 +120,7 @@ def _read(path: Path, read_one: ReadOne) -> Checkpoint:
     with path.open("rb") as file:
         head = file.read(1024)
     if path.suffix.lower() in PICKLE_SUFFIXES and not is_safetensors(head):
-        return _read_pickle(path, head)
+        return read_pickle(path, head)
     return read_one(path)
 
 
@@ -254,45 +250,3 @@ def _read_shards(folder: Path, names: list[str], read_one: ReadOne) -> Checkpoin
         state_dict.update(shard.state_dict)
         metadata = {**shard.metadata, **metadata}
     return Checkpoint(state_dict, metadata)
-
-
-# --- the release's two pickles ------------------------------------------------------------------------
-
-
-def _read_pickle(path: Path, head: bytes) -> Checkpoint:
-    """Reads a tensors-only pickle; `weights_only` refuses whatever would have to be run."""
-    if head[:1] == b"\x80":
-        raise Refusal(
-            "a pickle of PyTorch's old format, which cannot be mapped from the file",
-            "Pick a safetensors version",
-        )
-    if not head.startswith(b"PK\x03\x04"):
-        raise not_safetensors(head, path.stat().st_size)
-    try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise Refusal(
-            "a pickle that needs code to be run to open it, so it is refused", "Pick a safetensors version"
-        ) from error
-    except Exception as error:  # torch reports damaged archives with many types
-        raise Refusal(f"truncated or damaged ({_first_line(error)})", AGAIN) from error
-    is_flat = isinstance(state_dict, dict) and all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()
-    )
-    kind = detect_kind(state_dict) if is_flat else None
-    for key, value in state_dict.items() if is_flat else ():
-        if value.layout is not torch.strided:
-            raise Refusal(f"{key} is a sparse tensor", "Pick a safetensors version")
-        if value.untyped_storage().nbytes() < value.numel() * value.itemsize:
-            raise Refusal(f"{key} has fewer numbers than its shape {list(value.shape)}", AGAIN)
-    if kind is None or kind.name not in PICKLED_KINDS:
-        what = kind.what if kind else "something else"
-        raise Refusal(
-            f"{what} in a pickle; only the Wan2.1 release's VAE and umT5 text encoder are read as pickles",
-            "Pick a safetensors version",
-        )
-    return Checkpoint(dict(state_dict), {})
-
-
-def _first_line(error: Exception) -> str:
-    return "".join(islice(str(error).splitlines() or [type(error).__name__], 1))[:200]
