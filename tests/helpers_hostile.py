@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from hypothesis import strategies as st
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I8": 1, "I64": 8}
-SIZES |= {"I16": 2, "U32": 4, "BOOL": 1, "C64": 8, "F8_E8M0": 1}
+SIZES |= {"I16": 2, "U16": 2, "U32": 4, "F4": 0.5, "BOOL": 1, "C64": 8, "F8_E8M0": 1}
 NAN = {"F32": b"\x00\x00\xc0\x7f", "F16": b"\x00\x7e", "BF16": b"\xc0\x7f"}
 
 
@@ -109,7 +109,13 @@ def changed_safetensors(draw, base):
                 tensors[at] = key, dtype, shape, NAN[dtype] * (len(data) // SIZES[dtype])
             case "extra":
                 name = draw(st.sampled_from(EXTRA))
-                tensors.append((name, *draw(st.sampled_from([("U8", [3], b"{}}"), ("F32", [], bytes(4))]))))
+                kinds = [
+                    ("U8", [3], b"{}}"),
+                    ("F32", [], bytes(4)),
+                    ("F8_E4M3", [2], b"{}"),
+                    ("F4", [4], b"{}"),
+                ]
+                tensors.append((name, *draw(st.sampled_from(kinds))))
             case "metadata":
                 metadata[draw(st.sampled_from(NAMES))] = draw(st.sampled_from(TEXTS))
     return Safetensors(tensors, metadata)
@@ -118,7 +124,7 @@ def changed_safetensors(draw, base):
 def sized(data, shape, dtype):
     """As many bytes as a shape asks for, where that is a shape and at most 1 MB."""
     whole = all(isinstance(n, int) and 0 <= n < 2**20 for n in shape)
-    count = min(math.prod(shape) * SIZES[dtype] if whole else len(data), 2**20)
+    count = min(int(math.prod(shape) * SIZES[dtype]) if whole else len(data), 2**20)
     return (data + bytes(count))[:count]
 
 

@@ -410,6 +410,10 @@ TOO_LARGE = {
         "it lists 100001 tensors, and up to 100000",
     ),
     "a key of a million letters": ({"a" * 10**6: entry()}, "a key of 1000000 letters; up to 500 are read"),
+    "10,000 long names": (  # patterns had been matched against them for minutes
+        tensors_without_numbers(10_000, "blocks.1." * 50 + "{:05}"),
+        "the names of its tensors take 4550000 letters, and up to 4000000 are read",
+    ),
     "one tensor twice": (
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
         b'"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',

@@ -197,6 +197,10 @@ DAMAGED = {
     "out of line": (one(tensor(offset=8)), "truncated or damaged: a"),
     "one over another": (one(tensor("a", (16,)), tensor("b", (4,), offset=32)), "a and b overlap"),
     "two of one name": (one(tensor(), tensor()), "two tensors have one name"),
+    "long names": (
+        one(*(tensor("blocks.1." * 50 + f"{i:05}", (8,), offset=32 * i) for i in range(10_000))),
+        "the names of its tensors take 4550000 letters",
+    ),
     "no type of ggml": (one(tensor(kind=99)), "there is no GGUF type of number 99"),
     "a type that was taken away": (one(tensor(kind=4)), "there is no GGUF type of number 4"),
     "broken blocks": (one(tensor(shape=(33,), kind=8)), "rows of 33 numbers are no whole blocks"),

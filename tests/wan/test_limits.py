@@ -9,6 +9,7 @@ from torch import nn
 from wan21.wan import files as ck
 from wan21.wan.config import WanConfig, detect_config
 from wan21.wan.dit import WanModel
+from wan21.wan.files.limits import MAX_TABLE_BYTES
 
 I2V = WanConfig(in_dim=36, dim=256, ffn_dim=512, num_heads=2, num_layers=3, image_dim=1280, image_tokens=514)
 
@@ -113,6 +114,13 @@ def test_metadata_that_states_no_model_is_named(case):
     config, words = CONFIGS[case]
     with pytest.raises(ValueError, match=words):
         detect_config(dit(), {"config": config})
+
+
+def test_a_table_in_the_metadata_is_bounded():
+    """One of 14 MB had been read four times for a model, of which it said nothing."""
+    table = '{"transformer": {"x": "' + "x" * MAX_TABLE_BYTES + '"}}'
+    with pytest.raises(ValueError, match="`config` in its metadata has 4000026 bytes, and up to 4000000 are"):
+        detect_config(dit(), {"config": table})
 
 
 UMT5_SIZES = {

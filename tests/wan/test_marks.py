@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from helpers_hostile import SIZES, Safetensors
+from wan21.wan.files import read_shapes
 from wan21.wan.files.marks import MARK, check_scales, mark_of, marks_in, unpacked_shapes
 
 
@@ -29,11 +31,22 @@ def test_marks_are_read():
         torch.zeros((), dtype=torch.uint8),
         torch.zeros(3),
         torch.zeros(2**30, dtype=torch.uint8, device="meta"),
+        torch.zeros(3).to(torch.float8_e4m3fn),  # single bytes too, and NumPy has no such type
+        torch.zeros(3, dtype=torch.bool),
     ],
 )
 def test_a_damaged_mark_is_named(mark):
     with pytest.raises(ValueError, match=r"^blocks\.0\.ffn\.0\.comfy_quant (is no JSON|must be a)"):
         mark_of("blocks.0.ffn.0", mark)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "BF16", "F4", "BOOL", "U16", "I64"])
+def test_a_mark_of_any_type_is_looked_at(tmp_path, dtype):
+    """The look at the header had failed on types that NumPy does not have."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(Safetensors([("a.comfy_quant", dtype, [4], bytes(int(4 * SIZES[dtype])))]).raw())
+    with pytest.raises(ValueError, match=r"^a\.comfy_quant must be a text in bytes"):
+        mark_of("a", read_shapes(path).state_dict["a.comfy_quant"])
 
 
 @pytest.mark.parametrize("stored", ["", "[]", "{}", '{"layers": []}', '{"layers": {"a": 1}}', "[" * 9000])

@@ -62,9 +62,6 @@ __all__ = [
 ]
 
 MAX_INDEX_BYTES = 100_000_000
-MAX_SIGNS = (
-    4_000_000  # commas and brackets of a JSON text: what it takes in memory is bounded by their number
-)
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".pth", ".pt")
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")

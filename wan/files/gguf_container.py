@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..refusal import Refusal
 from .bad_file import AGAIN, check_is_file, other_file
-from .limits import MAX_KEY_LENGTH, MAX_TENSORS
+from .limits import MAX_KEY_LENGTH, MAX_TENSORS, check_keys_length
 
 MAX_ITEMS = 2_000_000  # of all text lists together, or of one list that is unpacked; umT5 has 256,384 pieces
 MAX_AXES = 4
@@ -85,6 +85,7 @@ class Container:
         self.tensors = dict(self._stored() for _ in range(num_tensors))
         if len(self.tensors) < num_tensors:
             raise Refusal("its head is damaged: two tensors have one name", AGAIN)
+        check_keys_length(self.tensors)
         self.alignment = self._alignment()
         self.data_start = -(-self._at // self.alignment) * self.alignment
 

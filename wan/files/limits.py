@@ -15,6 +15,8 @@ from .bad_file import AGAIN, listed
 MAX_TENSORS = 100_000  # in a file; the largest published DiT has some 2,000, scales included
 MAX_RANK = 64  # axes of a tensor, of which safetensors has no bound
 MAX_KEY_LENGTH = 500  # characters; patterns are matched against keys
+MAX_KEYS_LENGTH = 4_000_000  # of all keys together; those of a whole pipeline of 14B take some 300,000
+MAX_TABLE_BYTES = 4_000_000  # of a JSON table in the metadata; marks of all layers of 14B take some 50,000
 MAX_BLOCKS = 256  # of a DiT or an encoder; releases have 24 to 40
 MAX_SIGNS = 4_000_000  # commas and brackets of a JSON text, by which the memory that it takes is bounded
 MAX_SIDE = 2**20  # numbers along one axis that a model is built with; umT5's vocabulary has 256,384
@@ -45,6 +47,20 @@ def count_blocks(numbers: Iterable[str], what: str = "blocks") -> int:
     return len(found)
 
 
+def check_keys_length(keys: Iterable[str]) -> None:
+    """Holds the length of all keys together against `MAX_KEYS_LENGTH`.
+
+    Raises:
+        Refusal: they are longer.
+    """
+    length = sum(map(len, keys))
+    if length > MAX_KEYS_LENGTH:
+        raise Refusal(
+            f"the names of its tensors take {length} letters, and up to {MAX_KEYS_LENGTH} are read",
+            "Pick another file",
+        )
+
+
 def check_sides(sides: dict[str, int]) -> None:
     """Holds sizes that a model is to be built with against `MAX_SIDE`, by name.
 
@@ -60,8 +76,10 @@ def json_table(text: str | bytes, what: str) -> dict[str, Any]:
     """A table from metadata, `what` by name.
 
     Raises:
-        Refusal: the text is no JSON, or of another form.
+        Refusal: the text is no JSON, of another form or longer than `MAX_TABLE_BYTES`.
     """
+    if len(text) > MAX_TABLE_BYTES:
+        raise Refusal(f"{what} has {len(text)} bytes, and up to {MAX_TABLE_BYTES} are read", AGAIN)
     try:
         table = load_json(text.encode() if isinstance(text, str) else text)
     except (ValueError, RecursionError) as error:  # nested too deep for Python's parser

@@ -16,13 +16,18 @@ IN_METADATA = "_quantization_metadata"
 MAX_MARK_BYTES = 10_000
 
 
+def may_be_mark(value: Tensor) -> bool:
+    """Whether a tensor may hold the text of a mark, by its type and size."""
+    return value.dtype in (torch.uint8, torch.int8) and value.ndim == 1 and value.numel() <= MAX_MARK_BYTES
+
+
 def mark_of(layer: str, value: Tensor) -> dict[str, Any]:
     """What the mark of a layer says.
 
     Raises:
         Refusal: it is no JSON table.
     """
-    if value.dtype.itemsize != 1 or value.ndim != 1 or value.numel() > MAX_MARK_BYTES:
+    if not may_be_mark(value):
         raise Refusal(f"{layer}{MARK} must be a text in bytes", AGAIN)
     return json_table(value.numpy().tobytes(), f"{layer}{MARK}")
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..refusal import Refusal
 from .bad_file import AGAIN, Checkpoint, is_safetensors, not_safetensors
-from .limits import MAX_KEY_LENGTH, MAX_RANK, MAX_TENSORS, load_json
+from .limits import MAX_KEY_LENGTH, MAX_RANK, MAX_TENSORS, check_keys_length, load_json
+from .marks import MARK, may_be_mark
 
 # Of weights; in a look at the header alone, any other stands as whole numbers, which no weights are.
 DTYPES = {
@@ -57,10 +58,10 @@ def read_header(path: Path) -> Checkpoint:
     _check_header(path)
     try:
         with safe_open(path, framework="np") as file:  # for "pt" the whole file would be mapped
-            keys = file.keys()
-            state_dict = {k: _without_numbers(file.get_slice(k)) for k in keys}
-            marks = {k: torch.from_numpy(file.get_tensor(k)) for k in keys if k.endswith(".comfy_quant")}
-            return Checkpoint(state_dict | marks, dict(file.metadata() or {}))
+            state_dict = {k: _without_numbers(file.get_slice(k)) for k in file.keys()}  # noqa: SIM118
+            marks = [k for k, value in state_dict.items() if k.endswith(MARK) and may_be_mark(value)]
+            state_dict |= {k: torch.from_numpy(file.get_tensor(k)) for k in marks}
+            return Checkpoint(state_dict, dict(file.metadata() or {}))
     except SafetensorError as error:
         raise Refusal(f"a damaged safetensors file ({error})", AGAIN) from error
 
@@ -131,6 +132,7 @@ def _entries(raw: bytes) -> dict[str, Any]:
         raise Refusal(
             f"its header is damaged (a key of {longest} letters; up to {MAX_KEY_LENGTH} are read)", AGAIN
         )
+    check_keys_length(entries)
     return entries
 
 
