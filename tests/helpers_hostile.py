@@ -4,9 +4,11 @@ Strategies give parts, of which `raw` makes bytes: hypothesis keeps all that it 
 bytes of the whole file.
 """
 
+import io
 import json
 import math
 import struct
+import zipfile
 from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
@@ -218,6 +220,21 @@ class Gguf:
             head += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, len(data))
             data += content + bytes(-len(content) % 32)
         return head + bytes(-len(head) % 32) + data
+
+
+def archive(raw, packed=False):
+    """A file as of torch.save with this pickle."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as made:
+        made.writestr("a/data.pkl", raw)
+        made.writestr("a/version", "3\n")
+    return file.getvalue()
+
+
+def tuples(count, width):
+    """A pickle of a table with one key: tuples in tuples, each the one before so many times."""
+    within = b"".join(b"(" + bytes([ord("h"), k]) * width + b"tq" + bytes([k + 1]) for k in range(count))
+    return b"\x80\x02})q\0" + within + b"K\x01s."
 
 
 VALUES = [

@@ -150,3 +150,35 @@ def test_room_is_made_of_what_can_be_brought_back(files, monkeypatch, dynamic, a
     monkeypatch.setattr(model, "partially_unload", lambda device, amount: freed.append(amount) or amount)
     assert make_room(model)
     assert freed == [asked]
+
+
+@pytest.mark.parametrize("room", [1.2, 1.6, 9])
+def test_the_first_experts_memory_is_given_back_when_the_second_begins(
+    files, prompts, sample, monkeypatch, room
+):
+    """On the pretended GPU, by how many of them it has room for; where both fit, both stay."""
+    pytest.importorskip("pretended_cuda")
+    management = comfy.model_management
+    high, low = host.load_model(files["t2v"]), host.load_model(files["t2v"])
+    whole, seen = high.model_size(), []
+
+    def free(device=None, torch_free_too=False):
+        held = sum(m.model_loaded_memory() for m in management.current_loaded_models if m.device == device)
+        left = management.minimum_inference_memory() + room * whole - held
+        return (left, 0) if torch_free_too else left
+
+    def look(*_):
+        seen.append(tuple(model.loaded_size() / whole for model in (high, low)))
+
+    job = dict(model_low_noise=low, steps=4, flow_shift=5.0)
+    latent = {"samples": torch.zeros(1, 16, 3, 8, 10)}
+    plain, _ = sample(high, *prompts, latent, **job)
+    management.unload_all_models()
+    monkeypatch.setattr(management, "get_free_memory", free)
+    for model in (high, low):
+        model.model.diffusion_model.blocks[0].register_forward_pre_hook(look)
+    tight, _ = sample(high, *prompts, latent, **job)
+    begun, after = dict.fromkeys(seen)
+    assert begun == (1, 0) and after[1] == 1
+    assert after[0] == 1 if room > 2 else after[0] <= room - 1
+    assert torch.allclose(tight["samples"], plain["samples"], rtol=1e-4, atol=1e-5)

@@ -1,17 +1,9 @@
 """Pickles that run no code, and would keep their reader busy for years or end the process."""
 
-import zipfile
-
 import pytest
 import torch
+from helpers_hostile import archive, tuples
 from wan21.wan.files import read_checkpoint
-
-
-def tuples(count, width):
-    """A pickle of a table with one key: tuples in tuples, each the one before so many times."""
-    within = b"".join(b"(" + bytes([ord("h"), k]) * width + b"tq" + bytes([k + 1]) for k in range(count))
-    return b"\x80\x02})q\0" + within + b"K\x01s."
-
 
 CALLED = b"\x80\x02ccollections\nCounter\ncbuiltins\nbytearray\n\x8a\x05" + bytes(4) + b"\x01\x85R\x85R."
 HARMFUL = {  # torch's reader had hashed the first for years, and the second had ended the process
@@ -38,9 +30,7 @@ HARMFUL = {  # torch's reader had hashed the first for years, and the second had
 def test_a_harmful_pickle_is_not_given_to_its_reader(case, tmp_path, monkeypatch):
     raw, packed, words = HARMFUL[case]
     path = tmp_path / "Wan2.1_VAE.pth"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as archive:
-        archive.writestr("a/data.pkl", raw)
-        archive.writestr("a/version", "3\n")
+    path.write_bytes(archive(raw, packed))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=rf"^Wan2\.1_VAE\.pth: .*{words}.*\.$"):
         read_checkpoint(path)
