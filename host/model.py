@@ -20,7 +20,7 @@ from ..wan.config import CLIP_TOKENS, PATCH_SIZE, WanConfig, preview_colours
 from ..wan.dit import WanModel
 from ..wan.memory import StepSize, step_bytes
 from ..wan.option import Call
-from ..wan.refusal import Refusal
+from ..wan.refusal import Refusal, printable
 from .attention import attention_of
 from .patches import patch_inside_blocks, replaced_inside, scaled_frequencies
 from .runner import composed_runner, pass_name, untraced
@@ -302,4 +302,4 @@ def config_of(model: ModelPatcher) -> WanConfig:
 
 def checkpoint_name(model: ModelPatcher) -> str:
     """File name of the checkpoint that a MODEL of ours was loaded from."""
-    return model.model.checkpoint_path.name
+    return printable(model.model.checkpoint_path.name)

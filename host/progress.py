@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..wan.files.bad_file import listed
 from ..wan.files.kinds import addition_in
+from ..wan.refusal import printable
 
 PREVIEW_FRAMES = 5
 TINY_DECODERS = ("taew2_1", "lighttaew2_1")  # file names of TAEHV for Wan2.1 begin with these
@@ -55,6 +56,7 @@ def tell(sentence: str) -> None:
 
     What one run of a node has said is not said again.
     """
+    sentence = printable(sentence)
     name, said = _speaker.get() or _Speaker("Wan2.1:", [])
     if sentence in said:
         return

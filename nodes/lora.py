@@ -11,7 +11,7 @@ from ..net.fetch import fetch
 from ..wan.files import check_head, detect_kind, read_checkpoint
 from ..wan.files.kinds import LORA, not_a
 from ..wan.lora import parse_schedule
-from ..wan.refusal import Refusal
+from ..wan.refusal import Refusal, printable
 from .load import CATEGORY, about_file
 from .lora_report import check_lora, left_out, lora_report, notes
 from .named import named
@@ -98,7 +98,7 @@ class Wan21LoraLoader(io.ComfyNode):
         if lora.unmatched:
             host.tell(f"{path.name}: left out {'; '.join(left_out(lora))}")
             for key, reason in lora.unmatched.items():
-                logging.warning("lora key not loaded: %s (%s)", key, reason)
+                logging.warning("lora key not loaded: %s (%s)", printable(key), reason)
         for note in notes(lora):
             host.tell(note)
         lines = [f"LoRA: {path.name}, strength {_strength(strength, schedule)}", *lora_report(lora)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..wan.files import INDEX_SUFFIX, SHARD_NAME
+from ..wan.refusal import printable
 from .graph import LOADERS
 from .model_notes import FOLDERS, WANTED, Lack, lack_of, notes_on
 from .model_set import File, ModelSet, Offer, choose_set
@@ -38,7 +39,9 @@ class _Look:
         try:
             return self._found.result(max(0, self._ends - time.monotonic()))
         except TimeoutError:
-            logging.warning("Wan2.1 jobs: %s was not read within %g s", self._path, LOOK_SECONDS)
+            logging.warning(
+                "Wan2.1 jobs: %s was not read within %g s", printable(str(self._path)), LOOK_SECONDS
+            )
             return Traits(refusal=f"not read within {LOOK_SECONDS:g} s: its disk is slow or gone")
 
 

@@ -304,7 +304,7 @@ class Tasks:
         reports = [row.roles[role] for role in roles if role in row.roles]
         report = "\n".join(outputs[node_id]["text"][0] for node_id in reports)
         paths["report"] = paths["video"].parent / "report.txt"
-        paths["report"].write_text(report + "\n", encoding="utf-8")
+        paths["report"].write_text(report + "\n", encoding="utf-8", errors="backslashreplace")
         files = {role: file_row(row.owner, row.id, "output", path) for role, path in paths.items()}
         base = f"{row.base_url}/files"
         urls = {role: f"{base}/{file.id}/{file.filename}" for role, file in files.items()}

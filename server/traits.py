@@ -33,7 +33,7 @@ from ..wan.files.kinds import addition_in
 from ..wan.files.marks import IN_METADATA, MARK, check_scales, mark_of, marks_in, unpacked_shapes
 from ..wan.files.umt5 import TOKENIZER_KEY, tokenizer_beside
 from ..wan.files.umt5_gguf import umt5_gguf_shapes
-from ..wan.refusal import Refusal
+from ..wan.refusal import Refusal, printable
 from ..wan.vae import WanVAE
 
 OLD_MARK, OLD_SCALE = "scaled_fp8", ".scale_weight"  # one mark for all layers of a part that have a scale
@@ -84,11 +84,11 @@ def read_traits(part: str, path: Path, formats: Collection[str] | None) -> Trait
         what = f"it is {error.kind.what}" if error.kind else error.problem
         return Traits(refusal=what, foreign=True)
     except ValueError as error:
-        refusal = str(error).removeprefix(f"{path.name}: ")
-        logging.info("Wan2.1 jobs: %s would not load: %s", path, refusal)
+        refusal = str(error).removeprefix(f"{printable(path.name)}: ")
+        logging.info("Wan2.1 jobs: %s would not load: %s", printable(str(path)), refusal)
         return Traits(refusal=refusal)
     except Exception as error:  # one strange file must not stop the jobs that use others
-        logging.warning("Wan2.1 jobs: %s cannot be looked at", path, exc_info=True)
+        logging.warning("Wan2.1 jobs: %s cannot be looked at", printable(str(path)), exc_info=True)
         return Traits(refusal=f"it cannot be looked at ({type(error).__name__}: {error})")
 
 

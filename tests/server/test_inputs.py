@@ -285,7 +285,8 @@ def test_shift_by_size_and_model(api, job, image, fields, shift):
 
 def test_the_page_names_every_field_with_its_default(api):
     page = (Path(__file__).parents[2] / "docs" / "job-api.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", page.partition("## Output")[0], re.MULTILINE))
+    table = re.findall(r"^\| `(\w+)` \| (.+?) \|(.*)", page.partition("## Output")[0], re.MULTILINE)
+    rows, words = {name: default for name, default, _ in table}, {name: text for name, _, text in table}
     schema = requests.get(f"{api.url}/apps/{APP}").json()
     assert rows.keys() == schema["properties"].keys()
     for name, field in schema["properties"].items():
@@ -297,6 +298,8 @@ def test_the_page_names_every_field_with_its_default(api):
         else:
             shown = str(default).lower() if isinstance(default, bool) else str(default)
             assert rows[name] == f"`{shown}`", name
+        if name in ("solver", "attention"):
+            assert all(f"`{value}`" in rows[name] + words[name] for value in field["enum"]), name
 
 
 @pytest.mark.parametrize(

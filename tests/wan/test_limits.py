@@ -10,6 +10,7 @@ from wan21.wan import files as ck
 from wan21.wan.config import WanConfig, detect_config
 from wan21.wan.dit import WanModel
 from wan21.wan.files.limits import MAX_TABLE_BYTES
+from wan21.wan.refusal import Refusal
 
 I2V = WanConfig(in_dim=36, dim=256, ffn_dim=512, num_heads=2, num_layers=3, image_dim=1280, image_tokens=514)
 
@@ -142,6 +143,13 @@ def test_sizes_that_no_encoder_has_are_named(case):
     key, shape, words = UMT5_SIZES[case]
     with pytest.raises(ValueError, match=words):
         ck.umt5_config(ck.to_umt5_keys(umt5_state_dict()) | {key: empty(*shape)})
+
+
+def test_what_is_said_can_be_written_to_any_log():
+    """A name of bytes that are no UTF-8 had ended the thread that runs ComfyUI's queue."""
+    said = str(Refusal("wan\udcff.safetensors: no \x1b[31mfile\n", "猫 é: pick it").about("Node"))
+    assert said == r"Node: wan\udcff.safetensors: no \x1b[31mfile\n. 猫 é: pick it."
+    assert said.encode().isascii() is False
 
 
 CAUSAL = {
