@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from lib import graph_race, pack
@@ -31,10 +32,9 @@ pack.load_pack()
 pack.load_host()
 
 import torch  # noqa: E402
-from lib.random_weights import randomise  # noqa: E402
+from lib.peers import OURS, PEERS, decode, dits, encode, random_dit, relative, vaes  # noqa: E402
 from wan21.wan.device import multiplies_in_bf16  # noqa: E402
 
-PEERS = ("native", "diffusers")
 BF16 = "ours bf16"
 CONTESTANTS = {
     "dit": ("ours", *[BF16] * multiplies_in_bf16("cpu"), *PEERS),
@@ -51,86 +51,40 @@ TILED_CLIPS = {"cuda": (81, 480, 832), "cpu": (9, 480, 832)}
 
 
 def vae_case(direction, peers, device, dtype, quick):
-    from comfy.ldm.wan.vae import WanVAE as NativeVAE
-    from diffusers import AutoencoderKLWan
-    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-    from wan21.wan.vae import WanVAE
-
     clips = TILED_CLIPS if direction == "tiles" else VAE_CLIPS
     frames, height, width = (5, 64, 64) if quick else clips[device]
     dim = 8 if quick else 96
-    weights = randomise(WanVAE(dim)).state_dict()
-
-    def build(peer):
-        if peer == "ours" or peer.startswith("tiles"):
-            model, state = WanVAE(dim), weights
-        elif peer == "native":
-            levels = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
-            model = NativeVAE(dim=dim, z_dim=16, temperal_downsample=[False, True, True], **levels)
-            state = weights
-        else:
-            model, state = AutoencoderKLWan(base_dim=dim), convert_wan_vae_to_diffusers(dict(weights))
-        model.load_state_dict(state)
-        return model.eval().requires_grad_(False).to(device, dtype)
-
-    models = {peer: build(peer) for peer in peers}
+    tiled = [peer for peer in peers if peer.startswith("tiles")]
+    built = [peer for peer in peers if peer not in tiled]
+    models = vaes(dim, [OURS] if tiled and OURS not in built else built, device, dtype)
     generator = torch.Generator().manual_seed(1)
     if direction == "encode":
         x = (torch.rand(1, 3, frames, height, width, generator=generator) * 2 - 1).to(device, dtype)
-        calls = {peer: lambda model=model: model.encode(x) for peer, model in models.items()}
-        if "diffusers" in models:
-            calls["diffusers"] = lambda: models["diffusers"].encode(x).latent_dist.mean
+        calls = {peer: partial(encode, models[peer], peer, x) for peer in built}
     else:
         shape = (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
         z = torch.randn(shape, generator=generator).to(device, dtype)
-        calls = {peer: lambda model=model: model.decode(z) for peer, model in models.items()}
-        for peer, model in models.items():
-            if peer.startswith("tiles"):
-                tile = int(peer.split()[1]) // (8 if not quick else 64)
-                calls[peer] = lambda model=model, tile=tile: model.decode_tiled(z, tile, tile)
-        if "diffusers" in models:
-            calls["diffusers"] = lambda: models["diffusers"].decode(z).sample
+        calls = {peer: partial(decode, models[peer], peer, z) for peer in built}
+        for peer in tiled:
+            tile = int(peer.split()[1]) // (8 if not quick else 64)
+            calls[peer] = partial(models[OURS].decode_tiled, z, tile, tile)
+    calls = {peer: calls[peer] for peer in peers}
     return calls, f"dim {dim}, {frames} frames of {width}x{height}"
 
 
 def dit_case(peers, device, dtype, quick):
-    import comfy.ops
-    from comfy.ldm.wan.model import WanModel as NativeModel
-    from diffusers import WanTransformer3DModel
-    from wan21.host.operations import CpuOperations
     from wan21.wan.config import WanConfig
-    from wan21.wan.dit import WanModel
-    from wan21.wan.files.keys import to_wan_dit_keys
 
     width, heads, ffn, layers, side = (256, 2, 1024, 2, 16) if quick else (1536, 12, 8960, 4, 56)
     config = WanConfig(in_dim=16, dim=width, ffn_dim=ffn, num_heads=heads, num_layers=layers)
-    theirs = WanTransformer3DModel(
-        num_attention_heads=heads, attention_head_dim=width // heads, ffn_dim=ffn, num_layers=layers
-    )
-    weights = randomise(theirs).state_dict()
-
-    def build(peer):
-        if peer == "diffusers":
-            model = theirs
-        elif peer in ("ours", BF16):
-            model = WanModel(config, CpuOperations if device == "cpu" else torch.nn)
-        else:
-            sizes = {"dim": width, "ffn_dim": ffn, "num_heads": heads, "num_layers": layers}
-            model = NativeModel(operations=comfy.ops.disable_weight_init, dtype=torch.float32, **sizes)
-        if peer != "diffusers":
-            model.load_state_dict(to_wan_dit_keys(weights))
-        return model.eval().requires_grad_(False).to(device, torch.bfloat16 if peer == BF16 else dtype)
-
-    models = {peer: build(peer) for peer in peers if peer != BF16 or device == "cpu"}
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, 16, 5, side, side, generator=generator).to(device, dtype)
+    x = torch.randn(1, 16, 5, side, side, generator=generator).to(device)
     context = torch.randn(1, 512, 4096, generator=generator).to(device, dtype)
     timestep = torch.tensor([500.0], device=device)
-    calls = {peer: lambda model=model: model(x, timestep, context) for peer, model in models.items()}
-    if BF16 in models:
-        calls[BF16] = lambda: models[BF16](x.bfloat16(), timestep, context.bfloat16())
-    if "diffusers" in models:
-        calls["diffusers"] = lambda: models["diffusers"](x, timestep, context, return_dict=False)[0]
+    models = dits(config, [peer for peer in peers if peer != BF16], device, dtype)
+    calls = {peer: partial(model, x, timestep, context) for peer, model in models.items()}
+    if BF16 in peers and device == "cpu":
+        calls[BF16] = partial(random_dit(config, device, torch.bfloat16), x, timestep, context.bfloat16())
     return calls, f"width {width}, {heads} heads, ffn {ffn}, {layers} layers, {5 * (side // 2) ** 2} tokens"
 
 
@@ -154,11 +108,7 @@ def timed(call, device):
 def times_and_errors(calls, device, repeat):
     """{peer: median seconds}, {peer: relative distance of our result from the peer's}."""
     results = {peer: call().float() for peer, call in calls.items()}  # this is the warm-up as well
-    errors = {}
-    for peer in results.keys() - {"ours"}:
-        clamp = results[peer].abs().max() <= 1  # diffusers clamps decoded pixels
-        ours = results["ours"].clamp(-1, 1) if clamp else results["ours"]
-        errors[peer] = ((ours - results[peer]).norm() / results[peer].norm()).item()
+    errors = {peer: relative(results["ours"], results[peer]) for peer in results.keys() - {"ours"}}
     del results
     seconds = {peer: [] for peer in calls}
     for _ in range(repeat):
