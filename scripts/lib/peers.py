@@ -5,6 +5,7 @@ Weights are random, made once on the device, and shared by all who are built. `c
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,39 +15,28 @@ from .random_weights import randomise
 
 OURS = "ours"
 PEERS = ("native", "diffusers")
-DiT = Callable[..., Tensor]  # (x, timestep, context, clip_fea=None, **ours alone) -> velocity of each sample
+DiT = Callable[..., Tensor]  # (x, timestep, context, clip_fea=None) -> velocity of each sample
 
 
 def dits(
     config: WanConfig, names: Iterable[str], device: torch.device | str, dtype: torch.dtype
 ) -> dict[str, DiT]:
-    """Calls of the peers named, on random weights of these sizes.
-
-    Args:
-        config: the sizes.
-        names: of `OURS` and `PEERS`.
-        device: of the weights and of the inputs.
-        dtype: of the weights and to compute in. The patch embedding stays float32, as in the release.
-
-    Returns:
-        By name. x is float32 for all; what a peer wants otherwise its call does. Ours is the model itself.
-    """
+    """DiTs by name, of `OURS` and `PEERS`, on the same random weights; arguments as of `random_dit`."""
     ours = random_dit(config, device, dtype)
-    weights = ours.state_dict()
-    built: dict[str, DiT] = {}
-    for name in names:
-        if name == OURS:
-            built[name] = ours
-        else:
-            make = {"native": _native_dit, "diffusers": _diffusers_dit}[name]
-            built[name] = make(config, weights, torch.device(device), dtype)
-    return built
+    return {name: ours if name == OURS else peer_dit(name, ours, dtype) for name in names}
 
 
 def random_dit(
     config: WanConfig, device: torch.device | str, dtype: torch.dtype, operations: type | None = None
 ) -> nn.Module:
-    """Our DiT with random weights, of the layers that our loader takes on this device, or of `operations`."""
+    """Our DiT with random weights.
+
+    Args:
+        config: the sizes.
+        device: of the weights.
+        dtype: of the weights and to compute in. The patch embedding stays float32, as in the release.
+        operations: classes of the layers; by default those that our loader takes on this device.
+    """
     from wan21.host.operations import casting_operations
     from wan21.wan.dit import WanModel
 
@@ -54,10 +44,20 @@ def random_dit(
     return randomise(WanModel(config, layers, device=device, dtype=dtype))
 
 
-def _native_dit(config: WanConfig, weights: dict, device: torch.device, dtype: torch.dtype) -> DiT:
+def peer_dit(name: str, ours: nn.Module, dtype: torch.dtype) -> DiT:
+    """The peer of this name on the weights of our DiT.
+
+    x is float32, as for ours; the text and the CLIP features are in `dtype`.
+    """
+    make = {"native": _native_dit, "diffusers": _diffusers_dit}[name]
+    return make(ours, dtype)
+
+
+def _native_dit(ours: nn.Module, dtype: torch.dtype) -> DiT:
     import comfy.ops
     from comfy.ldm.wan.model import WanModel
 
+    config: Any = ours.config
     names = ("in_dim", "dim", "ffn_dim", "num_heads", "num_layers", "text_dim")
     sizes = {name: getattr(config, name) for name in names}
     with torch.device("meta"):
@@ -68,17 +68,20 @@ def _native_dit(config: WanConfig, weights: dict, device: torch.device, dtype: t
             dtype=dtype,
             **sizes,
         )
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(ours.state_dict(), assign=True)
     model.eval().requires_grad_(False)
-    return lambda x, timestep, context, clip_fea=None: model(
-        x.to(dtype), timestep, context, clip_fea=clip_fea
-    )
+
+    def call(x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None = None) -> Tensor:
+        return model(x.to(dtype), timestep, context, clip_fea=clip_fea)
+
+    return call
 
 
-def _diffusers_dit(config: WanConfig, weights: dict, device: torch.device, dtype: torch.dtype) -> DiT:
+def _diffusers_dit(ours: nn.Module, dtype: torch.dtype) -> DiT:
     from diffusers import WanTransformer3DModel
     from wan21.wan.files.keys import to_wan_dit_keys
 
+    config: Any = ours.config
     with torch.device("meta"):
         model = WanTransformer3DModel(
             num_attention_heads=config.num_heads,
@@ -93,11 +96,12 @@ def _diffusers_dit(config: WanConfig, weights: dict, device: torch.device, dtype
     empty = dict(model.state_dict())
     theirs = {id(tensor): key for key, tensor in empty.items()}
     renamed = {theirs[id(tensor)]: key for key, tensor in to_wan_dit_keys(dict(empty)).items()}
+    weights = ours.state_dict()
     state = {key: weights[renamed[key]].reshape(tensor.shape) for key, tensor in empty.items()}
     model.load_state_dict(state, assign=True)
     # What is no weight was left without numbers.
     model.rope = type(model.rope)(config.head_dim, model.config.patch_size, model.config.rope_max_seq_len)
-    model.rope.to(device)
+    model.rope.to(weights["head.modulation"].device)
     model.patch_embedding.to(dtype)
     model.eval().requires_grad_(False)
 
@@ -111,25 +115,28 @@ def _diffusers_dit(config: WanConfig, weights: dict, device: torch.device, dtype
 def vaes(
     dim: int, names: Iterable[str], device: torch.device | str, dtype: torch.dtype
 ) -> dict[str, nn.Module]:
-    """VAEs on random weights, by name.
+    """VAEs by name, of `OURS` and `PEERS`, on the same random weights; arguments as of `random_vae`."""
+    ours = random_vae(dim, device, dtype)
+    return {name: ours if name == OURS else peer_vae(name, ours) for name in names}
+
+
+def random_vae(dim: int, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """Our VAE with random weights.
 
     Args:
         dim: channels of the first level; 96 in the release.
-        names: of `OURS` and `PEERS`.
-        device, dtype: of the weights and of the inputs.
+        device, dtype: of the weights, and of what it is given.
     """
     from wan21.wan.vae import WanVAE
 
-    ours = randomise(WanVAE(dim, device=device, dtype=dtype))
-    built: dict[str, nn.Module] = {}
-    for name in names:
-        if name == OURS:
-            model = ours
-        else:
-            make = {"native": _native_vae, "diffusers": _diffusers_vae}[name]
-            model = make(dim, ours.state_dict())
-        built[name] = model.eval().requires_grad_(False)
-    return built
+    return randomise(WanVAE(dim, device=device, dtype=dtype))
+
+
+def peer_vae(name: str, ours: nn.Module) -> nn.Module:
+    """The peer of this name on the weights of our VAE."""
+    make = {"native": _native_vae, "diffusers": _diffusers_vae}[name]
+    dim: Any = ours.dim
+    return make(dim, ours.state_dict()).eval().requires_grad_(False)
 
 
 def _native_vae(dim: int, weights: dict) -> nn.Module:

@@ -1,0 +1,131 @@
+"""Self-attention and cross-attention of one pass in every way that this machine has."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .bench import Bench, Missing, Race, Row
+
+SDPA = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+# (module, function, whether it wants [B, N, L, D]); left out where wan/attention.py has a row for the module.
+OTHERS = {
+    "FlashAttention 3": ("flash_attn_interface", "flash_attn_func", False),
+    "FlashAttention 4": ("flash_attn.cute", "flash_attn_func", False),
+    "comfy-kitchen int8": ("comfy_kitchen.sage_attention", "int8_attention", True),
+}
+ROWS_COMPARED = 64  # queries, over the whole length
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def usable_backends(bench: Bench) -> dict[str, AttentionFn]:
+    """Backends of wan/attention.py that can be called here, less sdpa."""
+    from wan21.wan.attention import BACKENDS, choose_attention
+    from wan21.wan.refusal import Refusal
+
+    found = {}
+    for name in BACKENDS:
+        try:
+            found[name] = choose_attention(name, bench.device, bench.dtype, bench.size.config.head_dim)
+        except Refusal:
+            continue
+    return {name: attention.function for name, attention in found.items()}
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    """Ours, which is sdpa with its kernels in our order, comes first; errors are from exact attention."""
+    size = bench.size
+    shape = (1, size.tokens, size.config.num_heads, size.config.head_dim)
+    q, k, v = (bench.random(*shape) for _ in range(3))
+    k += 2 * k[:, :1]  # keys of a real model have a mean, which 8 bits must cope with
+    rows = torch.arange(0, size.tokens, max(1, size.tokens // ROWS_COMPARED), device=bench.device)
+    expected = exact(q[:, rows], k, v)
+
+    def off(result: Tensor) -> float:
+        return ((result[:, rows].float() - expected).norm() / expected.norm()).item()
+
+    work = 4 * size.tokens**2 * size.config.dim / 1e12
+    calls = _calls(bench)
+    makers = {name: partial(_bound, make, q, k, v) for name, make in calls.items()}
+    notes = dict.fromkeys(makers, "error from exact attention")
+    yield from bench.race(Race(makers, "ms", work=work, exact=off, notes=notes))
+    contexts = [
+        tuple(bench.random(1, tokens, *shape[2:]) for _ in range(2))
+        for tokens in (size.text_tokens, size.image_tokens)
+    ]
+    names = {name: f"{name}, text and image" for name in calls if name.startswith(("ours", "sdpa", "Flash"))}
+    makers = {said: partial(_cross, calls[name], q, contexts) for name, said in names.items()}
+    yield from bench.race(Race(makers, "ms"))
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v in float32, of [B, L, N, D]."""
+    q, k, v = (t.float() for t in (q, k, v))
+    weights = torch.einsum("bqnd,bknd->bnqk", q, k).mul_(q.shape[-1] ** -0.5).softmax(-1)
+    return torch.einsum("bnqk,bknd->bqnd", weights, v)
+
+
+def _bound(make, q, k, v):
+    return partial(make(), q, k, v)
+
+
+def _cross(make, q, contexts):
+    function = make()
+    return lambda: sum(function(q, *context) for context in contexts)
+
+
+def _calls(bench: Bench) -> dict[str, Callable[[], AttentionFn]]:
+    """By name, what gives the function or raises `Missing`."""
+    from wan21.wan.attention import BACKENDS, best_kernels, choose_attention, sdpa
+    from wan21.wan.refusal import Refusal
+
+    def in_our_order(q, k, v):
+        with best_kernels(bench.device):
+            return sdpa(q, k, v)
+
+    def with_kernel(kernel):
+        def call(q, k, v):
+            with sdpa_kernel(kernel):
+                return sdpa(q, k, v)
+
+        if not bench.on_cuda:
+            raise Missing("PyTorch's kernels are chosen on CUDA alone")
+        return call
+
+    def of_the_pack(name):
+        try:
+            head_dim = bench.size.config.head_dim
+            return choose_attention(name, bench.device, bench.dtype, head_dim).function
+        except Refusal as refusal:
+            raise Missing(refusal.problem) from refusal
+
+    calls: dict[str, Callable[[], AttentionFn]] = {"ours, sdpa": lambda: in_our_order}
+    calls |= {name: partial(with_kernel, kernel) for name, kernel in SDPA.items()}
+    calls |= {name: partial(of_the_pack, name) for name in BACKENDS}
+    known = {backend.module for backend in BACKENDS.values()}
+    calls |= {name: partial(_other, bench, *how) for name, how in OTHERS.items() if how[0] not in known}
+    return calls
+
+
+def _other(bench, module, function, heads_first):
+    if not bench.on_cuda:
+        raise Missing("it needs a CUDA device")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise Missing(f"{module} is not installed, or has no {function} ({error})") from error
+
+    def call(q, k, v):
+        if heads_first:
+            return found(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+        out = found(q, k, v)
+        return out[0] if isinstance(out, tuple) else out
+
+    return call
