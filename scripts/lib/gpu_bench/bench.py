@@ -77,7 +77,7 @@ def cpu_size() -> Size:
 def toy_size() -> Size:
     """Small enough for a test: shows that everything runs, and says nothing."""
     config = WanConfig(in_dim=36, dim=256, ffn_dim=512, num_heads=2, num_layers=2, image_dim=1280)
-    return Size(config, 2, (3, 8, 8), 16, 7, (5, 16, 16), 8)
+    return Size(config, 2, (3, 8, 8), 512, 7, (5, 16, 16), 8)
 
 
 def few_blocks(size: Size) -> Size:
@@ -233,7 +233,7 @@ class Bench:
             if isinstance(result, Tensor) and race.exact:
                 rows[name].error = race.exact(result)
             elif isinstance(result, Tensor) and first is not None:
-                rows[name].error = relative(result, first)
+                rows[name].error = relative(first, result)
             elif first is None and name == next(iter(race.makers)):
                 first = result if isinstance(result, Tensor) else None
             del result

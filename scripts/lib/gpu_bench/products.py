@@ -67,7 +67,7 @@ def _need_fp8(bench: Bench) -> None:
 
 
 def _fp8_tensor(bench: Bench, x: Tensor, w: Tensor, b: Tensor) -> Callable[[], Tensor]:
-    """One scale for all, as the host's; the input's is worked out at each call, which is part of its price."""
+    """One scale for all; the input's is worked out at each call, which is part of the price."""
     _need_fp8(bench)
     scale_w = w.abs().amax().float() / LARGEST
     packed = (w / scale_w).to(torch.float8_e4m3fn).t()

@@ -7,7 +7,7 @@ from typing import Any
 
 from .bench import Row
 
-NAME_WIDTH = 44
+NAME_WIDTH = 50
 
 
 def heading(section: str) -> str:
