@@ -35,7 +35,7 @@ def arguments(argv=None):
     parser.add_argument("--repeat", type=int, default=3, help="timed calls of each, after one that warms up")
     parser.add_argument("--json", type=Path, default=pack.ROOT / "build" / "bench-gpu.json")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if cuda else "cpu")
-    parser.add_argument("--quick", action="store_true", help="toy size on the CPU: shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="toy size: shows that it runs, says nothing")
     args = parser.parse_args(argv)
     args.only = args.only.split(",")
     if unknown := [name for name in args.only if name not in SECTIONS]:
@@ -48,11 +48,11 @@ def arguments(argv=None):
 
 
 def make_bench(args):
+    on_cuda = args.device == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     if args.quick:
-        return Bench(toy_size(), torch.device("cpu"), repeat=1)
-    if args.device == "cpu":
-        return Bench(cpu_size(), torch.device("cpu"), args.repeat)
-    return Bench(gpu_size(args.blocks), torch.device("cuda", torch.cuda.current_device()), args.repeat)
+        return Bench(toy_size(), device, repeat=1)
+    return Bench(gpu_size(args.blocks) if on_cuda else cpu_size(), device, args.repeat)
 
 
 def run_section(name, bench, seconds, write):

@@ -183,9 +183,9 @@ class Bench:
         return (scale * torch.randn(shape, device=self.device)).to(dtype or self.dtype)
 
     def clear(self) -> None:
-        """Gives back what nobody holds any more."""
-        gc.collect()
+        """Gives device memory back that nobody holds any more."""
         if self.on_cuda:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def race(self, race: Race) -> list[Row]:
