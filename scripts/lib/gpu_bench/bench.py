@@ -18,6 +18,7 @@ ENOUGH_S = 0.02  # short calls are repeated until they take so long together: a 
 MOST_CALLS = 20
 FEW_BLOCKS = 4
 PASSES = ("cond", "uncond")
+Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Race:
         notes: by name.
     """
 
-    makers: Mapping[str, Callable[[], Callable[[], Any]]]
+    makers: Mapping[str, Callable[[], Call]]
     unit: str = "s"
     scale: float = 1.0
     work: float = 0.0
@@ -211,12 +212,12 @@ class Bench:
         self.clear()
         return list(rows.values())
 
-    def peak(self, call: Callable[[], Any]) -> float | None:
+    def peak(self, call: Call) -> float | None:
         """GiB that a call takes at most, the libraries' workspaces left out; None but on CUDA."""
         call()
         return self._timed(call)[1]
 
-    def _warmed_up(self, race: Race, rows: dict[str, Row]) -> dict[str, Callable[[], Any]]:
+    def _warmed_up(self, race: Race, rows: dict[str, Row]) -> dict[str, Call]:
         """The calls that work, each called once; results are compared and let go."""
         calls, first = {}, None
         for name, make in race.makers.items():
@@ -243,7 +244,7 @@ class Bench:
         if self.on_cuda:
             torch.cuda.synchronize()
 
-    def _timed(self, call: Callable[[], Any]) -> tuple[float, float | None]:
+    def _timed(self, call: Call) -> tuple[float, float | None]:
         """(seconds of a call, GiB it took at most); a short one is repeated, and its mean counts."""
         peak = None
         if self.on_cuda:
@@ -257,7 +258,7 @@ class Bench:
                 seconds = self._clocked(call, count)
         return seconds, peak
 
-    def _clocked(self, call: Callable[[], Any], count: int) -> float:
+    def _clocked(self, call: Call, count: int) -> float:
         self._wait()
         start = time.perf_counter()
         for _ in range(count):
