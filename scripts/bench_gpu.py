@@ -97,7 +97,7 @@ def run(args):
 
 def main(argv=None):
     args = arguments(argv)
-    with torch.no_grad():
+    with torch.inference_mode():  # as the host runs nodes
         return run(args)
 
 

@@ -24,7 +24,9 @@ def rows(bench: Bench) -> Iterator[Row]:
     given, work = inputs(bench), tera_operations(size) / size.scale
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "wan21-random.safetensors"
-        save_file(random_dit(size.config, bench.device, bench.dtype).state_dict(), path)
+        weights = random_dit(size.config, bench.device, bench.dtype).state_dict()
+        save_file({key: value.cpu() for key, value in weights.items()}, path)
+        del weights
         bench.clear()
         for name in names:  # two at a time: where memory is short the host would take others off the device
             both = dict.fromkeys(("default", name))
