@@ -205,9 +205,8 @@ def measure_end(host, cases):
         values, reached, videos = [], [], []
         for i, (clip, motion) in enumerate(zip(clips, motions)):
             prompt = captions.canonical(motion)
-            graph = host.graph(
-                "Wan2.1 first and last frame (flf2v)", prompt, size, i, Start_image=clip[0], End_image=clip[-1]
-            )
+            images = {"Start_image": clip[0], "End_image": clip[-1]}
+            graph = host.graph("Wan2.1 first and last frame (flf2v)", prompt, size, i, **images)
             graph = fill(graph, "Image to video", add_frames_for_end_image=alone)
             videos.append(host.frames(graph))
             values.append(metrics.psnr(clip[-1], videos[-1][-1]))

@@ -17,7 +17,8 @@ SIZE, NUM_FRAMES, STEPS = (64, 48), 5, 3
 @pytest.fixture(scope="module")
 def graph(server):
     image = server.client.upload_image(comfyui_path() / "input" / "example.png")
-    api = json.loads((ROOT / "workflows" / "api" / "Wan2.1 image to video (i2v).json").read_text(encoding="utf-8"))
+    path = ROOT / "workflows" / "api" / "Wan2.1 image to video (i2v).json"
+    api = json.loads(path.read_text(encoding="utf-8"))
     small = small_graph(api, SIZE, NUM_FRAMES, image=image, video=None)
     source = {"source": [find_node(small, "Wan21Sampler"), 1]}
     small["report"] = {"class_type": "PreviewAny", "inputs": source, "_meta": {"title": "Report"}}
