@@ -1,13 +1,12 @@
 """Trained stages -> the four files of `models/`: float16, Wan2.1's own names, with metadata."""
 
 import json
-import subprocess
 
 import torch
-from lib.pack import ROOT
 from safetensors.torch import save_file
 from wan21.wan.config import PREVIEW_COLOURS
 
+from .files import commit, stored
 from .preview_colours import measure
 from .progress import Stage
 from .train_dit import averaged_model
@@ -70,22 +69,6 @@ def export(work, models, vae_schedule):
     return paths
 
 
-def stored(tensors):
-    """float16, but for bytes.
-
-    Raises:
-        ValueError: a weight is not finite, or too large for float16: that training has diverged.
-    """
-    halves = {
-        name: (tensor if tensor.dtype == torch.uint8 else tensor.half()).contiguous().cpu()
-        for name, tensor in tensors.items()
-    }
-    broken = [name for name, tensor in halves.items() if not tensor.isfinite().all()]
-    if broken:
-        raise ValueError(f"{broken[0]} is not finite in float16: the training diverged, do its stage again")
-    return halves
-
-
 def metadata(part, seconds):
     """What the file is, how it was made, and what loaders read."""
     common = {
@@ -111,11 +94,6 @@ def seconds_of(work, name):
     stage = Stage(work, name)
     stage.load()
     return round(stage.spent)
-
-
-def commit():
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
 
 
 def check_sizes(paths):

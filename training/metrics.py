@@ -7,6 +7,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from lib.quality import ssim
 
 from . import data
 
@@ -19,6 +20,34 @@ def psnr(a, b, weight=None):
     error = (a - b).square()
     mean = error.mean() if weight is None else (error * weight).sum() / weight.expand_as(error).sum()
     return -10 * math.log10(max(float(mean), 1e-10))
+
+
+def quality(video, original):
+    """How good a decoded video [F, 3, H, W] is beside its original.
+
+    Returns:
+        {"psnr": dB, "first": dB of the first frame, "ssim", "edges": size of the gradients, "flicker": of the
+        differences between frames, both as parts of the original's}
+    """
+    last = [v.movedim(1, -1) for v in (video, original)]
+    return {
+        "psnr": psnr(video, original),
+        "first": psnr(video[0], original[0]),
+        "ssim": ssim(*last),
+        "edges": edges(video) / edges(original),
+        "flicker": flicker(video) / max(flicker(original), 1e-6),
+    }
+
+
+def edges(video):
+    """The mean size of the gradient of brightness over the picture."""
+    light = video.mean(1)
+    return float((light.diff(dim=-1)[:, :-1].square() + light.diff(dim=-2)[..., :-1].square()).sqrt().mean())
+
+
+def flicker(video):
+    """The mean difference between a frame and the next."""
+    return float(video.diff(dim=0).abs().mean()) if len(video) > 1 else 0.0
 
 
 def warped(image, name, frames):

@@ -18,7 +18,7 @@ from lib import pack  # noqa: E402
 pack.load_pack()
 pack.load_host()
 
-from wan21.training import train_dit, train_lora, train_vae  # noqa: E402
+from wan21.training import train_decoder, train_dit, train_lora, train_vae  # noqa: E402
 from wan21.training.export import export  # noqa: E402
 from wan21.training.progress import WORK, Stage  # noqa: E402
 
@@ -54,7 +54,7 @@ def stages(work, size, device):
         encode,
         lambda: train_dit.dit_stage(Stage(work, "dit"), schedule, device),
         lora,
-        lambda: train_vae.refine_vae(work, vae_schedule, device),
+        lambda: train_decoder.refine(Stage(work, "vae_refined"), vae(refined=False), vae_schedule),
     )
     return dict(zip(STAGES, functions, strict=True))
 

@@ -1,10 +1,9 @@
-"""Train the bundled VAE: pictures, then clips, then its scaling folded in; later its decoder once more.
+"""Train the bundled VAE: pictures, then clips, then its scaling folded in.
 
     python training/train_vae.py            # an hour on two CPU cores; killed, it goes on
-    python training/train_vae.py --refine   # decoder only: latents made so far stay valid
 
-It is `wan.vae.WanVAE` itself that is trained. Stages, in the work folder: vae_image, vae_video, vae (folded,
-ready for use) and vae_refined (the same encoder, a better decoder).
+It is `wan.vae.WanVAE` itself that is trained. Stages, in the work folder: vae_image, vae_video and vae
+(folded, ready for use). `train_decoder.py` goes on from there.
 
     B batch    F pixel frames    T latent frames    H W height, width
 """
@@ -66,8 +65,8 @@ class Schedule:
     dim: int = 16
 
 
-CPU = Schedule(image_steps=1300, video_steps=450, refine_steps=60, batch=1)
-CUDA = Schedule(image_steps=2000, video_steps=2500, refine_steps=600, batch=16)  # never run, see README
+CPU = Schedule(image_steps=1300, video_steps=450, refine_steps=6000, batch=1)
+CUDA = Schedule(image_steps=2000, video_steps=2500, refine_steps=3000, batch=16)  # never run, see README
 
 
 class LatentNorm(nn.Module):
@@ -235,31 +234,6 @@ def standardized(z):
     return (z - mean) / std
 
 
-def refine(stage, vae, schedule):
-    """The decoder alone, on a folded VAE; the encoder and so all latents stay as they are."""
-    device = next(vae.parameters()).device
-    learning = nn.ModuleDict({"conv2": vae.conv2, "decoder": vae.decoder})
-    optimizer = MuonAdamW(
-        learning.named_parameters(), schedule.refine_lr, 0.4 * schedule.refine_lr, AS_VECTORS
-    )
-    wan_std = per_channel(torch.tensor(LATENT_STD, device=device))
-
-    def step_at(step):
-        seed = SEEDS["vae_refined"] + step
-        torch.manual_seed(seed)
-        video = training_clip(seed, draw_size(CLIP_SIZES, step), schedule.batch, device)
-        with torch.no_grad():
-            z = vae.encode(video)
-        z = z + (with_noise(torch.zeros_like(z))) * wan_std
-        loss = reconstruction_loss(decode(vae, z), video)
-        loss.backward()
-        scale = warm_up_then_decay(step, schedule.refine_steps, warm_up=30, hold=0.2)
-        return {"loss": loss.item(), "gradient": optimizer.step(scale), "lr": scale * schedule.refine_lr}
-
-    parts = Parts(vae=vae, optimizer=optimizer)
-    train(stage, parts, schedule.refine_steps, step_at, lambda: evaluate_vae(vae), measure_every=100)
-
-
 @torch.no_grad()
 def evaluate_vae(vae, norm=None, count=16, size=(17, 64, 64), seed=data.HELD_OUT):
     """PSNR in dB over held-out clips (the mean of each clip's): pictures alone, first frame, whole clip.
@@ -298,13 +272,6 @@ def train_vae(work=WORK, schedule=CPU, device="cpu"):
     return load_vae(work, schedule, device, refined=False)
 
 
-def refine_vae(work=WORK, schedule=CPU, device="cpu"):
-    """The refinement of a folded VAE, which is returned."""
-    vae = load_vae(work, schedule, device, refined=False)
-    refine(Stage(work, "vae_refined"), vae, schedule)
-    return load_vae(work, schedule, device)
-
-
 def load_vae(work=WORK, schedule=CPU, device="cpu", refined=True):
     """The VAE ready for use: the refined one if that is wanted and finished."""
     vae = WanVAE(dim=schedule.dim, device=device)
@@ -320,11 +287,9 @@ def main():
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the stages")
-    parser.add_argument("--refine", action="store_true", help="the decoder of a finished VAE")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = refine_vae if args.refine else train_vae
-    run(args.work, CUDA if device == "cuda" else CPU, device)
+    train_vae(args.work, CUDA if device == "cuda" else CPU, device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,27 @@
+"""What every file of `models/` has in common: its numbers are float16, and it says which code made it."""
+
+import subprocess
+
+import torch
+from lib.pack import ROOT
+
+
+def stored(tensors):
+    """float16, but for bytes.
+
+    Raises:
+        ValueError: a weight is not finite, or too large for float16: that training has diverged.
+    """
+    halves = {
+        name: (tensor if tensor.dtype == torch.uint8 else tensor.half()).contiguous().cpu()
+        for name, tensor in tensors.items()
+    }
+    broken = [name for name, tensor in halves.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{broken[0]} is not finite in float16: the training diverged, do its stage again")
+    return halves
+
+
+def commit():
+    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
