@@ -85,7 +85,21 @@ def measure_vae(host, cases):
             rows.append(Row(what, f"{mean:.1f} dB", f">= {target} dB", mean >= target))
         else:
             rows.append(Row(what, f"{mean:.1f} dB"))
-    return rows
+    return [*rows, *measure_sharpness(host, max(2, cases // 12))]
+
+
+def measure_sharpness(host, count, size=(17, 128, 128)):
+    """What the VAE leaves of a clip at the size of the quick start."""
+    clips, _ = held_out(1500, count, size, None)
+    found = [metrics.quality(host.reconstructed(clip), clip) for clip in clips]
+    mean = {name: statistics.mean(one[name] for one in found) for name in found[0]}
+    what = f"VAE on {count} clips, {size_name(size)}"
+    return [
+        Row(f"{what}: PSNR", f"{mean['psnr']:.1f} dB", ">= 32 dB", mean["psnr"] >= 32),
+        Row(f"{what}: SSIM", f"{mean['ssim']:.3f}", ">= 0.94", mean["ssim"] >= 0.94),
+        Row(f"{what}: edges", f"{mean['edges']:.2f}", ">= 0.85", mean["edges"] >= 0.85),
+        Row(f"{what}: flicker", f"{mean['flicker']:.2f}", "0.9 to 1.1", 0.9 <= mean["flicker"] <= 1.1),
+    ]
 
 
 def measure_camera(host, cases):

@@ -19,9 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-sys.path[0] = str(Path(__file__).resolve().parents[1] / "scripts")  # in place of this folder
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / "scripts")  # in place of this folder
 
-from lib import bundled, pack  # noqa: E402
+from lib import bundled, pack
 
 pack.load_pack()
 
@@ -39,7 +40,7 @@ SIZES = {
 }  # fmt: skip
 LATENT_NOISE = 0.5  # of what the encoder was trained with; the DiT has become better than that
 FLICKER = 0.25  # weight of the differences between frames in the loss
-MEASURED = (6, 17, 128, 128)  # held-out clips, frames, height, width
+MEASURED = (3, 17, 128, 128)  # held-out clips, frames, height, width
 
 
 def decoder_loss(output, target):
@@ -75,10 +76,10 @@ def refine(stage, vae, schedule):
 
 
 @torch.no_grad()
-def quality_of(vae, clips=MEASURED, seed=data.HELD_OUT):
-    """The mean of `metrics.quality` over held-out clips."""
+def quality_of(vae, seed=data.HELD_OUT):
+    """The mean of `metrics.quality` over held-out clips of the size `MEASURED`."""
     device = next(vae.parameters()).device
-    count, *size = clips
+    count, *size = MEASURED
     rows = []
     for i in range(count):
         video = data.clips(seed + i, 1, *size, device=device)[0]

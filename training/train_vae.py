@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path[0] = str(Path(__file__).resolve().parents[1] / "scripts")  # in place of this folder
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1] / "scripts")  # in place of this folder
 
-from lib import pack  # noqa: E402
+from lib import pack
 
 pack.load_pack()
 
