@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..wan.attention import SDPA, Attention, AttentionFn, choose_attention, sdpa
 from .devices import devices_of
-from .runner import untraced
+from .untraced import untraced
+
+OVERRIDE = "optimized_attention_override"  # key in transformer_options
 
 EXACT = (  # of the host's
     host_attention.attention_basic,
@@ -28,7 +30,7 @@ def has_own_attention(transformer_options: dict) -> bool:
     plain: list[Callable] = [host_attention.attention_pytorch]
     if comfy.model_management.get_torch_device().type == "cpu":
         plain.append(host_attention.attention_sub_quad)
-    overridden = "optimized_attention_override" in transformer_options
+    overridden = OVERRIDE in transformer_options
     return overridden or host_attention.optimized_attention not in plain
 
 
@@ -87,7 +89,7 @@ def retry_of(model: ModelPatcher, attention: Attention | None) -> Attention | No
             SageAttention, or another pack's: set on the MODEL, or in the place of the host's for all models.
     """
     if attention is None:
-        overridden = "optimized_attention_override" in model.model_options["transformer_options"]
+        overridden = OVERRIDE in model.model_options["transformer_options"]
         quantised = overridden or host_attention.optimized_attention not in EXACT
     else:
         quantised = attention.quantised

@@ -23,8 +23,9 @@ from ..wan.option import Call
 from ..wan.refusal import Refusal, printable
 from .attention import attention_of
 from .patches import patch_inside_blocks, replaced_inside, scaled_frequencies
-from .runner import composed_runner, pass_name, untraced
+from .runner import composed_runner, pass_name
 from .stored import matrix_bytes, store_as
+from .untraced import untraced
 
 # Keys in transformer_options.
 CALL = "wan21_call"  # the `Call` of our sampler's step
@@ -125,6 +126,8 @@ class HostWanModel(WanModel):
             beside = comfy.ldm.common_dit.pad_to_patch_size(time_dim_concat.to(x), PATCH_SIZE)
             _check_beside(x, beside)
             x = torch.cat([x, beside], dim=2)
+        # Packs read this; the host's model writes it.
+        transformer_options["grid_sizes"] = torch.Size(n // p for n, p in zip(x.shape[2:], PATCH_SIZE))
         chunks = transformer_options.get("cond_or_uncond") or [0]
         names = tuple(pass_name(chunk) for chunk in chunks)
         call = transformer_options.get(CALL) or Call(names)

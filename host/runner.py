@@ -1,28 +1,18 @@
 """The walk over the blocks on the host: it stops on cancel and honours replaced blocks; never compiled."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Protocol, TypeVar, cast
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..wan.dit import ApplyBlock, BlockRunner, Pass
 from ..wan.option import Call
+from .attention import OVERRIDE, attention_of
+from .patches import patch_inside_blocks
 from .progress import check_cancelled
-
-Function = TypeVar("Function", bound=Callable)
-
-
-class _Untraced(Protocol):
-    def __call__(self, function: Function) -> Function: ...
-
-
-# torch.compile compiles what is computed (the embeddings, one block for all, the head). The walk between them
-# is the host's and the options' Python, which reads transformer_options: TorchCompileModel drops every guard
-# on those, so traced code would never see a change in them. A partial: a function of ours would be traced.
-untraced = cast(_Untraced, partial(torch.compiler.disable, recursive=False))
-
+from .untraced import untraced
 
 ONE_A_PASS = ("cond_or_uncond", "uuids")  # lists in transformer_options
 
@@ -30,7 +20,7 @@ ONE_A_PASS = ("cond_or_uncond", "uuids")  # lists in transformer_options
 @untraced
 def runner_of(transformer_options: dict) -> BlockRunner:
     """The joint walk over the blocks that stops on cancel and honours the host's block replacements."""
-    replace = transformer_options.get("patches_replace", {}).get("dit", {})
+    replaced = transformer_options.get("patches_replace", {}).get("dit", {})
 
     def run(num_blocks: int, passes: list[Pass], call: ApplyBlock) -> None:
         call = untraced(call)
@@ -47,8 +37,10 @@ def runner_of(transformer_options: dict) -> BlockRunner:
                 # prompts of a side are passes of one name, in the order of the lists.
                 at = names.index(p.name, at + 1)
                 transformer_options.update({key: [values[at]] for key, values in told.items()})
-                patch = replace.get(("double_block", i))
-                p.x = call(i, p) if patch is None else _replaced(patch, i, p, call, transformer_options)
+                if ("double_block", i) in replaced:
+                    p.x = _replaced(replaced["double_block", i], i, p, call, transformer_options)
+                else:
+                    p.x = call(i, p)
         transformer_options.update(told)
 
     return run
@@ -62,16 +54,53 @@ def pass_name(chunk: int) -> str:
 def _replaced(patch: Callable, i: int, p: Pass, call: ApplyBlock, transformer_options: dict) -> Tensor:
     """Tokens of a pass after a block that another node replaced, called as the host's Wan model calls it.
 
-    What the node is given stays as it is: some compare it with what the block made of it.
+    What the node is given stays as it is: some compare it with what the block made of it. What it hands on to
+    the block in its place acts.
     """
+    image_tokens = 0 if p.image is None else p.image.shape[1]
+    override = transformer_options.get(OVERRIDE)
 
-    def original_block(args: dict) -> dict:
-        p.x = args["img"].clone()  # our block works in place
-        return {"img": call(i, p)}
+    def original_block(args: dict[str, Any]) -> dict:
+        told = args["transformer_options"]
+        if refusal := patch_inside_blocks(told):
+            raise refusal
+        is_other = told.get(OVERRIDE) is not override or (
+            told is not transformer_options and OVERRIDE in told
+        )
+        given = replace(
+            p,
+            x=args["img"].clone(),  # our block works in place
+            modulation=args["vec"].squeeze(1),
+            image=args["txt"][:, :image_tokens] if image_tokens else None,
+            text=args["txt"][:, image_tokens:],
+            rope=_from_matrices(args["pe"]),
+            attention=attention_of(told) if is_copy or told.get(OVERRIDE) is not override else p.attention,
+        )
+        return {"img": call(i, given)}
 
-    args = {"img": p.x, "txt": p.text, "vec": p.modulation, "pe": None}
-    args["transformer_options"] = transformer_options
+    text = p.text
+    if p.image is not None:
+        text = torch.cat([p.image, p.text], dim=1)  # (B, I + T, D)
+        p.image, p.text = text[:, :image_tokens], text[:, image_tokens:]  # what is changed in place stays so
+    args = {
+        "img": p.x,  # (B, L, D)
+        "txt": text,
+        "vec": p.modulation.unsqueeze(1),  # (B, 1, 6, D)
+        "pe": _matrices(p.rope),
+        "transformer_options": transformer_options,
+    }
     return patch(args, {"original_block": original_block})["img"]
+
+
+def _matrices(rope: Tensor) -> Tensor:
+    """A table of `rope_table` in the host's form, matrices that turn pairs: [1, L, 1, D/N/2, 2, 2]."""
+    cos, sin = rope.unbind(-1)
+    return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))[None]
+
+
+def _from_matrices(pe: Tensor) -> Tensor:
+    """The table of such matrices, (L, 1, D/N/2, 2)."""
+    return pe[0, ..., 0].contiguous()
 
 
 @untraced

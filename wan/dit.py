@@ -36,6 +36,8 @@ class Pass:
         modulation: its projection for the blocks [B, 6, D], float32.
         text: [B, T, D].
         image: [B, I, D], or None without CLIP features.
+        rope: rotations of the tokens, as of `rope_table`.
+        attention: see `wan.attention`.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Pass:
     modulation: Tensor
     text: Tensor
     image: Tensor | None
+    rope: Tensor
+    attention: AttentionFn
 
 
 Device = torch.device | str | None
@@ -373,19 +377,22 @@ class WanModel(nn.Module):
         count = len(pass_names)
         clips = (None,) * count if clip_fea is None else clip_fea.chunk(count)
         inputs = zip(pass_names, x.chunk(count), timestep.chunk(count), context.chunk(count), clips)
-        passes = [self.embed(*one) for one in inputs]
+        passes = [self.embed(*one, rope, attention) for one in inputs]
         texts = {name: self.text_embedding(features) for name, features in (contexts or {}).items()}
         texts |= {p.name: p.text for p in passes}
         attends = {p.name: context_attention(p, texts) for p in passes}
 
         def apply_block(i: int, p: Pass) -> Tensor:
-            context = p.text, p.image, rope, attention, attends[p.name]
+            context = p.text, p.image, p.rope, p.attention, attends[p.name]
             return execute(self.blocks[i], p.x, p.modulation, *context)
 
         runner(len(self.blocks), passes, apply_block)
         return torch.cat([unpatchify(self.head(p.x, p.time), grid) for p in passes])  # (B, 16, F, H, W)
 
-    def embed(self, name: str, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None) -> Pass:
+    def embed(
+        self, name: str, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None,
+        rope: Tensor, attention: AttentionFn,
+    ) -> Pass:  # fmt: skip
         """The tokens and context of one pass before the first block, from its inputs as of `forward`."""
         tokens = self.patch_embedding(x.float())  # (B, D, F, H/2, W/2)
         tokens = tokens.flatten(2).transpose(1, 2).contiguous()  # (B, L, D)
@@ -395,7 +402,7 @@ class WanModel(nn.Module):
         image = None
         if clip_fea is not None and self.img_emb is not None:
             image = self.img_emb(clip_fea.to(text.dtype))  # (B, I, D)
-        return Pass(name, tokens, time, modulation, text, image)
+        return Pass(name, tokens, time, modulation, text, image, rope, attention)
 
 
 def unpatchify(tokens: Tensor, grid: Sequence[int]) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from wan21.wan.attention import sdpa
 from wan21.wan.chunked import block_executor
 from wan21.wan.config import WanConfig
 from wan21.wan.dit import WanModel, attend_text, unpatchify
@@ -96,10 +97,10 @@ def written_out(loaded, x, timestep, option):
     """The velocity of one conditional pass with NAG, cross-attention in plain torch on the weights."""
     model, config = loaded.model, loaded.config
     x = torch.cat([x, loaded.image], 1)
-    p = model.embed("cond", x, torch.tensor([timestep]), loaded.texts["cond"], loaded.clip)
     negative = model.text_embedding(loaded.texts["uncond"])
     grid = (2, 2, 3)
     rope = rope_table(axis_frequencies(config.head_dim), grid)
+    p = model.embed("cond", x, torch.tensor([timestep]), loaded.texts["cond"], loaded.clip, rope, sdpa)
     heads = lambda t: t.unflatten(-1, (config.num_heads, -1)).movedim(2, 1)  # noqa: E731
 
     def rms(t, weight):

@@ -314,7 +314,9 @@ def test_everything_at_once_on_an_error_leaves_no_tensor_behind(noise, two):
         def predict(self, x, timestep, call):
             if len(self.calls) == 3:
                 raise RuntimeError("stop")
-            p = Pass("cond", torch.randn(1, 4, 8), None, None, torch.zeros(1), None)
+            p = Pass(
+                "cond", torch.randn(1, 4, 8), None, None, torch.zeros(1), None, torch.zeros(1), SDPA.function
+            )
             runner = lambda n, passes, block: None  # noqa: E731
             for around in call.around:
                 runner = around(runner)

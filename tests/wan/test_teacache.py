@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wan21.wan.attention import sdpa
 from wan21.wan.config import SIZES, WanConfig
 from wan21.wan.dit import WanModel, run_blocks
 from wan21.wan.sigmas import flow_sigmas, timesteps
@@ -149,7 +150,7 @@ def test_a_reused_step_adds_the_residual_of_its_own_pass_and_runs_the_head(model
     with torch.inference_mode():
         g = torch.Generator().manual_seed(3)
         x = torch.randn(2, 16, 2, 4, 4, generator=g)[:1]
-        p = model.embed("cond", x, torch.tensor([300.0]), torch.zeros(1, 5, 8), None)
+        p = model.embed("cond", x, torch.tensor([300.0]), torch.zeros(1, 5, 8), None, torch.zeros(1), sdpa)
         from wan21.wan.dit import unpatchify
 
         expected = unpatchify(model.head(p.x + cache.residuals["cond"], p.time), (2, 2, 2))
