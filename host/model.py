@@ -1,5 +1,6 @@
 """Our DiT inside a standard MODEL."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -22,7 +23,7 @@ from ..wan.memory import StepSize, step_bytes
 from ..wan.option import Call
 from ..wan.refusal import Refusal, printable
 from .attention import attention_of
-from .patches import patch_inside_blocks, replaced_inside, scaled_frequencies
+from .patches import patch_inside_blocks, replaced_inside, scaled_frequencies, written_in_call
 from .runner import composed_runner, pass_name
 from .stored import matrix_bytes, store_as
 from .untraced import untraced
@@ -35,6 +36,10 @@ NEED = "wan21_need"  # key in a conditioning: bytes of a step of our sampler
 
 IN_CONTEXT = Refusal(
     "the conditioning carries context_latents (Bernini), which this MODEL does not read",
+    "Load the model with the host's Load Diffusion Model",
+)
+IN_ORIG = Refusal(
+    "another node calls diffusion_model.forward_orig, which this MODEL does not have",
     "Load the model with the host's Load Diffusion Model",
 )
 TRAINED_ON = Refusal(
@@ -67,6 +72,7 @@ class HostWanModel(WanModel):
         fp8 = dtype if dtype is not None and dtype.itemsize == 1 else None
         super().__init__(config, operations, device, dtype if fp8 is None else compute_dtype)
         self.dtype = dtype
+        self.built_as = type(self)  # some packs change the class of a model
         # Packs read these.
         self.dim, self.num_heads, self.patch_size = config.dim, config.num_heads, PATCH_SIZE
         if fp8 is not None:
@@ -112,13 +118,22 @@ class HostWanModel(WanModel):
         executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
         return untraced(executor.execute)(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
 
+    def forward_orig(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Nothing that is called: TeaCache and MagCache of other packs put theirs here while they call the
+        model, which is then refused by name.
+
+        Raises:
+            Refusal: always.
+        """
+        raise IN_ORIG
+
     @untraced
     def _forward(self, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
         if kwargs.get("context_latents") is not None:
             raise IN_CONTEXT
         if x.requires_grad:
             raise TRAINED_ON
-        if refusal := patch_inside_blocks(transformer_options):
+        if refusal := patch_inside_blocks(transformer_options) or written_in_call(self):
             raise refusal
         frames, height, width = x.shape[-3:]
         x = comfy.ldm.common_dit.pad_to_patch_size(x, PATCH_SIZE)
@@ -239,7 +254,9 @@ class Wan21(comfy.model_base.WAN21):
 
     def matrix_bytes(self, itemsize: int) -> int:
         """Bytes for each number of the largest matrix while it is in use; see `stored.matrix_bytes`."""
-        return matrix_bytes(self.diffusion_model.get_submodule("blocks.0.ffn.0"), itemsize)
+        named = self.diffusion_model.named_modules()
+        layers = (layer for name, layer in named if re.fullmatch(r"blocks\.\d+\.(_orig_mod\.)?ffn\.0", name))
+        return matrix_bytes(next(layers, None), itemsize)  # none where another node replaced all
 
     def velocity(self, x: Tensor, timestep: Tensor, transformer_options: dict, **conds: Any) -> Tensor:
         """`apply_model` without its change to denoised space; wrappers such as torch.compile apply.

@@ -1,16 +1,20 @@
 """What other nodes put on a MODEL: what our DiT and our sampler honour, refuse or leave out."""
 
 import re
+from collections.abc import Callable, Iterator
 from functools import partial
+from inspect import signature
 from types import FunctionType, MethodType
+from typing import Any
 
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, get_all_wrappers
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from torch import Tensor, nn
 
+from ..wan.dit import WanAttentionBlock, WanCrossAttention, WanSelfAttention
 from ..wan.files.bad_file import listed
 from ..wan.refusal import Refusal
 from ..wan.rope import axis_frequencies
@@ -26,6 +30,7 @@ AROUND_HOST_STEPS = (
     "sampler_calc_cond_batch_function",
     "model_function_wrapper",
 )
+OF_HOST_STEPS = ("apply_model", "_apply_model", "scale_latent_inpaint")  # functions of the model below
 WRAPPERS_OF_HOST_STEPS = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)
 
 
@@ -52,7 +57,10 @@ _ACTS = re.compile(
 )
 FUNCTIONS = (FunctionType, MethodType, partial)
 CALLED = ("forward", "_forward")
+# How many inputs a block and its cross-attention are given by position.
+BLOCK_INPUTS, CROSS_INPUTS = 7, 5
 _INSTEAD = (
+    (r"forward_orig", "for a cache over the steps set cache to teacache on Wan21Sampler"),
     (r"rope_embedder|rope_encode", "set riflex on Wan21Sampler in place of the pack's RIFLEx"),
     (r"blocks\.\d+\.self_attn\.forward", "choose attention on Wan21Sampler for another attention kernel"),
 )
@@ -86,16 +94,60 @@ def written_inside(dit: nn.Module) -> Refusal | None:
     Args:
         dit: of ours.
     """
-    written, hooked = [], []
-    for i, block in enumerate(dit.get_submodule("blocks").children()):
-        attention = block.get_submodule("self_attn")
-        named = (("", block), (".self_attn", attention), (".cross_attn", block.get_submodule("cross_attn")))
-        written += [f"blocks.{i}{name}.{path}" for name, part in named for path in _functions_on(part)]
-        if "forward" in vars(attention):  # ours gives queries, keys and values
-            written.append(f"blocks.{i}.self_attn.forward")
-        if has_hooks(attention):
-            hooked.append(f"blocks.{i}.self_attn")
-    return _would_not_act("replaced", [*_functions_on(dit), *written]) or _would_not_act("hooked", hooked)
+    dit = _plain(dit)
+    blocks = [_plain(block) for block in dit.get_submodule("blocks").children()]
+    written = [f"blocks.{i}{path}" for i, block in enumerate(blocks) for path in _written_on(block)]
+    own = [i for i, block in enumerate(blocks) if isinstance(block, WanAttentionBlock)]
+    hooked = [f"blocks.{i}.self_attn" for i in own if has_hooks(blocks[i].get_submodule("self_attn"))]
+    return _would_not_act("replaced", [*_written_on_model(dit), *written]) or _would_not_act("hooked", hooked)
+
+
+def written_in_call(dit: nn.Module) -> Refusal | None:
+    """The refusal of functions that a node put on the model for the time of one call of it.
+
+    Args:
+        dit: of ours.
+    """
+    return _would_not_act("replaced", _functions_on(dit))
+
+
+def _plain(part: Any) -> Any:
+    """What torch.compile wraps, or a part as it is."""
+    return getattr(part, "_orig_mod", part)
+
+
+def _written_on_model(dit: nn.Module) -> list[str]:
+    return [*_functions_on(dit), *(["__class__"] if type(dit) is not dit.built_as else [])]
+
+
+def _written_on(block: nn.Module) -> Iterator[str]:
+    """What of a block is not called in the form in which a node wrote it, as ".cross_attn.forward"."""
+    if not _is_called(block, WanAttentionBlock, BLOCK_INPUTS):
+        yield ".forward"
+    if not isinstance(block, WanAttentionBlock):  # another's, called whole
+        return
+    attention, cross = _plain(block.self_attn), _plain(block.cross_attn)
+    if "forward" in vars(attention) or type(attention) is not WanSelfAttention:  # gives queries, keys, values
+        yield ".self_attn.forward"
+    if not _is_called(cross, WanCrossAttention, CROSS_INPUTS):
+        yield ".cross_attn.forward"
+    for name, part in (("", block), (".self_attn", attention), (".cross_attn", cross)):
+        yield from (f"{name}.{path}" for path in _functions_on(part))
+    yield from (f".{name}" for name in block._modules if name in ("norm1", "norm2"))  # the host's, not ours
+
+
+def _is_called(part: nn.Module, kind: type, inputs: int) -> bool:
+    """Whether a part is ours, or one that takes as many inputs by position as ours does."""
+    is_ours = type(part) is kind and "forward" not in vars(part)
+    return is_ours or _takes(part.forward, inputs)
+
+
+def _takes(function: Callable, inputs: int) -> bool:
+    try:
+        signature(function).bind(*range(inputs))
+    except TypeError:
+        return False
+    return True
 
 
 def _functions_on(part: nn.Module) -> list[str]:
@@ -153,7 +205,11 @@ def ignored_patches(model: ModelPatcher) -> list[str]:
     """What other nodes put on the MODEL that our sampler's own steps do not pass through."""
     names = [key for key in AROUND_HOST_STEPS if model.model_options.get(key)]
     for kind in WRAPPERS_OF_HOST_STEPS:
-        names += [f"a {kind} wrapper" for wrappers in model.wrappers.get(kind, {}).values() if wrappers]
+        there = any(model.wrappers.get(kind, {}).values())
+        if there or get_all_wrappers(kind, model.model_options, is_model_options=True):
+            names.append(f"a {kind} wrapper")
+    written = {*model.object_patches, *_functions_on(model.model)}
+    names += [name for name in OF_HOST_STEPS if name in written]
     if "model_sampling" in model.object_patches:
         names.append("ModelSampling (its shift)")
     return names

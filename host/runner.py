@@ -64,9 +64,8 @@ def _replaced(patch: Callable, i: int, p: Pass, call: ApplyBlock, transformer_op
         told = args["transformer_options"]
         if refusal := patch_inside_blocks(told):
             raise refusal
-        is_other = told.get(OVERRIDE) is not override or (
-            told is not transformer_options and OVERRIDE in told
-        )
+        is_copy = told is not transformer_options and OVERRIDE in told
+        has_own = is_copy or told.get(OVERRIDE) is not override
         given = replace(
             p,
             x=args["img"].clone(),  # our block works in place
@@ -74,7 +73,7 @@ def _replaced(patch: Callable, i: int, p: Pass, call: ApplyBlock, transformer_op
             image=args["txt"][:, :image_tokens] if image_tokens else None,
             text=args["txt"][:, image_tokens:],
             rope=_from_matrices(args["pe"]),
-            attention=attention_of(told) if is_copy or told.get(OVERRIDE) is not override else p.attention,
+            attention=attention_of(told) if has_own else p.attention,
         )
         return {"img": call(i, given)}
 

@@ -98,7 +98,7 @@ def spoilt_weight(model: nn.Module) -> str | None:
     return None
 
 
-def matrix_bytes(layer: nn.Module, itemsize: int) -> int:
+def matrix_bytes(layer: nn.Module | None, itemsize: int) -> int:
     """Bytes for each number of a layer's matrix while it is in use, beside those of its place on the device.
 
     Args:

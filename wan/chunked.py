@@ -23,8 +23,9 @@ def block_executor(parts: int) -> BlockExecutor:
 
 
 def _in_parts_or_whole(block: WanAttentionBlock, *inputs: Any, parts: int) -> Tensor:
-    """A block whose call somebody has changed or hooked is called, whatever memory that takes."""
-    return at_once(block, *inputs) if is_changed(block) else in_parts(block, *inputs, parts=parts)
+    """A block that somebody has changed, hooked or put there is called, whatever memory that takes."""
+    is_ours = type(getattr(block, "_orig_mod", block)) is WanAttentionBlock
+    return in_parts(block, *inputs, parts=parts) if is_ours and not is_changed(block) else at_once(block, *inputs)
 
 
 def in_parts(

@@ -4,14 +4,15 @@ import importlib
 import os
 import sys
 import types
+import unittest.mock
 from pathlib import Path
 
 import comfy.sd
 import pytest
 import torch
-from comfy.patcher_extension import PatcherInjection
+from comfy.patcher_extension import PatcherInjection, add_wrapper
 from helpers import relative
-from helpers_nodes import clip_vision, host_euler
+from helpers_nodes import host_euler
 from wan21 import host
 from wan21.wan.memory import MemoryPlan
 
@@ -21,19 +22,6 @@ SIGMAS = [1.0, 0.5, 0.0]
 
 def ksample(model, prompts, cfg=3.0):
     return host_euler(model, *prompts, LATENT, SIGMAS, cfg, 5)
-
-
-@pytest.fixture(scope="module")
-def native(files):
-    """The host's MODELs of the same files."""
-    return {kind: comfy.sd.load_diffusion_model(str(files[kind])) for kind in ("t2v", "i2v")}
-
-
-@pytest.fixture
-def jobs(prompts, image_to_video):
-    """(positive, negative) by kind of model; of the image model with an image and its CLIP features."""
-    conds = image_to_video(width=32, height=32, num_frames=5, clip_vision_start=clip_vision())[:2]
-    return {"t2v": prompts, "i2v": conds}
 
 
 def replaced_forward(model, path):
@@ -59,7 +47,7 @@ def test_a_replaced_forward_that_we_call_acts(models, prompts, sample, path):
 @pytest.mark.parametrize(
     "path, fix",
     [
-        ("forward_orig", "Remove that node; or load"),
+        ("forward_orig", "set cache to teacache on Wan21Sampler"),
         ("rope_embedder", "set riflex on Wan21Sampler"),
         ("blocks.0.self_attn.forward", "choose attention on Wan21Sampler"),
         ("blocks.1.cross_attn.forward", "Load Diffusion Model"),
@@ -106,9 +94,55 @@ def injected(patcher, path):
     )
 
 
+def in_the_hosts_form(module, path):
+    """A `forward` of the host's kind, on the module or by its class."""
+    path, _, by_class = path.partition("#")
+    part = module.get_submodule(path.removesuffix(".forward"))
+
+    def forward(self, x, context, context_img_len=None, transformer_options=None):
+        return x
+
+    if by_class:
+        part.__class__ = type("Packs", (type(part),), {"forward": forward})
+    else:
+        part.forward = types.MethodType(forward, part)
+
+
+def of_another_class(module, path):
+    module.__class__ = type("Packs", (type(module),), {})
+
+
+class Around(torch.nn.Module):
+    """A module of another pack around one that was there."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs) * 0.5
+
+
+def set_around(module, path):
+    owner, _, name = path.removesuffix(".forward").rpartition(".")
+    setattr(module.get_submodule(owner), name, Around(module.get_submodule(f"{owner}.{name}")))
+
+
+def added(module, path):
+    owner, _, name = path.rpartition(".")
+    module.get_submodule(owner).add_module(name, torch.nn.Identity())
+
+
 @pytest.mark.parametrize(
     "write, path, said",
     [
+        (in_the_hosts_form, "blocks.0.forward", "replaced"),
+        (in_the_hosts_form, "blocks.1.cross_attn.forward", "replaced"),
+        (in_the_hosts_form, "blocks.0.forward#class", "replaced"),
+        (in_the_hosts_form, "blocks.1.self_attn.forward#class", "replaced"),
+        (of_another_class, "__class__", "replaced"),
+        (set_around, "blocks.1.self_attn.forward", "replaced"),
+        (added, "blocks.0.norm1", "replaced"),
         (negated, "forward_orig", "replaced"),
         (negated, "rope_encode", "replaced"),
         (negated, "blocks.0.self_attn.forward", "replaced"),
@@ -122,7 +156,7 @@ def injected(patcher, path):
 def test_what_is_written_on_the_model_itself_is_refused_too(files, prompts, sample, write, path, said):
     patched = host.load_model(files["t2v"])
     write(patched if write is injected else patched.model.diffusion_model, path)
-    message = rf"another node {said} diffusion_model\.{path}, which "
+    message = rf"another node {said} diffusion_model\.{path.partition('#')[0]}, which "
     for run in (ksample, lambda *args: sample(args[0], *args[1], LATENT)):
         with pytest.raises(ValueError, match=message):
             run(patched, prompts)
@@ -137,6 +171,65 @@ def test_other_hooks_act_as_on_the_hosts_model(files, prompts, path):
     assert relative(ksample(ours, prompts), ksample(native, prompts)) < 1e-5
 
 
+@pytest.mark.parametrize("path", ["blocks.0", "blocks.0.ffn", "blocks.1.cross_attn", "head"])
+def test_a_module_around_one_of_the_models_acts_as_on_the_hosts(files, prompts, sample, path):
+    def around(module):
+        if "." in path:
+            set_around(module, path)
+        else:
+            module.head = Around(module.head)
+
+    native, ours = comfy.sd.load_diffusion_model(str(files["t2v"])), host.load_model(files["t2v"])
+    before = sample(ours, *prompts, LATENT)[0]["samples"]
+    for model in (native, ours):
+        around(model.model.diffusion_model)
+    assert relative(ksample(ours, prompts), ksample(native, prompts)) < 1e-5
+    assert relative(sample(ours, *prompts, LATENT)[0]["samples"], before) > 1e-3
+
+
+def test_a_walk_put_there_for_each_call_is_refused_by_name(models, prompts, sample):
+    """As the packs of TeaCache and MagCache do it."""
+    cached = models["t2v"].clone()
+    dit = cached.model.diffusion_model
+
+    def wrapper(apply_model, told):
+        with unittest.mock.patch.multiple(dit, forward_orig=lambda x, *args, **kwargs: x):
+            return apply_model(told["input"], told["timestep"], **told["c"])
+
+    cached.set_model_unet_function_wrapper(wrapper)
+    with pytest.raises(ValueError, match=r"replaced diffusion_model\.forward_orig.*set cache to teacache"):
+        ksample(cached, prompts)
+    report = sample(cached, *prompts, LATENT)[1]
+    assert "note: model_function_wrapper set on the MODEL by another node is not used here" in report
+
+
+def nothing(executor, *args, **kwargs):
+    return executor(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "put, name",
+    [
+        (lambda m: m.add_wrapper_with_key("predict_noise", "pack", nothing), "a predict_noise wrapper"),
+        (
+            lambda m: add_wrapper("predict_noise", nothing, m.model_options, is_model_options=True),
+            "a predict_noise wrapper",
+        ),
+        (
+            lambda m: add_wrapper("calc_cond_batch", nothing, m.model_options, is_model_options=True),
+            "a calc_cond_batch wrapper",
+        ),
+        (lambda m: m.add_object_patch("apply_model", m.model.apply_model), "apply_model"),
+        (lambda m: m.add_object_patch("_apply_model", m.model._apply_model), "_apply_model"),
+    ],
+)
+def test_what_acts_around_the_hosts_steps_alone_is_said(models, prompts, sample, put, name):
+    model = models["t2v"].clone()
+    put(model)
+    report = sample(model, *prompts, LATENT)[1]
+    assert f"note: {name} set on the MODEL by another node is not used here" in report
+
+
 def test_a_hooked_block_is_called_whole(files, prompts, sample, monkeypatch):
     """Also where memory is short and the others go by parts."""
     monkeypatch.setattr("wan21.nodes.sampler.plans_from", lambda *_: [MemoryPlan(True, 2)])
@@ -144,112 +237,6 @@ def test_a_hooked_block_is_called_whole(files, prompts, sample, monkeypatch):
     plain = sample(model, *prompts, LATENT)[0]["samples"]
     model.model.diffusion_model.blocks[0].register_forward_hook(lambda module, inputs, output: output * 0.5)
     assert relative(sample(model, *prompts, LATENT)[0]["samples"], plain) > 1e-2
-
-
-def with_block(model, patch):
-    patched = model.clone()
-    patched.set_model_patch_replace(patch, "dit", "double_block", 0)
-    return patched
-
-
-def test_a_replaced_block_is_told_of_its_pass_and_keeps_its_input(models, prompts, sample):
-    seen = []
-
-    def patch(args, extra):
-        before = args["img"].clone()
-        out = extra["original_block"](args)
-        options = args["transformer_options"]
-        assert torch.equal(args["img"], before) and relative(out["img"], before) > 1e-3
-        assert len(options.get("uuids", [0])) == len(args["img"])
-        seen.append(tuple(options["cond_or_uncond"]))
-        return out
-
-    for run in (lambda m: ksample(m, prompts), lambda m: sample(m, *prompts, LATENT)[0]["samples"]):
-        seen.clear()
-        assert torch.equal(run(with_block(models["t2v"], patch)), run(models["t2v"]))
-        assert {(0,), (1,)} == set(seen)
-
-
-def muted(function, q, k, v, heads, **kwargs):
-    """An attention of another pack's."""
-    return function(q, k, v * 0.3, heads, **kwargs)
-
-
-def fewer_tokens(args, block):
-    few = block(args | {"img": args["img"][:, :4], "pe": args["pe"][:, :4]})["img"]
-    return {"img": torch.cat([few, args["img"][:, 4:]], dim=1)}
-
-
-def written_into(args, name):
-    args[name].mul_(0.5)
-    return args
-
-
-BLOCK_PATCHES = {
-    "another text": lambda args, block: block(args | {"txt": args["txt"] * 0.3}),
-    "a longer text": lambda args, block: block(
-        args | {"txt": torch.cat([args["txt"], args["txt"] * 2], dim=1)}
-    ),
-    "text changed in place": lambda args, block: block(written_into(args, "txt")),
-    "another modulation": lambda args, block: block(args | {"vec": args["vec"] * 0.3}),
-    "modulation by its axes": lambda args, block: block(
-        args | {"vec": torch.cat([args["vec"][:, :, :3], args["vec"][:, :, 3:] * 0.3], dim=2)}
-    ),
-    "other positions": lambda args, block: block(args | {"pe": args["pe"].roll(1, 1)}),
-    "fewer tokens": fewer_tokens,
-    "tokens changed in place": lambda args, block: block(written_into(args, "img")),
-    "the block twice": lambda args, block: block(args | block(args)),
-    "an attention for the block": lambda args, block: block(
-        args | {"transformer_options": args["transformer_options"] | {"optimized_attention_override": muted}}
-    ),
-    "by the size of the grid": lambda args, block: {
-        "img": args["img"] * (1 + args["transformer_options"]["grid_sizes"].numel() / 9)
-    },
-}
-
-
-@pytest.mark.parametrize("kind", ["t2v", "i2v"])
-@pytest.mark.parametrize("what", BLOCK_PATCHES)
-def test_what_a_replaced_block_hands_on_acts_as_on_the_hosts_model(native, models, jobs, kind, what):
-    def patch(args, extra):
-        return BLOCK_PATCHES[what](args, extra["original_block"])
-
-    expected, ours = (ksample(with_block(m[kind], patch), jobs[kind]) for m in (native, models))
-    assert relative(ours, expected) < 1e-5
-    assert relative(expected, ksample(native[kind], jobs[kind])) > 1e-4
-
-
-def test_functions_inside_a_block_are_refused_where_a_replaced_block_adds_them(models, prompts):
-    def patch(args, extra):
-        told = args["transformer_options"] | {"patches": {"attn1_patch": [lambda *_: None]}}
-        return extra["original_block"](args | {"transformer_options": told})
-
-    with pytest.raises(ValueError, match="another node put attn1_patch on the MODEL"):
-        ksample(with_block(models["t2v"], patch), prompts)
-
-
-def test_a_rule_that_skips_the_negative_pass_leaves_the_positive_alone(models, prompts, sample):
-    def patch(args, extra):
-        only_positive = args["transformer_options"]["cond_or_uncond"] == [0]
-        return extra["original_block"](args) if only_positive else args
-
-    patched = with_block(models["t2v"], patch)
-    assert relative(ksample(patched, prompts), ksample(models["t2v"], prompts)) > 1e-4
-    ours, skipped = (
-        sample(m, *prompts, LATENT, **inputs)[0]["samples"]
-        for m, inputs in (
-            (patched, {}),
-            (
-                models["t2v"],
-                {
-                    "skip_layers__layers": "0",
-                    "skip_layers__start_percent": 0,
-                    "skip_layers__end_percent": 100,
-                },
-            ),
-        )
-    )
-    assert torch.equal(ours, skipped)
 
 
 def test_an_attention_override_is_told_of_its_pass(models, prompts):
@@ -263,24 +250,6 @@ def test_an_attention_override_is_told_of_its_pass(models, prompts):
     patched.model_options["transformer_options"]["optimized_attention_override"] = override
     ksample(patched, prompts)
     assert set(seen) == {(1, (0,)), (1, (1,))}
-
-
-def test_two_prompts_of_a_side_are_told_apart(models, prompts):
-    """Their passes have one name in our walk, and a number of their own in `uuids`."""
-    (features, extras), seen = prompts[0][0], {}
-    both = [[features, dict(extras)], [features * 0.5, dict(extras)]]
-
-    def patch(args, extra):
-        options = args["transformer_options"]
-        seen.setdefault(options["uuids"][0], []).append(
-            (options["cond_or_uncond"][0], args["txt"].norm().item())
-        )
-        return extra["original_block"](args)
-
-    ksample(with_block(models["t2v"], patch), (both, prompts[1]))
-    assert sorted({side for told in seen.values() for side, _ in told}) == [0, 1] and len(seen) == 3
-    assert all(len({side for side, _ in told}) == 1 for told in seen.values())
-    assert all(len({round(text, 2) for _, text in told}) == 1 for told in seen.values())
 
 
 def test_training_on_our_model_is_refused_by_name(models):
