@@ -7,7 +7,7 @@ sampler the host's life cycle: device memory, model patches, progress, preview a
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 
-from .attention import choose_attention_for, retry_of
+from .attention import choose_attention_for, retry_of, unused_override
 from .coefficients import measured_coefficients
 from .conditioning import Conditioning, describe_conditioning, not_finite, trim_clip_vision
 from .devices import devices_of, spread
@@ -17,7 +17,7 @@ from .load import DTYPES, WEIGHT_DTYPES, load_model, notes_on_file
 from .lora import add_lora, other_family, packed_by_another_pack, read_lora
 from .memory import MemoryWatch, frame_device, need_host_bytes, plan_memory
 from .model import checkpoint_name, config_of, is_ours
-from .patches import ignored_patches, refused_patch
+from .patches import changed_in_host, ignored_patches, refused_patch
 from .progress import Progress, StepProgress, check_cancelled, speaking_as, tell
 from .sampling import Prepared, as_video_latent, fresh_noise, run_sampling, sigma_below_one
 from .stored import spoilt_weight
@@ -47,6 +47,7 @@ __all__ = [
     "StepProgress",
     "add_lora",
     "as_video_latent",
+    "changed_in_host",
     "check_cancelled",
     "check_upscale_model",
     "checkpoint_name",
@@ -84,6 +85,7 @@ __all__ = [
     "spread",
     "tell",
     "trim_clip_vision",
+    "unused_override",
     "upscale_lanczos",
     "upscale_with_model",
     "vae_shape",

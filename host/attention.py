@@ -6,6 +6,7 @@ from typing import Any
 import comfy.model_management
 from comfy.cli_args import args
 from comfy.ldm.modules import attention as host_attention
+from comfy.ldm.wan import model as host_wan
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -31,19 +32,19 @@ def has_own_attention(transformer_options: dict) -> bool:
     if comfy.model_management.get_torch_device().type == "cpu":
         plain.append(host_attention.attention_sub_quad)
     overridden = OVERRIDE in transformer_options
-    return overridden or host_attention.optimized_attention not in plain
+    return overridden or host_wan.optimized_attention not in plain
 
 
 @untraced
 def attention_of(transformer_options: dict) -> AttentionFn:
-    """The attention the user chose for the host.
+    """The attention the user chose for the host: what its own Wan model calls, where some packs put theirs.
 
     On the CPU, where the host would take its sub-quadratic default, plain SDPA is as exact and several times
     faster. On a device where the host takes it, SDPA has no kernel that spares the matrix of all scores.
     """
     if not has_own_attention(transformer_options):
         return sdpa
-    return _of_the_host(host_attention.optimized_attention, transformer_options=transformer_options)
+    return _of_the_host(host_wan.optimized_attention, transformer_options=transformer_options)
 
 
 def _of_the_host(function: Callable, **options: Any) -> AttentionFn:
@@ -81,6 +82,16 @@ def _barred() -> dict[str, str]:
     return {"xformers": "ComfyUI was started with --disable-xformers"} if args.disable_xformers else {}
 
 
+def unused_override(model: ModelPatcher, attention: Attention | None) -> str | None:
+    """A sentence where another pack's attention on a MODEL gives way to the sampler's own choice."""
+    if attention is None or OVERRIDE not in model.model_options["transformer_options"]:
+        return None
+    return (
+        f"{OVERRIDE} set on the MODEL by another node is not used here: execution.attention is "
+        f"{attention.name} (auto would take it)"
+    )
+
+
 def retry_of(model: ModelPatcher, attention: Attention | None) -> Attention | None:
     """What a step that gave NaN is done again with; None where its attention is exact, and not the cause.
 
@@ -90,7 +101,7 @@ def retry_of(model: ModelPatcher, attention: Attention | None) -> Attention | No
     """
     if attention is None:
         overridden = OVERRIDE in model.model_options["transformer_options"]
-        quantised = overridden or host_attention.optimized_attention not in EXACT
+        quantised = overridden or host_wan.optimized_attention not in EXACT
     else:
         quantised = attention.quantised
     if not quantised:

@@ -23,7 +23,14 @@ from ..wan.memory import StepSize, step_bytes
 from ..wan.option import Call
 from ..wan.refusal import Refusal, printable
 from .attention import attention_of
-from .patches import patch_inside_blocks, replaced_inside, scaled_frequencies, written_in_call
+from .patches import (
+    changed_in_host,
+    patch_inside_blocks,
+    replaced_inside,
+    scaled_frequencies,
+    written_in_call,
+)
+from .progress import tell
 from .runner import composed_runner, pass_name
 from .stored import matrix_bytes, store_as
 from .untraced import untraced
@@ -307,6 +314,8 @@ def refuse_unread(
     refuse_replaced(model)
     if any(options.get("context_latents") is not None for cond in conds.values() for options in cond or ()):
         raise IN_CONTEXT
+    for sentence in changed_in_host():
+        tell(sentence)
     return executor(model, noise_shape, conds, *args, **kwargs)
 
 

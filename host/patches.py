@@ -7,6 +7,7 @@ from inspect import signature
 from types import FunctionType, MethodType
 from typing import Any
 
+import comfy.ldm.wan.model
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -31,6 +32,16 @@ AROUND_HOST_STEPS = (
     "model_function_wrapper",
 )
 OF_HOST_STEPS = ("apply_model", "_apply_model", "scale_latent_inpaint")  # functions of the model below
+# What the host's Wan2.1 consists of.
+HOST_CLASSES = (
+    "WanModel",
+    "WanAttentionBlock",
+    "WanSelfAttention",
+    "WanT2VCrossAttention",
+    "WanI2VCrossAttention",
+    "MLPProj",
+    "Head",
+)
 WRAPPERS_OF_HOST_STEPS = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)
 
 
@@ -213,6 +224,25 @@ def ignored_patches(model: ModelPatcher) -> list[str]:
     if "model_sampling" in model.object_patches:
         names.append("ModelSampling (its shift)")
     return names
+
+
+def changed_in_host() -> list[str]:
+    """A sentence on what packs changed in the host's own Wan classes, for all its models and not for ours."""
+    module: Any = comfy.ldm.wan.model
+    kinds = {name: getattr(module, name) for name in HOST_CLASSES}
+    names = [name for name, kind in kinds.items() if kind.__module__ != module.__name__]
+    names += [
+        f"{name}.{function}"
+        for name, kind in kinds.items()
+        for function, value in vars(kind).items()
+        if isinstance(value, FunctionType) and value.__code__.co_filename != module.__file__
+    ]
+    if not names:
+        return []
+    return [
+        f"another pack changed {listed(names)} of ComfyUI's own Wan model for all graphs; this MODEL is of "
+        "another class, on which that has no effect"
+    ]
 
 
 def scaled_frequencies(

@@ -158,6 +158,11 @@ def check_vae(latent_channels: int, latent_dim: int, compression: int) -> None:
 
 def check_latent(samples: Tensor) -> None:
     """Whether a latent is Wan2.1's."""
+    if samples.is_nested:
+        raise Refusal(
+            f"the latent holds {len(samples.unbind())} latents, as of video with sound (LTX-Video)",
+            "Connect Wan21ImageToVideo or EmptyHunyuanLatentVideo",
+        )
     shape = tuple(samples.shape)
     if len(shape) != 5 or shape[1] != LATENT_CHANNELS:
         channels = shape[1] if len(shape) > 1 else 0

@@ -321,7 +321,7 @@ def prepare(
     for option in job.options if leg.steps else ():
         option.check(run)
     model, split = host.spread(model, leg.pass_names)
-    warnings = host.notes_on_file(model) + split
+    warnings = host.notes_on_file(model) + host.changed_in_host() + split
     warnings += [
         f"{name} set on the MODEL by another node is not used here" for name in host.ignored_patches(model)
     ]
@@ -345,6 +345,8 @@ def prepare(
             "execution.joint_pass has no effect: MultiGPU CFG Split gives each pass to a device of its own"
         )
     chosen = host.choose_attention_for(model, attention)
+    if unused := host.unused_override(model, chosen):
+        warnings.append(unused)
     job = replace(job, options=(*job.options, Execution(joint, chosen)))
     passes = -(-len(leg.pass_names) // devices)
     plans = plans_from(joint, passes, devices > 1)

@@ -7,6 +7,7 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from comfy.nested_tensor import NestedTensor
 from helpers import relative
 from helpers_nodes import clip_vision, host_euler
 from wan21 import host
@@ -216,6 +217,14 @@ def test_an_empty_latent_of_another_kind_is_taken_as_the_hosts_samplers_take_it(
 
 def with_values(conditioning, **values):
     return [[text, {**extra, **values}] for text, extra in conditioning]
+
+
+def test_a_latent_of_video_and_sound_is_named(models, prompts, sample):
+    both = NestedTensor((torch.zeros(1, 16, 2, 4, 4), torch.zeros(1, 8, 4)))
+    with pytest.raises(
+        ValueError, match=r"the latent holds 2 latents, as of video with sound .*Connect Wan21"
+    ):
+        sample(models["t2v"], *prompts, {"samples": both})
 
 
 def test_an_image_model_without_an_image_runs_as_natively(models, files, prompts, sample):

@@ -1,6 +1,7 @@
 """What nodes of other packs put below `diffusion_model` of our MODEL acts, or is refused by its name."""
 
 import importlib
+import logging
 import os
 import sys
 import types
@@ -10,6 +11,7 @@ from pathlib import Path
 import comfy.sd
 import pytest
 import torch
+from comfy.ldm.wan import model as wan_model
 from comfy.patcher_extension import PatcherInjection, add_wrapper
 from helpers import relative
 from helpers_nodes import host_euler
@@ -250,6 +252,38 @@ def test_an_attention_override_is_told_of_its_pass(models, prompts):
     patched.model_options["transformer_options"]["optimized_attention_override"] = override
     ksample(patched, prompts)
     assert set(seen) == {(1, (0,)), (1, (1,))}
+
+
+def test_an_attention_put_into_the_hosts_wan_module_acts(files, models, prompts, monkeypatch):
+    def run():
+        return [
+            ksample(m, prompts) for m in (comfy.sd.load_diffusion_model(str(files["t2v"])), models["t2v"])
+        ]
+
+    before, function = run(), wan_model.optimized_attention
+    monkeypatch.setattr(
+        wan_model, "optimized_attention", lambda q, k, v, heads, **kw: function(q, k, v * 0.3, heads, **kw)
+    )
+    native, ours = run()
+    assert relative(native, before[0]) > 1e-3 and relative(ours, native) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["WanModel.forward_orig", "WanSelfAttention.forward", "WanAttentionBlock"])
+def test_what_a_pack_changes_in_the_hosts_wan_classes_is_said(
+    models, prompts, sample, name, monkeypatch, caplog
+):
+    assert "another pack changed" not in sample(models["t2v"], *prompts, LATENT)[1]
+    kind, _, function = name.partition(".")
+    if function:
+        monkeypatch.setattr(getattr(wan_model, kind), function, lambda self, *args, **kwargs: None)
+    else:
+        monkeypatch.setattr(wan_model, kind, type("Packs", (torch.nn.Module,), {}))
+    message = f"another pack changed {name} of ComfyUI's own Wan model"
+    assert f"note: {message}" in sample(models["t2v"], *prompts, LATENT)[1]
+    with caplog.at_level(logging.INFO):
+        caplog.clear()
+        ksample(models["t2v"], prompts)
+    assert message in caplog.text
 
 
 def test_training_on_our_model_is_refused_by_name(models):

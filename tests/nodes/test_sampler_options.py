@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfy.cli_args import args
 from comfy.ldm.modules import attention as host_attention
+from comfy.ldm.wan import model as host_wan
 from helpers import grouped, relative
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -281,12 +282,13 @@ def test_an_override_of_another_pack_is_honoured_when_auto(models, run):
     assert calls == [0] * 4 + [1] * 4  # self- and cross-attention of two passes in two blocks
     calls.clear()
     plain, report = run(model, steps=1, execution__attention="sdpa")
-    assert "attention" not in report and calls == [] and relative(through, plain) < 1e-5
+    assert "attention: " not in report and calls == [] and relative(through, plain) < 1e-5
+    assert "note: optimized_attention_override set on the MODEL by another node is not used here" in report
 
 
 def test_sdpa_replaces_the_hosts_own_choice_on_the_cpu_only(monkeypatch):
     """Elsewhere the host takes its sub-quadratic one where SDPA has no kernel without the whole matrix."""
-    monkeypatch.setattr(host_attention, "optimized_attention", host_attention.attention_sub_quad)
+    monkeypatch.setattr(host_wan, "optimized_attention", host_attention.attention_sub_quad)
     for device, own in (("cpu", False), ("mps", True)):
         found = torch.device(device)
         monkeypatch.setattr(management, "get_torch_device", lambda found=found: found)
@@ -321,7 +323,7 @@ def test_nan_is_done_again_after_a_quantised_attention_only(models, monkeypatch)
         (host_attention.attention_flash, None),
         (host_attention.attention_pytorch, None),
     ):
-        monkeypatch.setattr(host_attention, "optimized_attention", function)
+        monkeypatch.setattr(host_wan, "optimized_attention", function)
         assert retry_of(model, None) is again
     model.model_options["transformer_options"]["optimized_attention_override"] = lambda *a, **kw: None
     assert retry_of(model, None) is SDPA
