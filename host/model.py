@@ -149,7 +149,8 @@ class HostWanModel(WanModel):
             _check_beside(x, beside)
             x = torch.cat([x, beside], dim=2)
         # Packs read this; the host's model writes it.
-        transformer_options["grid_sizes"] = torch.Size(n // p for n, p in zip(x.shape[2:], PATCH_SIZE))
+        (f, h, w), (pf, ph, pw) = x.shape[2:], PATCH_SIZE
+        transformer_options["grid_sizes"] = torch.Size((f // pf, h // ph, w // pw))
         chunks = transformer_options.get("cond_or_uncond") or [0]
         names = tuple(pass_name(chunk) for chunk in chunks)
         call = transformer_options.get(CALL) or Call(names)

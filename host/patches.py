@@ -113,6 +113,7 @@ def written_inside(dit: nn.Module) -> Refusal | None:
     return _would_not_act("replaced", [*_written_on_model(dit), *written]) or _would_not_act("hooked", hooked)
 
 
+@torch.compiler.disable
 def written_in_call(dit: nn.Module) -> Refusal | None:
     """The refusal of functions that a node put on the model for the time of one call of it.
 
