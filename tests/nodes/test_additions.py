@@ -32,7 +32,7 @@ ADDITIONS = {
     "FantasyTalking": ["proj_model.proj.weight"],
     "Lynx": ["blocks.0.cross_attn.ip_adapter.to_v_ip.weight"],
     "ReCamMaster": ["blocks.0.cam_encoder.weight", "blocks.0.projector.bias"],
-    "MTV-Crafter": ["blocks.0.motion_attn.k.weight", "pad_motion_tokens"],
+    "MTV-Crafter": ["blocks.0.motion_attn.k.weight", "blocks.0.norm4.weight"],
     "LongCat": ["blocks.0.audio_modulation.1.weight"],
 }
 

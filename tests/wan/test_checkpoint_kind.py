@@ -87,6 +87,15 @@ WRONG_FILES = {
     "longcat_avatar": lambda: keys_only(
         "blocks.0.audio_modulation.1.weight", "multitalk_audio_proj.proj1.weight"
     ),
+    "longcat_avatar (release)": lambda: keys_only(
+        "blocks.0.audio_adaLN_modulation.1.weight",
+        "blocks.0.audio_cross_attn.kv_linear.weight",
+        "audio_proj.proj1.weight",
+        "blocks.0.cross_attn.q_linear.weight",
+    ),
+    "longcat (with Wan's names)": lambda: keys_only(
+        "head.modulation.1.weight", "blocks.0.self_attn.q.weight"
+    ),
     "longcat": lambda: keys_only("blocks.0.cross_attn.q_linear.weight", "blocks.0.attn.qkv.weight"),
     "ovi": lambda: keys_only("video_model.head.modulation", "audio_model.blocks.0.self_attn.q.weight"),
     "fantasy_talking": lambda: keys_only("proj_model.proj.weight"),

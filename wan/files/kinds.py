@@ -78,8 +78,9 @@ RULES: tuple[tuple[Kind, str], ...] = (
     (Kind("s2v", "a Wan2.2 speech-to-video model", _VARIANT), r"(^|\.)casual_audio_encoder\."),
     (Kind("animate", "a Wan2.2 Animate model", _VARIANT), r"(^|\.)(face_adapter|pose_patch_embedding)\."),
     (
+        # `audio_adaLN_modulation` in its release, without adaLN as ComfyUI-WanVideoWrapper stores it.
         Kind("longcat_avatar", "a LongCat-Avatar model", _VARIANT),
-        r"(^|\.)blocks\.\d+\.audio_modulation\.",
+        r"(^|\.)blocks\.\d+\.audio_(adaLN_)?modulation\.",
     ),
     (Kind("humo", "a HuMo model, driven by audio", _VARIANT), r"(^|\.)audio_proj\.audio_proj_glob_"),
     (
@@ -103,9 +104,12 @@ RULES: tuple[tuple[Kind, str], ...] = (
     ),
     (
         Kind("mtv_crafter", "an MTV-Crafter model", _VARIANT),
-        r"(^|\.)(blocks\.\d+\.motion_attn|pad_motion_tokens)\b",
+        r"(^|\.)blocks\.\d+\.motion_attn\.",
     ),
-    (Kind("recammaster", "a ReCamMaster model", _VARIANT), r"(^|\.)blocks\.\d+\.cam_encoder\."),
+    (
+        Kind("recammaster", "a ReCamMaster model, or another with its camera layers", _VARIANT),
+        r"(^|\.)blocks\.\d+\.cam_encoder\.",
+    ),
     (
         Kind("steady_dancer", "a SteadyDancer model", _VARIANT),
         r"(^|\.)condition_embedding_(spatial|align)\b",
@@ -122,7 +126,8 @@ RULES: tuple[tuple[Kind, str], ...] = (
     ),
     (
         Kind("longcat", "a LongCat video model, or another of PixArt's layers", "pick a Wan2.1 file"),
-        r"(^|\.)blocks\.\d+\.cross_attn\.(q|kv)_linear\.",
+        # The release's; then Wan's names for it, as ComfyUI-WanVideoWrapper stores it.
+        r"(^|\.)(blocks\.\d+\.cross_attn\.(q|kv)_linear\.|head\.modulation\.1\.weight$)",
     ),
     (
         Kind("mmdit", "a diffusion model of another family (Flux, SD3, HunyuanVideo)", "pick a Wan2.1 file"),
