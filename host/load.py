@@ -24,7 +24,7 @@ from ..wan.files.gguf import BLOCKS, dequantize, read_gguf
 from ..wan.files.marks import check_scales, unpacked_shapes
 from ..wan.refusal import Refusal
 from .guide import sample_with_guide
-from .lora import carry_loras
+from .lora import work_in_at_use
 from .model import Wan21, refuse_replaced, refuse_unread
 from .operations import GGUFOperations, casting_operations, fp8_operations
 from .progress import tell, tell_left_out
@@ -85,7 +85,7 @@ def load_model(
     patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "wan21", refuse_unread)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "wan21", sample_with_guide)
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, "wan21", refuse_replaced)
-    carry_loras(patcher)
+    work_in_at_use(patcher)
     file.fill(model, patcher)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)

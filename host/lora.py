@@ -127,7 +127,7 @@ def add_lora(
     else:
         model.set_attachments(KEY, (*_scheduled_loras(model), ScheduledLora(lora.patches, values)))
     if len(set(values)) > 1 or not all(is_merged.values()):
-        _work_in_at_use(model)
+        work_in_at_use(model)
     return model
 
 
@@ -239,7 +239,8 @@ class _AtUse:
         """The host's, with the patches that a run works in merged into what is saved."""
         patcher = cast(ModelPatcher, self)
         _refuse_scheduled(patcher, "saved")
-        keys = _unmerged(patcher)
+        # The host merges what belongs to layers: neither these nor the parameters of none.
+        keys = [*_unmerged(patcher), *(PREFIX + key for key in _merged_bare(patcher))]
         saved = super().model_state_dict_for_saving(model, prefix)  # pyright: ignore[reportAttributeAccessIssue]
         for key in keys:
             weight: Any = patcher.patch_weight_to_device(key, patcher.load_device, return_weight=True)
@@ -310,12 +311,12 @@ def _at_use_class(patcher_class: type) -> type:
     return patcher_class if issubclass(patcher_class, _AtUse) else type("AtUse", (_AtUse, patcher_class), {})
 
 
-def _work_in_at_use(model: ModelPatcher) -> None:
+def work_in_at_use(model: ModelPatcher) -> None:
     """Makes a MODEL, and every clone of it, one whose runs work in what is not merged."""
     model.__class__ = _at_use_class(type(model))
     model.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
     # A clone without dynamic memory is of the host's plain class.
-    model.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, lambda _, clone: _work_in_at_use(clone))
+    model.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, lambda _, clone: work_in_at_use(clone))
     carry_loras(model)
 
 

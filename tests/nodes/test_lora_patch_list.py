@@ -76,6 +76,22 @@ def test_two_models_merged_carry_the_lora_by_its_share(files, lora, dtype):
         assert (moved > 1e-2) if ratio < 1 else (moved < 0.05)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_merge_is_saved_with_the_modulation_that_it_runs_with(files, lora, tmp_path, dtype, is_first):
+    """The host merges what belongs to layers into a file, and this parameter belongs to none."""
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    model = host.load_model(files["t2v"], dtype)
+    patched = load(model, lora[0])[0]
+    merged = ModelMergeSimple().merge(*((patched, model) if is_first else (model, patched)), 0.5)[0]
+    with torch.inference_mode():
+        comfy.sd.save_checkpoint(str(tmp_path / "saved.sft"), merged)
+    change = load_file(tmp_path / "saved.sft")["model." + MODULATION].float()
+    change -= load_file(files["t2v"])[MODULATION.removeprefix("diffusion_model.")].float()
+    assert relative(change, 0.5 * lora[1]) < 0.05
+
+
 def test_another_strength_on_8_bits_loads_nothing_again(files, lora):
     model = host.load_model(files["t2v"], "fp8_e4m3fn")
     weak, strong = (load(model, lora[0], strength)[0] for strength in (0.5, 1.0))
