@@ -153,8 +153,13 @@ def _shift(values: Mapping[str, Any], first_last: bool) -> float:
         return values["shift"]
     if first_last and values["end_image"]:
         return SHIFT_FIRST_LAST
-    width, height = parse_size(values["size"])
-    return SHIFT_SMALL if width * height <= SMALL_PIXELS else SHIFT_LARGE
+    return SHIFT_LARGE if is_large(values["size"]) else SHIFT_SMALL
+
+
+def is_large(size: str) -> bool:
+    """Whether a video of a `size` has more pixels than the release's small one."""
+    width, height = parse_size(size)
+    return width * height > SMALL_PIXELS
 
 
 def _is_on(group: str, values: Mapping[str, Any]) -> bool:

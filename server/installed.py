@@ -59,18 +59,20 @@ class Installed:
         self._lock = threading.Lock()
 
     def choose(
-        self, values: Mapping[str, Any], preferred: Mapping[str, str], end_image: bool
+        self, values: Mapping[str, Any], preferred: Mapping[str, str], end_image: bool, large: bool = False
     ) -> tuple[dict[str, str], list[str]]:
         """A file for each part. Blocking: the headers of files may be read.
 
         Files that the client names are taken, and the rest is chosen to go with them. Of several models
         that have all their partners, whole ones come before experts, those for the images at hand before
-        others, then the one that the graph names, the user's own by name, the one that this pack brings.
+        others, those named for many steps and the size at hand before others, then the one that the graph
+        names, the user's own by name, the one that this pack brings.
 
         Args:
             values: name of each part in `LOADERS`, None where one is to be chosen.
             preferred: the names in the graph.
             end_image: whether a first-last-frame model is wanted.
+            large: whether the video has more pixels than 832x480.
 
         Returns:
             (names, notes): file of each part, clip_vision only where the model reads it and a file is there;
@@ -84,11 +86,11 @@ class Installed:
         wrong = {part: self._wrong_name(part, values[part], offers[part]) for part in LOADERS}
         if any(wrong.values()):
             raise invalid(*((part, problem) for part, problem in wrong.items() if problem))
-        chosen = choose_set(offers, end_image)
+        chosen = choose_set(offers, end_image, large)
         if not chosen.files:
             raise invalid(*_lacks(chosen, offers, preferred))
         names = {part: file.name for part, file in chosen.files.items()}
-        return names, notes_on(chosen, offers, preferred)
+        return names, notes_on(chosen, offers, preferred, large)
 
     def look(self) -> None:
         """Reads the headers of all listed files, which later calls need not. Blocking."""

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from ..net.links import check_link
 from .fields import MAX_URL, NODES
 from .files import Files
-from .graph import LOADERS, Graph, JobGraph, build_graph, class_of, load_workflow, preferred_names
+from .graph import LOADERS, Graph, JobGraph, build_graph, class_of, is_large, load_workflow, preferred_names
 from .input_model import build_input_model, read_input
 from .installed import Installed
 from .pictures import Pictures
@@ -155,6 +155,7 @@ class Jobs:
             {part: values[part] for part in LOADERS},
             preferred_names(workflow),
             bool(values["end_image"]) and not values["add_frames_for_end_image"],
+            is_large(values["size"]),
         )
         if values["seed"] == -1:
             values["seed"] = secrets.randbelow(SEEDS)

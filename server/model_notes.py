@@ -37,11 +37,14 @@ class Lack(NamedTuple):
     fix: str
 
 
-def notes_on(chosen: ModelSet, offers: Mapping[str, Offer], preferred: Mapping[str, str]) -> list[str]:
+def notes_on(
+    chosen: ModelSet, offers: Mapping[str, Offer], preferred: Mapping[str, str], large: bool
+) -> list[str]:
     """Lines for the task's log on a complete set.
 
     Args:
         preferred: the names in the graph, by part: the release's files.
+        large: whether the video has more pixels than 832x480.
     """
     files, model = chosen.files, chosen.files["model"]
     parts = [f"{WORDS[part]} {file.name}" for part, file in files.items()]
@@ -55,6 +58,8 @@ def notes_on(chosen: ModelSet, offers: Mapping[str, Offer], preferred: Mapping[s
             lines.append(f"{part}: {files[part].name} was chosen of {names}; name one to be sure")
     if model.bundled and not offers["model"].named:
         lines.append(f"model: {model.name} is {_SMALL}")
+    if not offers["model"].named:
+        lines += _named_otherwise(model, large)
     if model.is_expert:
         lines.append(f"model: {model.name} was taken though {_EXPERT}")
     lines += _left_aside(chosen, offers, preferred)
@@ -63,6 +68,17 @@ def notes_on(chosen: ModelSet, offers: Mapping[str, Offer], preferred: Mapping[s
     if "clip_vision" in files and model.traits.image_width is None:
         lines.append(f"clip_vision: {model.name} has no image branch and does not read it")
     return lines
+
+
+def _named_otherwise(model: File, large: bool) -> Iterator[str]:
+    """Lines on a chosen model whose name says that it is made for another job."""
+    if model.is_distilled:
+        yield (
+            f"model: {model.name} is named as one of few steps: such models take num_inference_steps 4 to 8 "
+            "and guidance_scale 1, which the job does not set by itself"
+        )
+    if not model.is_for(large):
+        yield f"model: by its name {model.name} is made for videos of {'480p' if large else '720p'}"
 
 
 def _left_aside(chosen: ModelSet, offers: Mapping[str, Offer], preferred: Mapping[str, str]) -> Iterator[str]:

@@ -5,6 +5,7 @@ the widths decide. Latents do not show which VAE they are of, but sizes do: the 
 and have one VAE; small models come with a small encoder and a small VAE of their own.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,11 @@ from .traits import Traits
 PARTNERS = ("text_encoder", "vae", "clip_vision")
 RELEASE_TEXT_WIDTH = 4096  # of umT5-XXL
 RELEASE_VAE_DIMS = (96, 24)  # the release's own, and LightX2V's, which is pruned and has the same latents
+# What only names tell of a model: few steps without guidance, and the size of video it was trained for.
+DISTILLED_NAME = re.compile(
+    r"light(x2v|ning)|distil|causvid|accvid|fastwan|turbo|(?<!\d)[2468][_-]?steps?", re.I
+)
+SIZE_NAME = re.compile(r"(?<!\d)(480|720)p?(?!\d)", re.I)
 CLIP_NAMES = ("vision_h", "vit-h", "vit_h")  # as the release's image encoder is named where it is published
 
 
@@ -39,6 +45,20 @@ class File(NamedTuple):
     def is_expert(self) -> bool:
         """Whether a model has no image branch, as the two experts of Wan2.2, of which a job needs both."""
         return self.is_release and self.traits.image_width is None
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether a model is named as one of few steps without guidance."""
+        return self.is_release and DISTILLED_NAME.search(self.name) is not None
+
+    def is_for(self, large: bool) -> bool:
+        """Whether the name leaves it open, or says, that a model is for videos of this size.
+
+        Args:
+            large: of more pixels than 832x480.
+        """
+        sizes = set(SIZE_NAME.findall(self.name)) if self.is_release else ()
+        return not sizes or ("720" if large else "480") in sizes
 
 
 class Offer(NamedTuple):
@@ -67,15 +87,16 @@ class ModelSet(NamedTuple):
     lacking: dict[File, list[str]]
 
 
-def choose_set(offers: Mapping[str, Offer], end_image: bool) -> ModelSet:
+def choose_set(offers: Mapping[str, Offer], end_image: bool, large: bool) -> ModelSet:
     """The first model that has a file for every part, and the first that fits of each part.
 
     Args:
         offers: by part, "model" and those of `PARTNERS`.
         end_image: whether a first-last-frame model comes first.
+        large: whether the video has more pixels than 832x480.
     """
     lacking: dict[File, list[str]] = {}
-    for model in sorted(offers["model"].files, key=lambda file: _model_rank(file, end_image)):
+    for model in sorted(offers["model"].files, key=lambda file: _model_rank(file, end_image, large)):
         fits = {part: fitting(model, part, offers[part]) for part in PARTNERS}
         lacking[model] = [part for part in PARTNERS if not fits[part] and _is_needed(part, offers[part])]
         if not lacking[model]:
@@ -107,11 +128,12 @@ def _is_needed(part: str, offer: Offer) -> bool:
     return part != "clip_vision" or offer.named
 
 
-def _model_rank(file: File, end_image: bool) -> tuple:
+def _model_rank(file: File, end_image: bool, large: bool) -> tuple:
     """Whole models for the images at hand, other whole ones, the bundled one, ones with additions, experts.
 
     A model trained for additions that are not used, such as a dancer's poses, gives less than a plain one.
-    Of experts those for low noise come first: alone, only these come to a clear picture.
+    Of experts those for low noise come first: alone, only these come to a clear picture. Among equals those
+    come last that are made for few steps, which the job does not take by itself, or for another size.
     """
     if file.is_expert:
         tier = 4 if "low" in file.name.lower() else 5
@@ -121,7 +143,7 @@ def _model_rank(file: File, end_image: bool) -> tuple:
         tier = 2
     else:
         tier = int(file.traits.first_last != end_image)
-    return tier, not file.preferred, file.name
+    return tier, file.is_distilled, not file.is_for(large), not file.preferred, file.name
 
 
 def _partner_rank(model: File, part: str, file: File) -> tuple:

@@ -49,9 +49,9 @@ def bare(tmp_path):
     return Shelf(tmp_path, bundled=False)
 
 
-def choose(host, end_image=False, formats=None, **named):
+def choose(host, end_image=False, formats=None, large=False, **named):
     """(names, log) of a job."""
-    names, notes = Installed(host, formats).choose(NONE | named, RELEASE, end_image)
+    names, notes = Installed(host, formats).choose(NONE | named, RELEASE, end_image, large)
     return names, "\n".join(notes)
 
 
@@ -187,6 +187,39 @@ def test_one_for_other_images_comes_before_the_bundled_one_and_experts(shelf):
     assert choose(shelf)[0]["model"] == "wan21-tiny-i2v.safetensors"
     shelf.put_file("model", "flf2v.safetensors", dit(**FLF2V))
     assert choose(shelf)[0]["model"] == "flf2v.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("others", "large", "chosen"),
+    [
+        (["wan2.1_i2v_720p_14B_bf16.safetensors"], False, RELEASE["model"]),
+        (["wan2.1_i2v_720p_14B_bf16.safetensors"], True, "wan2.1_i2v_720p_14B_bf16.safetensors"),
+        (
+            ["Wan2_1-I2V-14B-720P_fp8.safetensors", "aa.safetensors"],
+            True,
+            "Wan2_1-I2V-14B-720P_fp8.safetensors",
+        ),
+        (["Wan21_I2V_480p_lightx2v_4step.safetensors"], True, RELEASE["model"]),
+        (["my-720-480-mix.safetensors"], True, "my-720-480-mix.safetensors"),
+    ],
+)
+def test_a_model_named_for_the_size_comes_first_and_one_of_few_steps_last(shelf, others, large, chosen):
+    shelf.put_release(*WHOLE)
+    for name in others:
+        shelf.put_file("model", name, dit())
+    names, log = choose(shelf, large=large)
+    assert names["model"] == chosen
+    assert ("is made for videos of 480p" in log) == (large and chosen == RELEASE["model"])
+
+
+def test_a_model_of_few_steps_alone_is_taken_and_said(shelf):
+    name = "wan2.1_i2v_720p_distill_cfg_step.safetensors"
+    shelf.put_release("text_encoder", "vae")
+    shelf.put_file("model", name, dit())
+    names, log = choose(shelf)
+    assert names["model"] == name and "num_inference_steps 4 to 8 and guidance_scale 1" in log
+    assert f"by its name {name} is made for videos of 720p" in log
+    assert "by its name" not in choose(shelf, model=name)[1]
 
 
 def test_a_model_with_weights_that_are_not_used_comes_after_plain_ones(shelf):
