@@ -18,7 +18,7 @@ from torch import Tensor
 from ..wan.attention import best_kernels
 from ..wan.chunked import block_executor
 from ..wan.config import CLIP_TOKENS, PATCH_SIZE, WanConfig, preview_colours
-from ..wan.dit import WanModel
+from ..wan.dit import Pass, WanModel
 from ..wan.memory import StepSize, step_bytes
 from ..wan.option import Call
 from ..wan.refusal import Refusal, printable
@@ -124,6 +124,13 @@ class HostWanModel(WanModel):
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
         executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
         return untraced(executor.execute)(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+
+    def embed(self, *inputs: Any) -> Pass:
+        """As of `WanModel`; without CLIP features the image branch reads the text, as on the host's model."""
+        embedded = super().embed(*inputs)
+        if embedded.image is None and self.img_emb is not None:
+            embedded.image = embedded.text
+        return embedded
 
     def forward_orig(self, *args: Any, **kwargs: Any) -> Tensor:
         """Nothing that is called: TeaCache and MagCache of other packs put theirs here while they call the

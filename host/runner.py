@@ -57,7 +57,8 @@ def _replaced(patch: Callable, i: int, p: Pass, call: ApplyBlock, transformer_op
     What the node is given stays as it is: some compare it with what the block made of it. What it hands on to
     the block in its place acts.
     """
-    image_tokens = 0 if p.image is None else p.image.shape[1]
+    is_both = p.image is p.text  # without CLIP features
+    image_tokens = 0 if p.image is None or is_both else p.image.shape[1]
     override = transformer_options.get(OVERRIDE)
 
     def original_block(args: dict[str, Any]) -> dict:
@@ -66,19 +67,21 @@ def _replaced(patch: Callable, i: int, p: Pass, call: ApplyBlock, transformer_op
             raise refusal
         is_copy = told is not transformer_options and OVERRIDE in told
         has_own = is_copy or told.get(OVERRIDE) is not override
+        text = args["txt"][:, image_tokens:]
+        image = args["txt"][:, :image_tokens] if image_tokens else None
         given = replace(
             p,
             x=args["img"].clone(),  # our block works in place
             modulation=args["vec"].squeeze(1),
-            image=args["txt"][:, :image_tokens] if image_tokens else None,
-            text=args["txt"][:, image_tokens:],
+            image=text if is_both else image,
+            text=text,
             rope=_from_matrices(args["pe"]),
             attention=attention_of(told) if has_own else p.attention,
         )
         return {"img": call(i, given)}
 
     text = p.text
-    if p.image is not None:
+    if p.image is not None and not is_both:
         text = torch.cat([p.image, p.text], dim=1)  # (B, I + T, D)
         p.image, p.text = text[:, :image_tokens], text[:, image_tokens:]  # what is changed in place stays so
     args = {
