@@ -80,8 +80,7 @@ class HostWanModel(WanModel):
         super().__init__(config, operations, device, dtype if fp8 is None else compute_dtype)
         self.dtype = dtype
         self.built_as = type(self)  # some packs change the class of a model
-        # Packs read these.
-        self.dim, self.num_heads, self.patch_size = config.dim, config.num_heads, PATCH_SIZE
+        _tell_sizes(self, config)
         if fp8 is not None:
             for layer in self.blocks.modules():
                 if isinstance(layer, torch.nn.Linear):
@@ -177,6 +176,22 @@ class HostWanModel(WanModel):
                 contexts={name: c.to(context) for name, c in transformer_options.get(TEXTS, {}).items()},
             )
         return v[:, :, :frames, :height, :width]
+
+
+def _tell_sizes(model: HostWanModel, config: WanConfig) -> None:
+    """Gives the model and its parts the attributes of the host's in which packs read its sizes."""
+    sizes = {"dim": config.dim, "num_heads": config.num_heads, "eps": config.eps}
+    every = sizes | {"qk_norm": True, "window_size": (-1, -1)}
+    block = every | {"ffn_dim": config.ffn_dim, "cross_attn_norm": True}
+    names = ("in_dim", "out_dim", "freq_dim", "text_dim", "num_layers")
+    whole = block | {name: getattr(config, name) for name in names}
+    kind = "t2v" if config.image_dim is None else "i2v"
+    whole |= {"model_type": kind, "patch_size": PATCH_SIZE, "text_len": 512, "ref_conv": None}
+    vars(model).update(whole)
+    for part in model.blocks:
+        vars(part).update(block)
+        for attention in (part.self_attn, part.cross_attn):
+            vars(attention).update(every | {"head_dim": config.head_dim})
 
 
 def _check_beside(x: Tensor, beside: Tensor) -> None:

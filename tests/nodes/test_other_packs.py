@@ -286,6 +286,18 @@ def test_what_a_pack_changes_in_the_hosts_wan_classes_is_said(
     assert message in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+@pytest.mark.parametrize("path", ["", "blocks.0", "blocks.1.self_attn", "blocks.1.cross_attn"])
+def test_sizes_are_read_where_packs_read_those_of_the_hosts_model(files, models, kind, path):
+    native = comfy.sd.load_diffusion_model(str(files[kind])).model.diffusion_model.get_submodule(path)
+    ours = models[kind].model.diffusion_model.get_submodule(path)
+    plain = {
+        k: v for k, v in vars(native).items() if isinstance(v, (bool, int, float, str, tuple)) and k[0] != "_"
+    }
+    assert len(plain) > 5
+    assert {name: getattr(ours, name, None) for name in plain} == plain
+
+
 def test_training_on_our_model_is_refused_by_name(models):
     """As the host's TrainLoraNode calls it; its bare error was on the data types of a norm."""
     with torch.inference_mode(False), pytest.raises(ValueError, match="Load Diffusion Model to train"):
