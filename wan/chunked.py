@@ -25,7 +25,11 @@ def block_executor(parts: int) -> BlockExecutor:
 def _in_parts_or_whole(block: WanAttentionBlock, *inputs: Any, parts: int) -> Tensor:
     """A block that somebody has changed, hooked or put there is called, whatever memory that takes."""
     is_ours = type(getattr(block, "_orig_mod", block)) is WanAttentionBlock
-    return in_parts(block, *inputs, parts=parts) if is_ours and not is_changed(block) else at_once(block, *inputs)
+    return (
+        in_parts(block, *inputs, parts=parts)
+        if is_ours and not is_changed(block)
+        else at_once(block, *inputs)
+    )
 
 
 def in_parts(
