@@ -28,7 +28,15 @@ class Wan21JoinClips(io.ComfyNode):
             display_name="Wan2.1 Join Clips",
             category=CATEGORY,
             description="Join two clips, the second of which goes on from the last frames of the first.",
-            search_aliases=["concatenate video", "extend video", "crossfade", "merge clips", "color match"],
+            search_aliases=[
+                "concatenate video",
+                "join videos",
+                "extend video",
+                "long video",
+                "crossfade",
+                "merge clips",
+                "color match",
+            ],
             inputs=[
                 io.Image.Input("images_1"),
                 io.Image.Input("images_2"),

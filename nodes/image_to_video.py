@@ -38,7 +38,15 @@ class Wan21ImageToVideo(io.ComfyNode):
             display_name="Wan2.1 Image to Video",
             category=CATEGORY,
             description="Encode the start image, and an end image if wanted, for Wan21Sampler.",
-            search_aliases=["wan i2v", "start image", "first last frame", "flf2v", "end image"],
+            search_aliases=[
+                "wan i2v",
+                "img2vid",
+                "animate",
+                "start image",
+                "first last frame",
+                "flf2v",
+                "end image",
+            ],
             inputs=[
                 io.Conditioning.Input("positive"),
                 io.Conditioning.Input("negative"),

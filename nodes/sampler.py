@@ -49,7 +49,7 @@ class Wan21Sampler(io.ComfyNode):
             display_name="Wan2.1 Sampler",
             category=CATEGORY,
             description="Sample a video latent with the solvers of the Wan2.1 release.",
-            search_aliases=["wan sampler", "ksampler", "unipc", "dpm++"],
+            search_aliases=["wan sampler", "ksampler", "unipc", "dpm++", "teacache", "nag", "riflex"],
             inputs=[
                 io.Model.Input("model", tooltip="From Wan21ModelLoader."),
                 io.Conditioning.Input("positive"),
