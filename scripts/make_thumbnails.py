@@ -77,13 +77,13 @@ SHOWN = {
     "Wan2.1 long video in segments": Shown("3 segments", "autumn", ("pan right", "pan left", "zoom in")),
     "Wan2.1 first and last frame (flf2v)": Shown("first and last frame", "winter", ("pan right",)),
     "Wan2.1 text to video (t2v)": Shown(
-        "text to video", None, ("a red circle moves right",), side=64, seed=1, guidance=5
+        "text to video", None, ("a house and hills. pan left",), side=64, seed=10, guidance=4
     ),
     "Wan2.1 video to video (v2v)": Shown("video to video", "autumn", ("pan right",), denoise=0.4),
     "Wan2.2 image to video (i2v)": Shown("Wan2.2", "night", ("pan left",)),
     "Wan2.2 4 steps image to video (lightx2v)": Shown("Wan2.2, 4 steps", "lighthouse", ("pan left",)),
     "Wan2.2 text to video (t2v)": Shown(
-        "Wan2.2 text to video", None, ("a yellow circle bounces",), side=64, guidance=5
+        "Wan2.2 text to video", None, ("pan right",), side=64, seed=6, guidance=4
     ),
 }
 
