@@ -10,6 +10,7 @@ owner may allow private addresses and plain http (`settings`).
 import contextlib
 import http.client
 import ipaddress
+import re
 import socket
 import ssl
 import threading
@@ -79,6 +80,8 @@ def check_link(url: str) -> Link:
         host = parts.hostname
         if host and not host.isascii():
             host = host.encode("idna").decode()
+        if host and not re.fullmatch(r"[\w.:%-]+", host, re.ASCII):
+            raise ValueError(f"{host!r} is no name of a server")
     except ValueError as error:
         raise Refusal(f"the link cannot be read ({error})", "Copy it again") from error
     if parts.scheme not in schemes or not host or parts.username is not None:

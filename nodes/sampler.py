@@ -393,6 +393,11 @@ def warnings_on_start(latent: dict, job: SampleJob) -> list[str]:
         )
     if job.given_sigmas is not None:
         warnings.append("sigmas are connected: steps, flow_shift and denoise are not used")
+        if job.sigmas[-1] and not job.part.return_with_leftover_noise:
+            warnings.append(
+                f"the sigmas end at {job.sigmas[-1]:.4g}: the latent keeps its noise, for a sampler that "
+                "goes on from there"
+            )
     if job.part.start_at_step and job.solver in ("unipc", "dpm++"):
         warnings.append(
             f"{job.solver} looks back at earlier steps, and a later part of a run begins without them: two "

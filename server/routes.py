@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import StreamReader, web
+from aiohttp.http import HttpProcessingError
+from aiohttp.web import RequestPayloadError
 
 from .access import Gate, RateLimit
 from .files import Files, Removed, described
 from .jobs import APP, Jobs
-from .problems import Problem, of_storage
+from .problems import Problem, as_part, of_storage
 from .sessions import Sessions, state_of
 from .settings import Settings
 from .snapshot import iso_time, snapshot, snapshot_line
@@ -89,6 +91,8 @@ class Routes:
                 raise
             known = error.status if error.status in (404, 413) else 400
             return Problem(known, error.reason).response()
+        except (HttpProcessingError, RequestPayloadError) as error:
+            return Problem(400, f"the body cannot be read ({as_part(str(error))})").response()
         except (ConnectionResetError, asyncio.CancelledError):
             raise  # the client is gone
         except Exception as error:

@@ -194,9 +194,9 @@ class Tasks:
         live = self._live.get(row.id)
         if live is None or live.ending:
             return
+        row.status = states.CANCELLING
         if self._host.cancel(row.prompt_id) == "removed":
             return await self._end(live, states.CANCELLED)
-        row.status = states.CANCELLING
         await self._changed(live, save=True)
 
     def check_over(self, row: TaskRow) -> None:
@@ -274,7 +274,8 @@ class Tasks:
         record = self._host.history(live.row.prompt_id)
         messages = dict((record or {}).get("status", {}).get("messages", []))
         if record is None:
-            await self._end(live, states.CANCELLED, "it was removed from the host's queue")
+            asked = live.row.status == states.CANCELLING
+            await self._end(live, states.CANCELLED, "" if asked else "it was removed from the host's queue")
         elif "execution_interrupted" in messages:
             await self._end(live, states.CANCELLED)
         elif "execution_error" in messages:

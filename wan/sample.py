@@ -16,6 +16,7 @@ from .solvers import SOLVERS, NoiseSampler
 
 OnStep = Callable[[int, Tensor], None]
 WHOLE = StepRange()
+ROUNDING = 1e-3  # of a timestep: 0.9 in float32, as a SIGMAS holds it, is 899.99998
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class SampleJob:
         below_one: in place of a first given sigma of 1, for a solver that takes none.
         part: of the schedule.
         boundary: where a second model takes over, in [0, 1]: it has the steps whose timestep is below
-            1000 * boundary. 0 is one model.
+            1000 * boundary, rounding apart. 0 is one model.
         low_noise_guidance_scale: the second model's; None is `guidance_scale`.
     """
 
@@ -100,7 +101,7 @@ class SampleJob:
     def legs(self) -> tuple[Leg, Leg]:
         """What the first and the second model take; one of them may have no steps."""
         told = self.told
-        change = sum(t >= 1000 * self.boundary for t in told)
+        change = sum(t >= 1000 * self.boundary - ROUNDING for t in told)
         second = self.low_noise_guidance_scale
         return (
             Leg(range(change), self.guidance_scale),

@@ -118,7 +118,7 @@ class StepRange:
         start_at_step, end_at_step: from and up to which step, from 0; an end past the last is the end.
         add_noise: whether noise is added to the latent, which otherwise carries it from an earlier part.
         return_with_leftover_noise: whether the latent keeps the noise of the last sigma; without it the last
-            step goes on to 0.
+            step of a part that ends early goes on to 0.
     """
 
     start_at_step: int = 0
@@ -141,7 +141,7 @@ class StepRange:
                 f"Set a start below the end, and below {steps}",
             )
         part = list(sigmas[self.start_at_step : end + 1])
-        if not self.return_with_leftover_noise:
+        if end < steps and not self.return_with_leftover_noise:
             part[-1] = 0.0
         return part
 

@@ -157,6 +157,7 @@ REFUSED_LINKS = [
     ("https://user:pw@example.com/x.safetensors", "without a user name"),
     ("x.safetensors", "must be an https link"),
     ("https://example.com:99999/x", "cannot be read"),
+    ("https://exam ple.com/x.safetensors", "'exam ple.com' is no name of a server"),
 ]
 
 

@@ -4,7 +4,7 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from comfy_extras.nodes_custom_sampler import BasicScheduler, SamplerCustom
+from comfy_extras.nodes_custom_sampler import BasicScheduler, SamplerCustom, SplitSigmas
 from helpers import relative
 from safetensors.torch import load_file, save_file
 from wan21 import host
@@ -86,6 +86,31 @@ def test_sigmas_of_a_scheduler_are_those_of_sampler_custom(
     assert relative(ours["samples"], expected) < 2e-5
     assert "note: sigmas are connected: steps, flow_shift and denoise are not used" in report
     assert f"solver: {solver}, 5 steps, guidance 4, sigmas as given" in report
+
+
+@pytest.mark.parametrize("solver", ["euler", "lcm", "dpm++_sde"])
+@pytest.mark.parametrize("sigmas", [[1.0, 0.5], [0.7, 0.3, 0.1]])
+def test_sigmas_that_end_early_leave_their_noise_as_in_sampler_custom(
+    models, prompts, sample, solver, sigmas
+):
+    """They had been taken to 0."""
+    latent = EMPTY if sigmas[0] == 1 else video()
+    ours, report = sample(models["t2v"], *prompts, latent, solver=solver, sigmas=torch.tensor(sigmas))
+    assert relative(ours["samples"], by_host(models["t2v"], *prompts, latent, sigmas, 4.0, solver)) < 2e-5
+    assert f"note: the sigmas end at {sigmas[-1]}: the latent keeps its noise" in report
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_split_sigmas_are_two_halves(models, prompts, sample, step):
+    whole = BasicScheduler.execute(models["t2v"], "simple", 5, 1.0).result[0]
+    high, low = SplitSigmas.execute(whole, step).result
+    job = {"solver": "euler"}
+    once, _ = sample(models["t2v"], *prompts, EMPTY, sigmas=whole, **job)
+    first, _ = sample(models["t2v"], *prompts, EMPTY, sigmas=high, **job)
+    second, report = sample(
+        models["t2v"], *prompts, first, sigmas=low, step_range__add_noise="disable", **job
+    )
+    assert relative(second["samples"], once["samples"]) < 2e-5 and "keeps its noise" not in report
 
 
 @pytest.mark.parametrize(
@@ -216,6 +241,15 @@ def test_two_experts_are_two_samplers_of_the_host(experts, prompts, sample, low_
     assert f"low-noise expert: t2v, 2 blocks, width 256, steps {change + 1} to 6" in report
     alone = sample(high, *prompts, EMPTY, **job)[0]["samples"]
     assert relative(ours["samples"], alone) > 1e-2
+
+
+@pytest.mark.parametrize("solver", ["euler", "lcm", "dpm++_sde"])
+def test_a_timestep_at_the_boundary_is_the_first_experts(solver):
+    """It had been the second's where it was rounded to float32: 899.99998."""
+    for steps, change in ((4, 2), (20, 6)):
+        assert SampleJob(steps, 1.0, 3.0, solver, boundary=0.9).legs[0].steps == range(change)
+    given = tuple(torch.tensor([1.0, 0.9, 0.5, 0.0]).tolist())
+    assert SampleJob(solver=solver, given_sigmas=given, boundary=0.9).legs[0].steps == range(2)
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler", "lcm", "dpm++_sde"])

@@ -364,6 +364,12 @@ def test_numbers_that_json_lacks_are_refused(api, job, number):
     assert answer.status_code == 400 and "not JSON" in answer.json()["detail"]
 
 
+def test_a_body_that_is_not_packed_as_it_says(api):
+    for path in ("/apps/run", "/files"):
+        answer = requests.post(api.url + path, data=b"{}", headers={"Content-Encoding": "gzip"})
+        assert answer.status_code == 400 and "the body cannot be read" in answer.json()["detail"]
+
+
 def test_a_body_that_stops_half_way_is_given_up(api, monkeypatch):
     monkeypatch.setattr(routes, "BODY_SECONDS", 0.2)
     address = urlsplit(api.url)

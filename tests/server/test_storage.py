@@ -39,6 +39,16 @@ def test_a_locked_database_asks_to_try_again(locked, host, job):
     assert len(list(host.input_directory.rglob("*.png"))) == 2
 
 
+def test_a_cancel_that_meets_a_lock_is_carried_out_later(locked, host, job):
+    waiting = locked.client.run(job(), wait=False)["id"]
+    with closing(sqlite3.connect(database_of(host))) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        answer = requests.post(f"{locked.url}/tasks/{waiting}/cancel")
+        assert answer.status_code == 503 and not host.queue
+    wait_until(lambda: locked.client.get_task(waiting).data["status"] == 12)
+    assert locked.client.get_task(waiting).data["error"] == ""
+
+
 def test_a_full_disk_is_not_the_pictures_fault(api, host, job, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
