@@ -41,6 +41,7 @@ def in_parts(
     rope: Tensor,
     attention: AttentionFn,
     attend: AttendText = attend_text,
+    among: AttentionFn | None = None,
     *,
     parts: int,
 ) -> Tensor:
@@ -49,7 +50,7 @@ def in_parts(
     Args:
         block: whose weights are used.
         x: [B, L, D].
-        modulation, text, image, rope, attention, attend: as for the block.
+        modulation, text, image, rope, attention, attend, among: as for the block.
         parts: how many pieces the L tokens are cut into.
 
     Returns:
@@ -62,7 +63,7 @@ def in_parts(
     q, k, v = (x.new_empty(heads, dtype=dtype) for _ in range(3))  # 3 x (B, L, N, D/N)
     for rows, turns, *places in zip(*(t.chunk(parts, dim=1) for t in (x, rope.unsqueeze(0), q, k, v))):
         _store(places, block.qkv(rows, e, turns, dtype))
-    y = attention(q, k, v).flatten(2)  # (B, L, D)
+    y = (among or attention)(q, k, v).flatten(2)  # (B, L, D)
     del q, k, v, places
     for rows, found in zip(x.chunk(parts, dim=1), y.chunk(parts, dim=1)):
         rows, normed = block.attended(rows, found, e, dtype)

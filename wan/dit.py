@@ -8,6 +8,7 @@ The residual stream and the modulation are float32 and the matrix products are i
 as the release runs under autocast.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from .device import is_wide
 from .glue import added, added_then_modulated, added_then_normed, modulated, normed_heads
 from .inplace import may_overwrite
 from .rope import axis_frequencies, rope_table
+from .shard import ALL, WHOLE, Shard
 
 
 @dataclass
@@ -198,6 +200,7 @@ class WanAttentionBlock(nn.Module):
         rope: Tensor,
         attention: AttentionFn,
         attend: AttendText = attend_text,
+        among: AttentionFn | None = None,
     ) -> Tensor:
         """The stream after this block.
 
@@ -209,9 +212,10 @@ class WanAttentionBlock(nn.Module):
             rope: from `rope_table`.
             attention: see `wan.attention`.
             attend: how the tokens attend to the text.
+            among: how they attend to each other, where others than these L take part; None is `attention`.
         """
         e = self.modulations(modulation)  # 6 x (B, 1, D)
-        y = attention(*self.qkv(x, e, rope, text.dtype)).flatten(2)  # (B, L, D)
+        y = (among or attention)(*self.qkv(x, e, rope, text.dtype)).flatten(2)  # (B, L, D)
         x, y = self.attended(x, y, e, text.dtype)  # 2 x (B, L, D)
         x, y = self.crossed(x, y, e, text, image, attention, attend)  # 2 x (B, L, D)
         return self.fed_forward(x, y, e)  # (B, L, D)
@@ -348,6 +352,7 @@ class WanModel(nn.Module):
         execute: BlockExecutor = at_once,
         context_attention: ContextAttention = own_text,
         contexts: Mapping[str, Tensor] | None = None,
+        shard: Shard = WHOLE,
     ) -> Tensor:
         """The velocity (noise minus clean sample) of every pass.
 
@@ -366,36 +371,41 @@ class WanModel(nn.Module):
             execute: how one block is done: see `at_once` and `wan.chunked`.
             context_attention: how a pass attends to its text: see `ContextAttention`.
             contexts: further text features [samples, T, text_dim] by name, for `context_attention`.
+            shard: the part of the tokens that this process has; the others call with the same inputs.
 
         Returns:
-            [B, 16, F, H, W], float32.
+            [B, 16, F, H, W], float32; whole, whatever the shard.
         """
         grid = tuple(n // p for n, p in zip(x.shape[2:], PATCH_SIZE))
         if frequencies is None:
             frequencies = axis_frequencies(self.config.head_dim)
-        rope = rope_table(frequencies, grid, x.device)  # (L, 1, D/N/2, 2)
+        tokens = math.prod(grid)  # L of all; below it is that of this shard
+        rows = shard.rows(tokens)
+        rope = rope_table(frequencies, grid, x.device)[rows]  # (L, 1, D/N/2, 2)
         count = len(pass_names)
         clips = (None,) * count if clip_fea is None else clip_fea.chunk(count)
         inputs = zip(pass_names, x.chunk(count), timestep.chunk(count), context.chunk(count), clips)
-        passes = [self.embed(*one, rope, attention) for one in inputs]
+        passes = [self.embed(*one, rope, attention, rows) for one in inputs]
         texts = {name: self.text_embedding(features) for name, features in (contexts or {}).items()}
         texts |= {p.name: p.text for p in passes}
         attends = {p.name: context_attention(p, texts) for p in passes}
 
         def apply_block(i: int, p: Pass) -> Tensor:
-            context = p.text, p.image, p.rope, p.attention, attends[p.name]
+            among = shard.among(p.attention, tokens)
+            context = p.text, p.image, p.rope, p.attention, attends[p.name], among
             return execute(self.blocks[i], p.x, p.modulation, *context)
 
         runner(len(self.blocks), passes, apply_block)
-        return torch.cat([unpatchify(self.head(p.x, p.time), grid) for p in passes])  # (B, 16, F, H, W)
+        patches = (shard.whole(self.head(p.x, p.time), tokens) for p in passes)  # (B, F*H/2*W/2, 4*16) each
+        return torch.cat([unpatchify(one, grid) for one in patches])  # (B, 16, F, H, W)
 
     def embed(
         self, name: str, x: Tensor, timestep: Tensor, context: Tensor, clip_fea: Tensor | None,
-        rope: Tensor, attention: AttentionFn,
+        rope: Tensor, attention: AttentionFn, rows: slice = ALL,
     ) -> Pass:  # fmt: skip
-        """The tokens and context of one pass before the first block, from its inputs as of `forward`."""
+        """These rows of the tokens of a pass, and its context, before the first block."""
         tokens = self.patch_embedding(x.float())  # (B, D, F, H/2, W/2)
-        tokens = tokens.flatten(2).transpose(1, 2).contiguous()  # (B, L, D)
+        tokens = tokens.flatten(2).transpose(1, 2)[:, rows].contiguous()  # (B, L, D)
         time = self.embed_time(timestep)  # (B, D)
         modulation = self.time_projection(time).unflatten(1, (6, -1))  # (B, 6, D)
         text = self.text_embedding(context)  # (B, T, D)
