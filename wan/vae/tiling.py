@@ -92,7 +92,11 @@ def cut_windows(h: int, w: int, tile_y: int, tile_x: int) -> list[Window]:
 
 def even_spans(side: int, tile: int) -> list[slice]:
     """The fewest slices of at most `tile` that cover `side`; their lengths differ by at most 1."""
-    count = math.ceil(side / tile)
+    return cut_evenly(side, math.ceil(side / tile))
+
+
+def cut_evenly(side: int, count: int) -> list[slice]:
+    """So many slices that cover `side`; their lengths differ by at most 1."""
     return [slice(side * i // count, side * (i + 1) // count) for i in range(count)]
 
 
