@@ -17,6 +17,7 @@ from torch.torch_version import TorchVersion
 
 from .config import PATCH_SIZE, WanConfig
 from .rope import TOKENS_AT_ONCE
+from .shard import shares
 
 GIB = 2**30
 PARTS = 4  # from here on self-attention is the peak: more parts refetch streamed weights and save nothing
@@ -102,6 +103,7 @@ class StepSize:
         matrix_bytes: what a number of a matrix takes while it is used; None is e.
         fused_norm: whether RMSNorm is one kernel.
         lora_bytes: of LoRA factors that lie beside the weights.
+        ranks: devices that share the tokens of a pass, see `wan.shard`; this is the first of them.
     """
 
     config: WanConfig
@@ -116,12 +118,27 @@ class StepSize:
     matrix_bytes: float | None = None
     fused_norm: bool = FUSED_NORM
     lora_bytes: int = 0
+    ranks: int = 1
 
     @property
     def tokens(self) -> int:
         """L, of one pass with its whole batch; odd sides are padded."""
-        batch, _, *sides = self.latent
-        return batch * math.prod(-(-n // p) for n, p in zip(sides, PATCH_SIZE))
+        return self.latent[0] * self._sequence
+
+    @property
+    def here(self) -> int:
+        """Those of them that are on this device."""
+        return self.latent[0] * shares(self._sequence, self.ranks)[0]
+
+    @property
+    def attended(self) -> float:
+        """What it attends among: all tokens with its share of the heads, in tokens with all heads."""
+        heads = self.config.num_heads
+        return self.tokens * shares(heads, self.ranks)[0] / heads
+
+    @property
+    def _sequence(self) -> int:
+        return math.prod(-(-n // p) for n, p in zip(self.latent[2:], PATCH_SIZE))
 
 
 def step_bytes(size: StepSize, plan: MemoryPlan = JOINT) -> int:
@@ -139,10 +156,10 @@ def _held_bytes(size: StepSize, together: int) -> int:
     inputs = area * together * (2 * config.in_dim)  # the model's input, and the parts it is joined from
     rope = 4 * config.head_dim * tokens // batch
     context = batch * size.itemsize * config.dim * (size.text_tokens + size.image_tokens)
-    stream = 4 * config.dim * tokens
+    stream = 4 * config.dim * size.here
     teacache = 0
     if size.teacache:  # the tokens before the blocks, and the residuals of passes that are not walking
-        residual = min(size.itemsize, 4) * config.dim * tokens
+        residual = min(size.itemsize, 4) * config.dim * size.here
         teacache = together * stream + (passes - together) * residual
     return latents + inputs + rope + together * (context + stream) + teacache + size.lora_bytes
 
@@ -157,18 +174,20 @@ def _block_bytes(size: StepSize, parts: int) -> int:
     config, e = size.config, size.itemsize
     row = e * config.dim  # a token in the compute dtype
     norm = 4 * config.dim + (row if e < 4 else 0)  # LayerNorm in float32, then cast
-    part = size.tokens / parts
+    part = size.here / parts
     turned = 2 * 4 * config.dim * min(TOKENS_AT_ONCE, part)  # RoPE in float32, bytes
     normed = 0 if size.fused_norm else 4 * config.dim * (3 if e < 4 else 2)  # RMSNorm of queries and keys
     project = max(norm * part, (3 * row + max(row, normed)) * part, 3 * row * part + turned)
     if parts > 1:
-        project += 3 * row * size.tokens
+        project += 3 * row * size.here
     copies = ATTENTION_COPIES.get(size.attention, 0)
-    attend = (4 * row + 2 * copies * config.dim + 4 * config.num_heads) * size.tokens
-    output = row * size.tokens + max(row, norm) * part
+    attend = (4 * row + 2 * copies * config.dim + 4 * config.num_heads) * size.attended
+    if size.ranks > 1:  # beside queries, keys and values of these tokens, from which those were traded
+        attend += 3 * row * size.here
+    output = row * size.here + max(row, norm) * part
     # With NAG: tokens, queries, what was found in two texts and its result; beside them three float32 copies.
     texts = 5 * row + 3 * 4 * config.dim if size.nag else 4 * row
-    found = row * size.tokens if parts > 1 else 0  # by self-attention, kept until the last part is through
+    found = row * size.here if parts > 1 else 0  # by self-attention, kept until the last part is through
     cross = max(row + norm, texts, 2 * row + normed) * part + found
     feed_forward = (2 * row + e * config.ffn_dim) * part + found
     matrix = (size.matrix_bytes or e) * config.dim * config.ffn_dim

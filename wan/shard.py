@@ -113,6 +113,7 @@ class Ulysses(Shard):
             heads = shares(q.shape[2], self.size)
             q, k, v = (self._to_heads(t, rows, heads) for t in (q, k, v))  # 3 x (B, L, n, D)
             y = attention(q, k, v) if heads[self.rank] else q  # with more ranks than heads some have none
+            del q, k, v
             return self._to_rows(y, rows, heads)  # (B, l, N, D)
 
         return spread
