@@ -33,16 +33,12 @@ class Ranks:
     """So many processes; `ranks(n, job, *args)` runs `job(rank, n, *args)` in the first n of them."""
 
     def __init__(self, count, folder):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["helpers_ranks"])
-        pipes = [context.Pipe() for _ in range(count)]
-        self.pipes = [ours for ours, _ in pipes]
-        self.processes = [
-            context.Process(target=_serve, args=(theirs, Rank(number, str(folder))), daemon=True)
-            for number, (_, theirs) in enumerate(pipes)
-        ]
-        for process in self.processes:
-            process.start()
+        context = multiprocessing.get_context("spawn")
+        self.pipes, theirs = zip(*(context.Pipe() for _ in range(count)))
+        self.first = context.Process(target=_serve_all, args=(theirs, str(folder)), daemon=True)
+        self.first.start()
+        for pipe in theirs:
+            pipe.close()
 
     def __call__(self, count, job, *args):
         pipes = self.pipes[:count]
@@ -58,21 +54,28 @@ class Ranks:
                 missing.remove(pipe)
         return [results[pipe] for pipe in pipes]
 
-    def kill(self):
-        for process in self.processes:
-            process.kill()
-            process.join()
+    def stop(self):
+        for pipe in self.pipes:
+            pipe.close()
+        self.first.join()
+
+
+def _serve_all(pipes, folder):
+    """The first process; it makes the others of itself, so that one alone has to import."""
+    torch.set_num_threads(1)
+    number = next((n for n in range(1, len(pipes)) if os.fork() == 0), 0)
+    with contextlib.suppress(EOFError), torch.inference_mode():
+        _serve(pipes[number], Rank(number, folder))
+    os._exit(0)  # a group whose last call never ended would be waited for
 
 
 def _serve(pipe, rank):
-    torch.set_num_threads(1)
-    with contextlib.suppress(EOFError), torch.inference_mode():
-        while True:
-            job, count, args = pipe.recv()
-            try:
-                pipe.send((None, job(rank, count, *args)))
-            except Exception:
-                pipe.send((traceback.format_exc(), None))
+    while True:
+        job, count, args = pipe.recv()
+        try:
+            pipe.send((None, job(rank, count, *args)))
+        except Exception:
+            pipe.send((traceback.format_exc(), None))
 
 
 @dataclass
