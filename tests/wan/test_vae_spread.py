@@ -8,8 +8,9 @@ from helpers import relative
 from helpers_vae import latents
 from lib.random_weights import randomise
 from wan21.wan.vae import WanVAE
-from wan21.wan.vae.spread import decode_window, largest_share, spread_windows
-from wan21.wan.vae.tiling import margins
+from wan21.wan.vae.fallback import decode_within_memory
+from wan21.wan.vae.spread import largest_share, spread_windows
+from wan21.wan.vae.tiling import margins, scaled
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,17 @@ class Lost(Exception):
     """A device that is gone."""
 
 
+def at(window):
+    return tuple(scaled(span, 8) for span in window)
+
+
+def decode_window(vae, z, window, **how):
+    """What one device does."""
+    out = torch.empty(vae.decode_output_shape(z.shape))[(..., *at(window))].clone()
+    decode_within_memory(vae, z, out, window=window, **how)
+    return out
+
+
 @pytest.mark.parametrize(
     "devices, frames, h, w, batch",
     [
@@ -46,18 +58,43 @@ def test_windows_make_the_whole_though_one_is_lost(vae, devices, frames, h, w, b
     expected = vae.decode(z)
     out = torch.full_like(expected, math.nan)
     left, failures = spread_windows(vae, h, w, devices), 1
+
+    def check():
+        nonlocal failures
+        if torch.rand((), generator=g) < 0.1 and failures:
+            failures -= 1
+            raise Lost
+
+    g = torch.Generator().manual_seed(0)
     while left:
-        rows, columns = window = left.pop(0)
+        window = left.pop(0)
         try:
-            for f, pixels in decode_window(vae, z, window):
-                place = out[..., rows.start * 8 : rows.stop * 8, columns.start * 8 : columns.stop * 8]
-                place[:, :, f : f + pixels.shape[2]] = pixels
-                if failures:
-                    failures -= 1
-                    raise Lost
+            out[(..., *at(window))] = decode_window(vae, z, window, check=check)
         except Lost:
             left.append(window)
+    assert not failures
     assert relative(out, expected) < 1e-5
+
+
+@pytest.mark.parametrize("calls", [0, 1])  # of the last residual block that go well
+def test_a_window_goes_on_in_tiles_where_memory_runs_out(vae, calls):
+    """In its own place, from the first missing frame on."""
+    z, said, done = latents(2, 1, 50), [], []
+    window = slice(0, 1), slice(10, 50)
+    left = calls
+
+    def too_large(_, args):
+        nonlocal left
+        left -= 1
+        if left < 0 and args[0].shape[-1] > 200:
+            raise torch.OutOfMemoryError("simulated")
+
+    hook = vae.decoder.upsamples[-1].register_forward_pre_hook(too_large)
+    got = decode_window(vae, z, window, retreat=said.append, progress=lambda *count: done.append(count))
+    hook.remove()
+    assert relative(got, vae.decode(z)[..., 80:]) < 1e-5
+    assert [sentence.split("in ")[-1] for sentence in said][:1] == ["tiles of 256 pixels"]
+    assert done == sorted(done) and done[-1] == (5, 5)
 
 
 @pytest.mark.parametrize("missing", [1, 4])
@@ -67,9 +104,8 @@ def test_with_less_margin_there_is_a_seam(vae, missing, monkeypatch):
 
     monkeypatch.setattr(tiling, "margins", lambda stages: [max(0, m - missing) for m in margins(stages)])
     z = latents(2, 1, 33)
-    (rows, columns), _ = spread_windows(vae, 1, 33, 2)
-    part = torch.cat([pixels for _, pixels in decode_window(vae, z, (rows, columns))], 2)
-    assert relative(part, vae.decode(z)[..., : columns.stop * 8]) > 1e-5
+    window, _ = spread_windows(vae, 1, 33, 2)
+    assert relative(decode_window(vae, z, window), vae.decode(z)[(..., *at(window))]) > 1e-5
 
 
 @pytest.mark.parametrize(

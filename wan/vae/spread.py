@@ -1,18 +1,16 @@
 """A decode over several devices: each has a window of the frame, exact to its edge, and exchanges nothing.
 
 What a window's layers read beyond it is computed again by each neighbour, which costs less than to wait for
-it at every convolution; and a window that was lost is done again by anybody. A cut in time is of no use:
+it at every convolution; and a window that was lost is done again by anybody. `decode_within_memory` does one
+window. A cut in time is of no use:
 frames from 77 on still need nearly all that is before them (`frames_left_out`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
-
-from torch import Tensor
 
 from . import WanVAE
 from .layers import Layer
-from .past import Check
 from .tiling import Window, cut_evenly, growth, needed_regions
 
 
@@ -35,13 +33,6 @@ def largest_share(vae: WanVAE, h: int, w: int, windows: Sequence[Window]) -> flo
     """What the largest of the windows takes of the work of a decode of whole frames."""
     whole = _work(vae, h, w, (slice(0, h), slice(0, w)))
     return max(_work(vae, h, w, window) for window in windows) / whole
-
-
-def decode_window(
-    vae: WanVAE, z: Tensor, window: Window, check: Check | None = None
-) -> Iterator[tuple[int, Tensor]]:
-    """What one device does, from the whole latent on; arguments and result as of `WanVAE.decode_part`."""
-    return vae.decode_part(z, window, vae.features(z, check=check), check=check)
 
 
 def _work(vae: WanVAE, h: int, w: int, window: Window) -> float:
