@@ -380,10 +380,11 @@ class WanModel(nn.Module):
         if frequencies is None:
             frequencies = axis_frequencies(self.config.head_dim)
         tokens = math.prod(grid)  # L of all; below it is that of this shard
-        rows = shard.rows(tokens)
-        rope = rope_table(frequencies, grid, x.device)[rows]  # (L, 1, D/N/2, 2)
+        frames, rows = shard.frames(*grid)
+        rope = rope_table(frequencies, grid, x.device)[shard.rows(tokens)]  # (L, 1, D/N/2, 2)
         count = len(pass_names)
         clips = (None,) * count if clip_fea is None else clip_fea.chunk(count)
+        x = x[:, :, frames]  # (B, C, F or fewer, H, W)
         inputs = zip(pass_names, x.chunk(count), timestep.chunk(count), context.chunk(count), clips)
         passes = [self.embed(*one, rope, attention, rows) for one in inputs]
         texts = {name: self.text_embedding(features) for name, features in (contexts or {}).items()}

@@ -103,7 +103,7 @@ class StepSize:
         matrix_bytes: what a number of a matrix takes while it is used; None is e.
         fused_norm: whether RMSNorm is one kernel.
         lora_bytes: of LoRA factors that lie beside the weights.
-        ranks: devices that share the tokens of a pass, see `wan.shard`; this is the first of them.
+        ranks: devices that share the tokens of a pass, see `wan.shard`; this one has the most to hold.
     """
 
     config: WanConfig
@@ -166,7 +166,12 @@ def _held_bytes(size: StepSize, together: int) -> int:
 
 def _embedding_bytes(size: StepSize) -> int:
     """The patches as the convolution makes them; their transposed copy is the stream, which is counted."""
-    return 4 * size.config.dim * size.tokens
+    frames = size.latent[2]
+    area = size.tokens // frames  # of all samples
+    with_rows = min(
+        frames, math.ceil(size.here / area) + (size.ranks > 1)
+    )  # a share may begin within a frame
+    return 4 * size.config.dim * area * with_rows
 
 
 def _block_bytes(size: StepSize, parts: int) -> int:

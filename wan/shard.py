@@ -38,6 +38,10 @@ class Shard:
         """Of so many tokens, those that are here."""
         return ALL
 
+    def frames(self, frames: int, height: int, width: int) -> tuple[slice, slice]:
+        """Of a grid of tokens, the frames that hold those that are here; and their rows in these frames."""
+        return ALL, ALL
+
     def among(self, attention: AttentionFn, tokens: int) -> AttentionFn:
         """Self-attention of the tokens that are here among all, by an attention of whole sequences."""
         return attention
@@ -105,6 +109,12 @@ class Ulysses(Shard):
     def rows(self, tokens: int) -> slice:
         mine = spans(tokens, self.size)[self.rank]
         return slice(mine.start, mine.stop)
+
+    def frames(self, frames: int, height: int, width: int) -> tuple[slice, slice]:
+        area, rows = height * width, self.rows(frames * height * width)
+        first = min(rows.start // area, frames - 1)  # one at least, though a rank may have no token
+        last = max(first + 1, -(-rows.stop // area))
+        return slice(first, last), slice(rows.start - first * area, rows.stop - first * area)
 
     def among(self, attention: AttentionFn, tokens: int) -> AttentionFn:
         rows = shares(tokens, self.size)
