@@ -15,6 +15,8 @@ from wan21.wan.shard import SPLITS, Group, groups, shares
 from wan21.wan.skip_layer import SkipLayers
 from wan21.wan.teacache import Profile, TeaCache
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one set of processes for all
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
