@@ -20,7 +20,7 @@ from .input_model import build_input_model, read_input
 from .installed import Installed
 from .pictures import Pictures
 from .problems import Problem, as_part, invalid, of_node, without_name
-from .sessions import Sessions
+from .sessions import Sessions, check_timeout
 from .settings import Settings
 from .snapshot import PUBLIC_PREFIX
 from .states import RECEIVED
@@ -223,6 +223,7 @@ def _check_params(params: Any) -> None:
     metadata = params.get("metadata")
     if metadata is not None and (not isinstance(metadata, dict) or len(str(metadata)) > MAX_METADATA):
         raise _wrong("metadata", f"must be an object of at most {MAX_METADATA} characters")
+    check_timeout(params.get("session_timeout"))
     if params.get("webhook") is not None:
         _check_webhook(params["webhook"])
 

@@ -23,11 +23,10 @@ class Sessions:
 
         Args:
             name: "new", the id of an active session, or None; from the client, so of any type.
-            timeout: seconds without a run after which a new session expires, in [1, 3600], or None;
-                likewise.
+            timeout: as of `check_timeout`.
 
         Raises:
-            Problem: 422 for a wrong timeout, 404 or 410 for a session that is unknown or over.
+            Problem: 404 or 410 for a session that is unknown or over.
         """
         if name is None:
             return None
@@ -35,9 +34,7 @@ class Sessions:
             row = await self.get(owner, name)
             await self._renew(row, calls=1)
             return row.id
-        seconds = DEFAULT_SECONDS if timeout is None else timeout
-        if not isinstance(seconds, int) or isinstance(seconds, bool) or not 1 <= seconds <= MAX_SECONDS:
-            raise Problem(422, f"session_timeout must be a whole number from 1 to {MAX_SECONDS}")
+        seconds = DEFAULT_SECONDS if timeout is None else int(timeout)
         now = time.time()
         row = SessionRow(f"sess_{secrets.token_hex(16)}", owner, seconds, now, now + seconds, calls=1)
         await self._store.add(row)
@@ -78,6 +75,20 @@ class Sessions:
         row.calls += calls
         row.expires_at = time.time() + row.idle_seconds
         await self._store.write(row, {"calls": SessionRow.calls + calls, "expires_at": row.expires_at})
+
+
+def check_timeout(timeout: Any) -> None:
+    """Checks the seconds without a run after which a new session expires; None is the default.
+
+    Args:
+        timeout: from the client, so of any type.
+
+    Raises:
+        Problem: 422.
+    """
+    is_whole = isinstance(timeout, int | float) and not isinstance(timeout, bool) and timeout % 1 == 0
+    if timeout is not None and not (is_whole and 1 <= timeout <= MAX_SECONDS):
+        raise Problem(422, f"session_timeout must be a whole number from 1 to {MAX_SECONDS}")
 
 
 def state_of(row: SessionRow) -> Literal["active", "ended", "expired"]:

@@ -76,6 +76,10 @@ def test_other_requests_are_refused(api, job):
         ({"webhook": "ftp://example.com"}, 422),
         ({"webhook": "http://127.0.0.1/"}, 422),
         ({"session_timeout": 0, "session": "new"}, 422),
+        ({"session_timeout": 3601}, 422),
+        ({"session_timeout": True}, 422),
+        ({"session_timeout": 30.5}, 422),
+        ({"session_timeout": "30"}, 422),
     ):
         with pytest.raises(APIError) as raised:
             api.client.run(job(params), wait=False)
