@@ -23,7 +23,6 @@ from .sampling import Prepared, as_video_latent, fresh_noise, run_sampling, sigm
 from .stored import spoilt_weight
 from .text_encoder import load_text_encoder
 from .upsample import (
-    InterpolationModel,
     check_upscale_model,
     fill_spans_with_model,
     no_upscale_model,
@@ -38,7 +37,6 @@ __all__ = [
     "VAE",
     "WEIGHT_DTYPES",
     "Conditioning",
-    "InterpolationModel",
     "KeptLatent",
     "MemoryWatch",
     "ModelPatcher",

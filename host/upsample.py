@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import comfy.model_management as memory
 import torch
 import torch.nn.functional as F
-from comfy_extras.nodes_frame_interpolation import FrameInterpolationModel
 from torch import Tensor, nn
 
 from ..frames.lanczos import even_side, lanczos, upscale_tiled
@@ -17,7 +16,6 @@ from ..wan.refusal import Refusal
 from .memory import need_host_bytes, raise_unless_out_of_memory
 from .progress import Progress, check_cancelled
 
-InterpolationModel = FrameInterpolationModel  # type of the socket INTERP_MODEL
 TILES = (1024, 768, 512, 384, 256, 192, 128)  # pixels of a side before upscaling
 TILE_OVERLAP = 32
 MAX_BATCH = 16

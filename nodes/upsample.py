@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import host
 from ..frames import minterpolate
 from ..frames.spans import SCENE_CUT, Span, frame_changes, plan_spans
+from ..host.sockets import InterpolationModel
 from ..wan.refusal import Refusal
 from . import checks
 from .load import CATEGORY
@@ -109,7 +110,7 @@ class Wan21TemporalUpsample(io.ComfyNode):
                     default="x2",
                     tooltip="x2 puts one new frame between two, x4 three.",
                 ),
-                host.InterpolationModel.Input(
+                InterpolationModel.Input(
                     "interpolation_model",
                     optional=True,
                     tooltip="RIFE or FILM from Load Frame Interpolation Model. Without it FFmpeg follows the "

@@ -1,7 +1,6 @@
 """The machine: what is installed, and how fast its memory is."""
 
 import datetime
-import importlib
 import importlib.metadata
 import platform
 import shutil
@@ -10,14 +9,13 @@ from collections.abc import Iterator
 
 import torch
 
-from ..pack import ROOT
+from ..commit import commit
 from .bench import Bench, Race, Row
 
 PACKAGES = (
     "triton", "comfy-kitchen", "comfy-aimdo", "diffusers", "flash-attn", "flash-attn-4", "sageattention",
     "xformers",
 )  # fmt: skip
-COMMIT_FILE = "COMMIT"  # in a packed tree, which has no .git
 COPIED = 2**30  # bytes
 
 
@@ -36,23 +34,15 @@ def facts(bench: Bench) -> dict[str, str]:
     }
 
 
-def commit() -> str:
-    """Of this tree, with a mark where files differ from it."""
-    if (ROOT / COMMIT_FILE).is_file():
-        return (ROOT / COMMIT_FILE).read_text().strip()
-    try:
-        return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):
-        return "not known"
-
-
 def driver() -> str:
     """Version of NVIDIA's driver, or none."""
     if not shutil.which("nvidia-smi"):
         return "none"
     try:
-        return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+        return found.stdout.splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
         return "not known"
 
 
@@ -110,7 +100,3 @@ def _kitchen_backends():
         return "none"
     found = comfy.quant_ops.ck.list_backends()
     return ", ".join(name for name, has in found.items() if has["available"] and not has["disabled"])
-
-
-def _output(*command):
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
