@@ -18,7 +18,7 @@ pack.load_pack()
 pack.load_host()
 
 import torch  # noqa: E402
-from lib.gpu_bench import SECTIONS, Bench, Missing, report  # noqa: E402
+from lib.gpu_bench import SECTIONS, Bench, Missing, Row, Section, report  # noqa: E402, F401
 from lib.gpu_bench.bench import cpu_size, failure, gpu_size, toy_size  # noqa: E402
 from lib.gpu_bench.environment import facts  # noqa: E402
 

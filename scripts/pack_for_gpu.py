@@ -120,7 +120,7 @@ def pack(target, wheels):
     """
     host = comfyui_path()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(target, "w:gz", compresslevel=6) as tar:
+    with tarfile.open(target, "w:gz", compresslevel=1) as tar:
         for path in tree_files():
             tar.add(ROOT / path, f"{TOP}/{path.as_posix()}")
         for path in host_files(host):
