@@ -32,7 +32,6 @@ INSTALLED = (
 )  # in the versions of .venv
 WHEELS = ("sageattention==1.0.6",)  # of pure Python
 HOST_FOLDERS = ("comfy", "comfy_api", "comfy_execution", "utils", "app")
-HOST_FILES = ("folder_paths.py", "node_helpers.py", "comfyui_version.py")
 PLATFORMS = (
     "manylinux_2_28_x86_64",
     "manylinux_2_24_x86_64",
@@ -74,7 +73,7 @@ def tree_files():
 def host_files(host):
     """What of ComfyUI is imported without its nodes; paths from its folder."""
     found = [path for folder in HOST_FOLDERS for path in sorted((host / folder).rglob("*.py"))]
-    return [path.relative_to(host) for path in found] + [Path(name) for name in HOST_FILES]
+    return [path.relative_to(host) for path in (*sorted(host.glob("*.py")), *found)]
 
 
 def wanted_wheels(extra=(), without=()):
