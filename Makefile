@@ -5,6 +5,9 @@
 #   make test                                  all tests, the real host included; ARGS="-k vae" picks,
 #                                              ARGS="-n 0" runs them one after the other
 #   make bench                                 our model and VAE beside the host's and diffusers'
+#   make bench-gpu                             everything worth knowing of a GPU, within ten minutes;
+#                                              ARGS="--only step,vae" picks (docs/gpu-benchmark.md)
+#   make pack-for-gpu                          one archive for a GPU machine without network
 #   make train-tiny                            trains the bundled checkpoint anew, hours without a GPU
 #   make distil-tiny                           distils it to four steps, an hour on one CPU core
 #   make eval-tiny                             measures it through a real ComfyUI; ARGS="--cases 18" is quick
@@ -16,7 +19,7 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 
-.PHONY: setup demo test bench train-tiny distil-tiny eval-tiny lint clean
+.PHONY: setup demo test bench bench-gpu pack-for-gpu train-tiny distil-tiny eval-tiny lint clean
 
 setup: .venv/created
 	$(VENV_PYTHON) scripts/setup_host.py
@@ -39,6 +42,12 @@ test: setup
 
 bench: setup
 	$(VENV_PYTHON) scripts/bench.py $(ARGS)
+
+bench-gpu: setup
+	$(VENV_PYTHON) scripts/bench_gpu.py $(ARGS)
+
+pack-for-gpu: setup
+	$(VENV_PYTHON) scripts/pack_for_gpu.py $(ARGS)
 
 train-tiny: setup
 	$(VENV_PYTHON) training/train.py $(ARGS)

@@ -48,7 +48,7 @@ for wheel in wheels/*.whl; do
 done
 [ -d site.part ] && mv site.part site
 export PYTHONPATH="$PWD/site" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-if [ "$1" = pytest ]; then shift; exec python3 -m pytest -p no:cacheprovider -n 0 tests/gpu "$@"; fi
+if [ "$1" = pytest ]; then shift; exec python3 -m pytest -p no:cacheprovider tests/gpu "$@"; fi
 exec python3 scripts/bench_gpu.py --json "${OUT:-$PWD}/bench-gpu.json" "$@"
 """
 

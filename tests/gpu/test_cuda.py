@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from lib.gpu_bench.bench import gpu_size
+from lib.gpu_bench.memory import step_estimate
 from wan21.wan.attention import BACKENDS, best_kernels, choose_attention, sdpa
 from wan21.wan.chunked import block_executor
 from wan21.wan.config import WanConfig
 from wan21.wan.dit import WanModel
-from wan21.wan.memory import LATENT_COPIES, MemoryPlan, StepSize, step_bytes
+from wan21.wan.memory import MemoryPlan
 from wan21.wan.vae import WanVAE
 from wan21.wan.vae.fallback import decode_within_memory
 from wan21.wan.vae.memory import decode_bytes, encode_bytes
@@ -185,12 +187,11 @@ def test_sdpa_runs_a_fused_kernel(keys):
 def test_memory_of_a_step_is_as_estimated(joint, parts):
     import comfy.ops
 
-    config = WanConfig(in_dim=36, dim=5120, ffn_dim=13824, num_heads=40, num_layers=2, image_dim=1280)
-    latent, passes = (1, 16, 21, 60, 104), 2 if joint else 1
-    model = WanModel(config, comfy.ops.manual_cast, device="cuda", dtype=torch.bfloat16).eval()
+    size, passes = gpu_size(blocks=2), 2 if joint else 1
+    model = WanModel(size.config, comfy.ops.manual_cast, device="cuda", dtype=torch.bfloat16).eval()
     for p in model.parameters():
         p.zero_()
-    x, t = torch.zeros(passes, 36, *latent[2:], device="cuda"), torch.full((passes,), 500.0, device="cuda")
+    x, t = torch.zeros(passes, 36, *size.latent, device="cuda"), torch.full((passes,), 500.0, device="cuda")
     text = torch.zeros(passes, 512, 4096, device="cuda", dtype=torch.bfloat16)
     clip = torch.zeros(passes, 257, 1280, device="cuda", dtype=torch.bfloat16)
 
@@ -203,6 +204,4 @@ def test_memory_of_a_step_is_as_estimated(joint, parts):
     before = torch.cuda.memory_allocated()
     run()
     real = torch.cuda.max_memory_allocated() - before
-    size = StepSize(config, latent, image_tokens=257)  # less what the sampler holds outside the model
-    outside = 16 * size.tokens * (16 * (LATENT_COPIES + 2) + passes * 2 * config.in_dim)
-    assert 0.85 < (step_bytes(size, MemoryPlan(joint, parts)) - outside) / real < 1.15
+    assert 0.85 < step_estimate(size, MemoryPlan(joint, parts)) / real < 1.15

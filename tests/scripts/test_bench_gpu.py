@@ -51,6 +51,12 @@ def test_all_who_compute_the_same_agree(written):
     assert 0 < rows(written, "8bits")["fp8_e4m3fn"]["error"] < 0.1
 
 
+def test_joint_and_separate_passes_give_the_same_bits(written):
+    assert list(rows(written, "joint")) == ["joint", "separate", "stacked"]
+    assert rows(written, "joint")["separate"]["error"] == 0
+    assert rows(written, "streaming")["48 tokens, streamed, separate"]["error"] == 0
+
+
 def test_what_is_missing_is_named(written):
     assert "cannot multiply in fp8" in rows(written, "8bits")["fp8_e4m3fn_fast"]["skipped"]
     assert "CUDA" in rows(written, "attention")["sdpa flash"]["skipped"]

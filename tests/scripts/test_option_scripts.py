@@ -3,7 +3,6 @@
 import json
 
 import bench
-import bench_joint
 import calibrate_teacache
 import compare_interpolation
 import compare_options
@@ -92,13 +91,6 @@ def test_psnr_and_ssim():
     assert ssim(a, a) == pytest.approx(1)
     assert ssim(a, a.flip(0)) < 0.2
     assert 0.5 < ssim(a, 0.9 * a) < 1
-
-
-def test_the_three_ways_of_both_passes():
-    rows = bench_joint.measure("cpu", streamed=False, repeat=1, quick=True)
-    assert [name for name, _, _ in rows] == ["joint", "separate", "stacked"]
-    rows = bench_joint.measure("cpu", streamed=True, repeat=1, quick=True)
-    assert [name for name, _, _ in rows] == ["joint", "separate", "stacked"]
 
 
 @pytest.mark.parametrize("case", ["dit", "vae-encode", "vae-decode"])
