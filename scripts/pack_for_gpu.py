@@ -1,13 +1,13 @@
 """One archive with all that scripts/bench_gpu.py and tests/gpu need on a machine without network.
 
     python scripts/pack_for_gpu.py [--to build/gpu-bench.tar.gz] [--python 3.12]
-                                   [--wheel comfy-kitchen==0.2.40] [--without comfy-kitchen]
+                                   [--wheel comfy-kitchen==0.2.40] [--without sageattention]
 
 There: tar xf gpu-bench.tar.gz && sh gpu-bench/run.sh      (arguments are those of bench_gpu.py)
 
 It holds this tree's Python files as they lie here, ComfyUI's, and wheels of what a machine with PyTorch,
 triton, einops, safetensors and transformers may lack. Wheels are downloaded once, into build/wheels/. About
-57 MB; most of that are comfy-kitchen's CUDA kernels.
+53 MB; most of that are comfy-kitchen's CUDA kernels.
 """
 
 import argparse
