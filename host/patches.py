@@ -20,6 +20,7 @@ from ..wan.files.bad_file import listed
 from ..wan.refusal import Refusal
 from ..wan.rope import axis_frequencies
 from .stored import kept_dtype
+from .untraced import untraced_below
 
 # Functions inside a block: our blocks have no place for them. Whole blocks can be replaced (`runner_of`).
 INSIDE_BLOCKS = ("attn1_patch", "attn2_patch", "double_block")
@@ -113,7 +114,7 @@ def written_inside(dit: nn.Module) -> Refusal | None:
     return _would_not_act("replaced", [*_written_on_model(dit), *written]) or _would_not_act("hooked", hooked)
 
 
-@torch.compiler.disable
+@untraced_below
 def written_in_call(dit: nn.Module) -> Refusal | None:
     """The refusal of functions that a node put on the model for the time of one call of it.
 

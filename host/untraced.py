@@ -17,3 +17,5 @@ class _Untraced(Protocol):
 # is the host's and the options' Python, which reads transformer_options: TorchCompileModel drops every guard
 # on those, so traced code would never see a change in them. A partial: a function of ours would be traced.
 untraced = cast(_Untraced, partial(torch.compiler.disable, recursive=False))
+# The same for all that a function calls.
+untraced_below = cast(_Untraced, torch.compiler.disable)
