@@ -26,6 +26,10 @@ GROUPS_WITH_END_IMAGE = GROUPS | {
     "Images": [["Start image", "Start image features"], ["End image", "End image features"]],
     "Sample": [["Image to video", "Sampler"]],
 }
+GROUPS_UPSCALED = GROUPS | {
+    "Sample": [["Sampler", "Decode"]],
+    "Video": [["More frames", "More pixels", "Create video", "Save video"]],
+}
 COLUMNS = [
     [NOTE, "Prompt"],
     ["Load", "Images", "Size", "Source"],
@@ -43,6 +47,9 @@ HEIGHTS = {"Positive prompt": 120, "Negative prompt": 100, "Start image": 320, "
 HEIGHTS |= {"Source video": 320, "Save video": 300}
 # Room below the inputs for the preview and the words of a run.
 ROOM = {"Sampler": 100, "Size of the clip": 40}
+# Room below a node, in its group: Nodes 2.0 enlarges it by the preview or the video of a run.
+BELOW = {"Sampler": 190, "Save video": 40}
+BELOW_WITH_END_IMAGE = {"Save video": 40}  # the sampler's column is as high as it may be
 TITLE_HEIGHT = 30  # the bar above a node, and a group's own title
 GAP = 8
 FOOTER = 27  # below a node of Nodes 2.0: "Error", "Show advanced inputs"
@@ -63,6 +70,8 @@ def arranged(graph):
         if title in nodes:
             nodes[title]["size"][1] += room
     places = GROUPS_WITH_END_IMAGE if "End image" in nodes else GROUPS
+    places = GROUPS_UPSCALED if "More frames" in nodes else places
+    below = BELOW_WITH_END_IMAGE if "End image" in nodes else BELOW
     groups, placed, left = [], {NOTE}, 0
     for column in COLUMNS:
         top, right = 0, left
@@ -74,7 +83,7 @@ def arranged(graph):
             held = [[nodes[title] for title in titles if title in nodes] for titles in places[name]]
             held = [column for column in held if column]
             if held:
-                box = _place_group(name, held, left, top)
+                box = _place_group(name, held, (left, top), below)
                 placed |= {node["title"] for column in held for node in column}
                 groups.append(box | {"id": len(groups) + 1})
                 top = box["bounding"][1] + box["bounding"][3] + COLUMN_GAP
@@ -86,13 +95,14 @@ def arranged(graph):
     return graph | {"groups": groups, "extra": {"ds": {"scale": 0.6, "offset": [120, 160]}}}
 
 
-def _place_group(name, columns, left, top):
+def _place_group(name, columns, corner, below):
+    left, top = corner
     x, bottom = left + GAP, top
     for column in columns:
         y = top + TITLE_HEIGHT + GAP
         for node in column:
             node["pos"] = [x, y + TITLE_HEIGHT]
-            y += TITLE_HEIGHT + node["size"][1] + FOOTER + GAP
+            y += TITLE_HEIGHT + node["size"][1] + FOOTER + GAP + below.get(node["title"], 0)
         x += max(node["size"][0] for node in column) + GAP
         bottom = max(bottom, y)
     bounding = [left, top, x - left, bottom - top]

@@ -158,10 +158,7 @@ def test_nodes_lie_apart_in_their_groups_and_are_read(path, page, drawn_by):
         assert page.evaluate(FIT) >= LEAST_ZOOM
         boxes = boxes_of(page, drawn_by)
         assert overlapping(boxes) == []
-        groups = {group["title"]: group["bounding"] for group in read(path)["groups"]}
-        for box in boxes:
-            homes = [title for title, bounding in groups.items() if inside(box, bounding)]
-            assert len(homes) == (box[0] != "Read me"), f"{box} lies in {homes}"
+        assert homeless(boxes, read(path)) == []
     finally:
         page.set_viewport_size(VIEWPORT)
 
@@ -187,6 +184,13 @@ def overlap(a, b):
     """Whether two [title, left, top, width, height] meet."""
     (_, ax, ay, aw, ah), (_, bx, by, bw, bh) = a, b
     return ax < bx + bw and bx < ax + aw and ay < by + bh and by < ay + ah
+
+
+def homeless(boxes, graph):
+    """The nodes that do not lie in one group, and the groups they lie in; the note lies in none."""
+    groups = {group["title"]: group["bounding"] for group in graph["groups"]}
+    homes = [(box, [title for title, where in groups.items() if inside(box, where)]) for box in boxes]
+    return [(box, found) for box, found in homes if len(found) != (box[0] != "Read me")]
 
 
 def inside(box, bounding):
@@ -325,7 +329,8 @@ def test_graph_runs_from_the_editor(page, server, drawn_by):
     assert {round(width / height) for width, height in previews} == {LATENT_FRAMES}, "not a strip of frames"
     assert [file.suffix for file in videos(server) - before] == [".mp4"]
     page.wait_for_timeout(DRAWN_MS)
-    assert overlapping(boxes_of(page, drawn_by)) == [], "with the preview and the video shown"
+    boxes = boxes_of(page, drawn_by)  # with the preview and the video shown
+    assert overlapping(boxes) == [] and homeless(boxes, read(ROOT / "workflows" / I2V)) == []
     said = page.evaluate(SAID)
     assert "s per step" in said, "time and memory stand on the sampler"
 
