@@ -3,7 +3,9 @@
 `load_model` is the one path; what differs between the two kinds of file is in the two classes that read them.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import comfy.model_detection
 import comfy.model_management
@@ -64,13 +66,18 @@ def load_model(
     config = detect_config(file.shapes, file.metadata)
     with torch.device("meta"):
         expected = {k: tuple(v.shape) for k, v in WanModel(config, nn).state_dict().items()}
-    left_out = files.check_keys(expected, file.shapes)
+    left_out = files.check_keys(expected, file.shapes) + _unread_marks(file)
     notes = [tell_left_out(path.name, left_out)]
     for key in left_out:
         file.leave_out(key)
     # Without the file's metadata, of which the host would believe any size, and which `config` is read from.
     host_config = comfy.model_detection.model_config_from_unet(file.detected, "")
-    assert host_config is not None  # the host knows every model that `detect_config` lets through
+    if host_config is None:  # as of 16 channels with an image branch
+        raise Refusal(
+            f"ComfyUI knows no Wan model of {config.in_dim} channels with these keys, and its own loader takes "
+            "none",
+            "Pick a Wan2.1 t2v, i2v or flf2v file, or load this one with the nodes of its own makers",
+        )
     host_config.unet_config |= {"num_heads": config.num_heads, "text_dim": config.text_dim}
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
@@ -92,6 +99,15 @@ def load_model(
     # The host builds further patchers of this model (hooks, several GPUs) from this recipe.
     patcher.cached_patcher_init = (load_model, (path, weight_dtype))
     return patcher
+
+
+def _unread_marks(file: "_Safetensors | _GGUFFile") -> list[str]:
+    """Scales and marks of layers that are not quantised: the host's layers have no place for them."""
+    return [
+        key
+        for key in file.shapes
+        if files.is_quantization_key(key) and key.rpartition(".")[0] not in file.formats
+    ]
 
 
 def notes_on_file(model: ModelPatcher) -> list[str]:
@@ -156,6 +172,7 @@ class _Safetensors:
         detected: tensors under Wan's own names, for the host's detection.
         shapes: the same with the shapes of the numbers that packed ones stand for.
         metadata: the file's, by key.
+        formats: of the host's quantised layers, by layer.
         built_on: device the model is built on; None is the host's choice.
     """
 
@@ -224,6 +241,7 @@ class _GGUFFile:
     """A GGUF file: matrices stay packed and are unpacked at each use. Attributes as of `_Safetensors`."""
 
     built_on = torch.device("meta")
+    formats: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, path: Path, weight_dtype: str):
         if weight_dtype != "default":

@@ -34,6 +34,7 @@ ADDITIONS = {
     "ReCamMaster": ["blocks.0.cam_encoder.weight", "blocks.0.projector.bias"],
     "MTV-Crafter": ["blocks.0.motion_attn.k.weight", "blocks.0.norm4.weight"],
     "LongCat": ["blocks.0.audio_modulation.1.weight"],
+    "a LoRA": ["blocks.0.self_attn.q.lora_A.weight", "blocks.0.self_attn.q.lora_B.weight"],
 }
 
 

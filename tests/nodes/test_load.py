@@ -238,6 +238,13 @@ def broken(path, how, files):
         state = load_file(files["t2v"])
         state["blocks.1.ffn.0.bias"] = torch.zeros(3)
         save_file(state, path, metadata=METADATA)
+    elif how == "flat patches":
+        state = load_file(files["t2v"])
+        state["patch_embedding.weight"] = state["patch_embedding.weight"].flatten(1)
+        save_file(state, path, metadata=METADATA)
+    elif how == "t2v with an image branch":
+        image = {k: v for k, v in load_file(files["i2v"]).items() if "img" in k}
+        save_file(load_file(files["t2v"]) | image, path, metadata=METADATA)
     else:
         shutil.copy(files[how], path)
 
@@ -249,6 +256,8 @@ def broken(path, how, files):
         ("html", "(?i:web page)"),
         ("missing keys", r"1 missing: blocks\.1\.ffn\.0\.bias"),
         ("wrong shape", r"1 of the wrong shape: blocks\.1\.ffn\.0\.bias \(3,\) instead of \(512,\)"),
+        ("flat patches", r"patch_embedding\.weight has the shape \[256, 64\], and 5 axes are read"),
+        ("t2v with an image branch", "ComfyUI knows no Wan model of 16 channels with these keys"),
         ("vae", "(?i:vae)"),
         ("umt5", "(?i:text encoder)"),
     ],
@@ -343,6 +352,7 @@ def test_nothing_is_left_of_a_failed_load(files, folders, models, prompts, sampl
 
 def test_extra_keys_are_left_out_and_named(files, folders, models, caplog):
     extra = {"fps_embedding.weight": torch.zeros(2, 4), "rope.freqs_cos": torch.zeros(3)}
+    extra["blocks.0.self_attn.q.scale_input"] = torch.ones(())  # of a layer that is not quantised
     save_file(load_file(files["t2v"]) | extra, folders["diffusion_models"] / "sky.safetensors", METADATA)
     save_file(load_file(files["vae"]) | {"scale": torch.zeros(16)}, folders["vae"] / "buffer.safetensors")
     with caplog.at_level("INFO"):
@@ -350,7 +360,8 @@ def test_extra_keys_are_left_out_and_named(files, folders, models, caplog):
         Wan21VAELoader.execute("buffer.safetensors", "fp32")
     assert same_weights(model, models["t2v"])
     words = "keys are no part of the model and are left out:"
-    note = f"sky.safetensors: 2 {words} fps_embedding.weight, rope.freqs_cos"
+    names = "fps_embedding.weight, rope.freqs_cos, blocks.0.self_attn.q.scale_input"
+    note = f"sky.safetensors: 3 {words} {names}"
     assert note in caplog.text and host.notes_on_file(model.clone()) == [note]
     assert host.notes_on_file(models["t2v"]) == []
     assert f"buffer.safetensors: 1 {words} scale" in caplog.text

@@ -17,9 +17,12 @@ from .bad_file import AGAIN
 from .kinds import WAN21_DIT, WAN21_VAE, Kind, detect_kind, not_a
 from .limits import FLOATS
 
-# Longest first: a key is stripped of the first prefix that the file uses.
+# Longest first: of several copies in a file, that below the first of these is read.
 DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "model.")
+# Ends of keys that each of these has, wherever in a file it lies.
+DIT_INSIDE = ("head.modulation", "condition_embedder.time_proj.weight")
+VAE_INSIDE = ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma")
 # Parts of a whole-pipeline checkpoint; those beside the one asked for are left out.
 PIPELINE_PARTS = (
     "model.diffusion_model.", "first_stage_model.", "vae.", "text_encoders.", "text_encoder.",
@@ -138,15 +141,15 @@ def refuse_loose_scales(state_dict: dict[str, Tensor]) -> None:
 def to_wan_dit_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A DiT under the Wan2.1 release's own names (`blocks.0.self_attn.q.weight`, `head.modulation`).
 
-    Read are the release's names and diffusers' (`WanTransformer3DModel`), with or without one of
-    `DIT_PREFIXES`; from a whole-pipeline checkpoint, the DiT alone. Scales of quantised layers follow
-    their layer. The tensors are those given, uncopied.
+    Read are the release's names and diffusers' (`WanTransformer3DModel`), bare or below any prefix; from a
+    whole-pipeline checkpoint, the DiT alone. Scales of quantised layers follow their layer. The tensors are
+    those given, uncopied.
 
     Raises:
         Refusal: the file is recognisably something else, or not known; names it.
     """
     refuse_quanto(state_dict)
-    part = select_part(state_dict, DIT_PREFIXES)
+    part = select_part(state_dict, DIT_PREFIXES, DIT_INSIDE)
     part = {key: tensor for key, tensor in part.items() if not key.startswith(MARKER)}
     _require(WAN21_DIT, part, state_dict)
     return renamed(part, wan_dit_key)
@@ -167,13 +170,13 @@ def wan_dit_key(key: str) -> str:
 def to_wan_vae_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A VAE under the Wan2.1 release's own names (`decoder.middle.0.residual.0.gamma`).
 
-    Read are the release's names and diffusers' (`AutoencoderKLWan`), with or without one of `VAE_PREFIXES`;
-    from a whole-pipeline checkpoint, the VAE alone. The tensors are those given, uncopied.
+    Read are the release's names and diffusers' (`AutoencoderKLWan`), bare or below any prefix; from a
+    whole-pipeline checkpoint, the VAE alone. The tensors are those given, uncopied.
 
     Raises:
         Refusal: the file is another VAE (Wan2.2, SD, SDXL, Flux, TAEHV) or no VAE at all; names it.
     """
-    part = select_part(state_dict, VAE_PREFIXES)
+    part = select_part(state_dict, VAE_PREFIXES, VAE_INSIDE)
     _require(WAN21_VAE, part, state_dict)
     scales = (".comfy_quant", ".weight_scale", ".scale_weight")
     if key := next((key for key in part if key.endswith(scales)), None):
@@ -198,14 +201,23 @@ def vae_dim(state_dict: Mapping[str, Tensor]) -> int:
     return shape[0]
 
 
-def select_part(state_dict: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """A part of a whole-pipeline checkpoint: keys without the first of `prefixes` that any of them carries.
+def select_part(
+    state_dict: dict[str, Tensor], prefixes: tuple[str, ...], inside: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """A part of a checkpoint: its keys without the prefix below which it lies.
 
-    Keys with neither stay, so that a later check can name them. Without any such prefix, a copy of the
-    dict comes back.
+    Keys of no other part stay as they are, so that a later check can name them.
+
+    Args:
+        prefixes: where it mostly lies, and what is stripped from a file that does not have it in whole.
+        inside: ends of keys that it has.
     """
-    prefix = next((p for p in prefixes if any(key.startswith(p) for key in state_dict)), None)
-    if prefix is None:
+    below = {key.removesuffix(end) for key in state_dict for end in inside if key.endswith(end)}
+    below = {prefix for prefix in below if not prefix or prefix.endswith(".")}
+    usual = [prefix for prefix in (*prefixes, "") if prefix in below]
+    begun = [prefix for prefix in prefixes if any(key.startswith(prefix) for key in state_dict)]
+    prefix = [*usual, *sorted(below, key=len), *begun, ""][0]
+    if not prefix:
         return dict(state_dict)
     part = {k: v for k, v in state_dict.items() if k.startswith(prefix) or not k.startswith(PIPELINE_PARTS)}
     return renamed(part, lambda key: key.removeprefix(prefix))

@@ -167,6 +167,7 @@ RULES: tuple[tuple[Kind, str], ...] = (
 # Keys of these beside a whole Wan model are left out, as the host leaves them, and the model itself runs.
 _ADDITIONS = frozenset(
     {
+        "lora",
         "longcat_avatar",
         "talk",
         "fantasy_talking",
@@ -238,7 +239,7 @@ def not_a(expected: Kind, state_dict: Mapping[str, Tensor]) -> WrongKind:
 
 
 def _refine_dit(state_dict: Mapping[str, Tensor], names: str) -> Kind:
-    in_dim = _axis(state_dict, r"patch_embedding\.weight", 1)
+    in_dim = _axis(state_dict, r"patch_embedding\.weight", 1, axes=5)
     out_rows = _axis(state_dict, r"(head\.head|proj_out)\.weight", 0)  # 4 per latent channel
     if out_rows == 4 * 48:
         return WAN22_DIT
@@ -249,8 +250,8 @@ def _refine_dit(state_dict: Mapping[str, Tensor], names: str) -> Kind:
     return WAN21_DIT
 
 
-def _axis(state_dict: Mapping[str, Tensor], pattern: str, axis: int) -> int | None:
-    """Size of one axis of the first tensor whose name ends in `pattern`."""
+def _axis(state_dict: Mapping[str, Tensor], pattern: str, axis: int, axes: int | None = None) -> int | None:
+    """Size of one axis of the first tensor whose name ends in `pattern`; None if it has not so many axes."""
     ending = re.compile(rf"(^|.*\.){pattern}")
     shape = next((tensor.shape for key, tensor in state_dict.items() if ending.fullmatch(key)), ())
-    return shape[axis] if len(shape) > axis else None
+    return shape[axis] if len(shape) > axis and axes in (None, len(shape)) else None

@@ -19,6 +19,8 @@ UMT5_PREFIXES = (
     "text_encoders.umt5xxl.transformer.", "umt5xxl.transformer.", "umt5xxl.", "text_encoder.", "text_model.",
     "transformer.",
 )  # fmt: skip
+# Ends of keys that each has, wherever in a file it lies: Hugging Face's and the release's.
+UMT5_INSIDE = ("encoder.block.0.layer.0.SelfAttention.q.weight", "blocks.0.attn.q.weight")
 LAST_NORM = "encoder.final_layer_norm.weight"
 TOKENIZER_KEY = "spiece_model"  # some files carry the SentencePiece tokenizer as bytes
 BUCKETS = 32  # of relative positions, in every umT5
@@ -43,15 +45,15 @@ def to_umt5_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A umT5 encoder under Hugging Face's names.
 
     Read are Hugging Face's layout (with `shared.weight`, `encoder.embed_tokens.weight` or both)
-    and the Wan2.1 release's, with or without one of `UMT5_PREFIXES`. A decoder and its output layer, which
-    encoding does not use, are left out. The tokenizer's bytes stay under `spiece_model`, where present;
+    and the Wan2.1 release's, bare or below any prefix. A decoder and its output layer, which encoding does
+    not use, are left out. The tokenizer's bytes stay under `spiece_model`, where present;
     scales of quantised layers follow their layer. The tensors are those given, uncopied.
 
     Raises:
         Refusal: the file is another text encoder, or no text encoder; names it.
     """
     refuse_quanto(state_dict)
-    part = select_part(state_dict, UMT5_PREFIXES)
+    part = select_part(state_dict, UMT5_PREFIXES, UMT5_INSIDE)
     if detect_kind(part) is not UMT5:
         raise not_a(UMT5, state_dict)
     if "token_embedding.weight" in part:

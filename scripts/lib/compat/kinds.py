@@ -106,6 +106,8 @@ MODELS = {
     **{f"GGUF {name}": Kind(to.gguf_dit(name), ".gguf") for name in PACKED},
     "keys below diffusion_model.": Kind(to.prefixed("diffusion_model.")),
     "keys below model.diffusion_model.": Kind(to.prefixed("model.diffusion_model.")),
+    "keys below model.model.": Kind(to.prefixed("model.model.")),
+    "keys below net.": Kind(to.prefixed("net.")),
     "diffusers' keys": Kind(to.diffusers_dit),
     "two shards, diffusers' names": Kind(to.sharded, "-00001-of-00002.safetensors"),
     "all in one, in checkpoints": Kind(
