@@ -9,7 +9,13 @@ from comfy.sd import VAE
 
 from .attention import choose_attention_for, retry_of, unused_override
 from .coefficients import measured_coefficients
-from .conditioning import Conditioning, describe_conditioning, not_finite, trim_clip_vision
+from .conditioning import (
+    Conditioning,
+    describe_conditioning,
+    missing_clip_vision,
+    not_finite,
+    trim_clip_vision,
+)
 from .devices import devices_of, spread
 from .guide import GUIDE, has_guide, with_guide
 from .latent_file import KeptLatent
@@ -66,6 +72,7 @@ __all__ = [
     "load_text_encoder",
     "load_vae",
     "measured_coefficients",
+    "missing_clip_vision",
     "need_host_bytes",
     "no_upscale_model",
     "not_finite",

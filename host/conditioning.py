@@ -1,18 +1,20 @@
 """What a CONDITIONING carries."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import node_helpers
 import torch
 
 from ..wan.config import CLIP_TOKENS, WanConfig
+from ..wan.refusal import Refusal
 from .guide import GUIDE
 
 # Keys by which other nodes ask for what our sampler does not do.
 UNSUPPORTED = (
     "area", "mask", "control", "gligen", "hooks", "start_percent", "end_percent", "context_latents",
 )  # fmt: skip
-NEUTRAL = {"start_percent": 0.0, "end_percent": 1.0}
+NEUTRAL = {"start_percent": 0.0, "end_percent": 1.0, "context_latents": []}
 # Keys that are read, by the host's Wan2.1 and by our sampler.
 READ = (
     "concat_latent_image",
@@ -68,7 +70,7 @@ def describe_conditioning(name: str, conditioning: list) -> Conditioning:
         image_latent=shape.get("concat_latent_image"),
         mask=shape.get("concat_mask"),
         clip=None if clip is None else tuple(clip.penultimate_hidden_states.shape),
-        unsupported=tuple(k for k in UNSUPPORTED if k in options and options[k] != NEUTRAL.get(k)),
+        unsupported=tuple(k for k in UNSUPPORTED if options.get(k) not in (None, NEUTRAL.get(k))),
         unread=tuple(
             k for k in options if k not in (*UNSUPPORTED, *READ, *OF_HOST) and options[k] is not None
         ),
@@ -89,21 +91,50 @@ def not_finite(conditioning: list) -> list[str]:
 
 
 def trim_clip_vision(conditioning: list, config: WanConfig) -> tuple[list, str | None]:
-    """The conditioning without the end image's CLIP features, where the model reads the start image's alone.
+    """The conditioning without CLIP features of more images than the model reads: the first, or two.
 
     Returns:
         (conditioning, a sentence if something was left out)
     """
     clip = describe_conditioning("", conditioning).clip
-    if clip is None or config.image_tokens or clip[-2] != 2 * CLIP_TOKENS:
-        return conditioning, None
-    if config.image_dim is None:
+    read = config.image_tokens or CLIP_TOKENS
+    if clip is None or config.image_dim is None or clip[-2] <= read or clip[-2] % CLIP_TOKENS:
         return conditioning, None
     whole = conditioning[0][1]["clip_vision_output"]
-    start = type(whole)()
-    start.penultimate_hidden_states = whole.penultimate_hidden_states[:, :CLIP_TOKENS]
-    trimmed = node_helpers.conditioning_set_values(conditioning, {"clip_vision_output": start})
+    first = type(whole)()
+    first.penultimate_hidden_states = whole.penultimate_hidden_states[:, :read]
+    trimmed = node_helpers.conditioning_set_values(conditioning, {"clip_vision_output": first})
+    which = "two images only; those of the others"
+    if not config.image_tokens:
+        which = "the start image only; those of the end image"
+    return trimmed, f"the model reads CLIP features of {which} are left out"
+
+
+def refuse_more_features(config: WanConfig, clip: Any) -> None:
+    """Refuses a CLIP_VISION_OUTPUT with more features than a first-last-frame model has places for.
+
+    The host's reads the first of the text's features in place of those that it cuts off.
+
+    Raises:
+        Refusal: there are more.
+    """
+    tokens = 0 if clip is None else clip.penultimate_hidden_states.shape[-2]
+    if config.image_tokens and tokens > config.image_tokens:
+        raise Refusal(
+            f"the conditioning has CLIP vision features of {tokens} tokens, and a first-last-frame model has "
+            f"places for {config.image_tokens}, those of two images",
+            "Connect the features of the start and the end image alone",
+        )
+
+
+def missing_clip_vision(config: WanConfig, clip: Any) -> str | None:
+    """What is said where a model has an image branch and a conditioning nothing for it to read.
+
+    A model of `empty_start`, which no release is, was trained so.
+    """
+    if clip is not None or config.image_dim is None or config.empty_start:
+        return None
     return (
-        trimmed,
-        "the model reads CLIP features of the start image only; those of the end image are left out",
+        "without CLIP vision features the model's image branch is left out, as in diffusers; a MODEL of "
+        "ComfyUI's own loader lets it read the text, and gives another video"
     )

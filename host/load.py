@@ -74,8 +74,7 @@ def load_model(
     host_config = comfy.model_detection.model_config_from_unet(file.detected, "")
     if host_config is None:  # as of 16 channels with an image branch
         raise Refusal(
-            f"ComfyUI knows no Wan model of {config.in_dim} channels with these keys, and its own loader takes "
-            "none",
+            f"ComfyUI knows no Wan model of {config.in_dim} channels with these keys, its own loader neither",
             "Pick a Wan2.1 t2v, i2v or flf2v file, or load this one with the nodes of its own makers",
         )
     host_config.unet_config |= {"num_heads": config.num_heads, "text_dim": config.text_dim}

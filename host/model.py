@@ -23,6 +23,7 @@ from ..wan.memory import StepSize, step_bytes
 from ..wan.option import Call
 from ..wan.refusal import Refusal, printable
 from .attention import attention_of
+from .conditioning import missing_clip_vision, refuse_more_features
 from .patches import (
     changed_in_host,
     patch_inside_blocks,
@@ -142,7 +143,7 @@ class HostWanModel(WanModel):
 
     @untraced
     def _forward(self, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
-        if kwargs.get("context_latents") is not None:
+        if kwargs.get("context_latents"):
             raise IN_CONTEXT
         if x.requires_grad:
             raise TRAINED_ON
@@ -243,6 +244,13 @@ class Wan21(comfy.model_base.WAN21):
         if colours := preview_colours(metadata):
             self.latent_format.latent_rgb_factors, self.latent_format.latent_rgb_factors_bias = colours
 
+    def extra_conds(self, **conditioning: Any) -> dict[str, Any]:
+        """The host's, without an empty list of latents beside the video (Bernini without references)."""
+        found = super().extra_conds(**conditioning)
+        if not conditioning.get("context_latents"):
+            found.pop("context_latents", None)
+        return found
+
     def extra_conds_shapes(self, **conditioning: Any) -> dict[str, list]:
         """What the host hands to `memory_required` of a conditioning."""
         beside = conditioning.get("time_dim_concat")
@@ -330,15 +338,22 @@ def refuse_unread(
 ) -> Any:
     """A wrapper of the host's preparation of a run: refuses, before anything is loaded, what would not act.
 
+    It says what a MODEL of the host's would do otherwise.
+
     Raises:
         Refusal: another node replaced a part of the model that our DiT does not call, or the conditioning
             carries what it does not read and the host's Wan2.1 would.
     """
     refuse_replaced(model)
-    if any(options.get("context_latents") is not None for cond in conds.values() for options in cond or ()):
-        raise IN_CONTEXT
     for sentence in changed_in_host():
         tell(sentence)
+    for options in (options for cond in conds.values() for options in cond or ()):
+        if options.get("context_latents"):
+            raise IN_CONTEXT
+        clip = options.get("clip_vision_output")
+        refuse_more_features(config_of(model), clip)
+        if said := missing_clip_vision(config_of(model), clip):
+            tell(said)
     return executor(model, noise_shape, conds, *args, **kwargs)
 
 

@@ -223,8 +223,16 @@ def _check_image_latent(config: WanConfig, latent_shape: Sequence[int], cond: ho
             "Load an i2v model, or connect the prompts to the sampler directly",
         )
     frames = latent_shape[-3]
-    for what, shape in (("image", cond.image_latent), ("mask", cond.mask)):
-        if shape is None or shape[-3] == frames:
+    for what, shape, channels in (("image", cond.image_latent, LATENT_CHANNELS), ("mask", cond.mask, 1)):
+        if shape is None:
+            continue
+        if len(shape) != 5 or shape[1] % channels:
+            raise Refusal(
+                f"the {what} in {cond.name} has the shape {list(shape)}; it must be [1, {channels}, frames, "
+                "height, width]",
+                "Connect Wan21ImageToVideo, or another node that makes it for Wan2.1",
+            )
+        if shape[-3] == frames:
             continue
         if what == "mask" and shape[-3] < frames:
             continue  # filled up with unknown frames, as the host does
@@ -247,7 +255,7 @@ def _check_clip(config: WanConfig, cond: host.Conditioning) -> None:
     if cond.clip is None or config.image_dim is None:
         return
     tokens, width = cond.clip[-2:]
-    if width != config.image_dim or tokens not in (CLIP_TOKENS, 2 * CLIP_TOKENS):
+    if width != config.image_dim or tokens % CLIP_TOKENS:
         raise Refusal(
             f"{cond.name} has CLIP vision features of {tokens} tokens x {width}; this model reads "
             f"{CLIP_TOKENS} (one image) or {2 * CLIP_TOKENS} (start and end) x {config.image_dim}",
@@ -270,6 +278,8 @@ def notes_on_conditioning(
             f"the image in {cond.name} is {_size(cond.image_latent)}: it is resized to the latent, "
             f"{_size(latent_shape)}"
         )
+    if missing := host.missing_clip_vision(config, cond.clip):
+        notes.append(missing)
     if cond.unread:
         notes.append(
             f"{cond.name} carries {', '.join(cond.unread)}, which this model does not read; the host's "

@@ -427,14 +427,13 @@ def warnings_on_images(config: WanConfig, positive: list, two_experts: bool) -> 
             "add_frames_for_end_image is on and the model is first-last-frame, which was trained with it off"
         )
     clip = host.describe_conditioning("", positive).clip
-    if config.takes_image and config.image_dim is None:
-        if not two_experts:
-            warnings.append(
-                "the model has no image branch, as Wan2.2-A14B. If it is one of the two experts (high noise, "
-                "low noise), it is made for its part of the steps: connect the other as model_low_noise"
-            )
-        if clip is not None:
-            warnings.append("the model has no image branch: CLIP vision is not used")
+    if config.takes_image and config.image_dim is None and not two_experts:
+        warnings.append(
+            "the model has no image branch, as Wan2.2-A14B. If it is one of the two experts (high noise, "
+            "low noise), it is made for its part of the steps: connect the other as model_low_noise"
+        )
+    if clip is not None and config.image_dim is None:
+        warnings.append("the model has no image branch: CLIP vision is not used")
     if config.image_tokens and clip is not None and clip[-2] == CLIP_TOKENS:
         warnings.append(
             "a first-last-frame model reads CLIP features of both images; clip_vision_end is missing"

@@ -239,6 +239,52 @@ def test_an_image_model_without_an_image_runs_as_natively(models, files, prompts
     assert "positive carries no image" in report and "negative carries no image" in report
 
 
+def test_clip_features_of_more_images_are_read_as_natively(models, files, image_to_video, sample):
+    """By the host's samplers; ours gives a model those of one image, as it was trained, and says so."""
+    import comfy.sd
+
+    job = image_to_video(clip_vision_start=clip_vision(3 * 257))
+    native = host_euler(comfy.sd.load_diffusion_model(str(files["i2v"])), *job, SIGMAS, 4.0, 3)
+    assert relative(host_euler(models["i2v"], *job, SIGMAS, 4.0, 3), native) < 2e-5
+    assert "those of the end image are left out" in sample(models["i2v"], *job)[1]
+
+
+def test_a_first_last_frame_model_has_no_place_for_more(models, image_to_video, sample):
+    job = image_to_video(clip_vision_start=clip_vision(3 * 257))
+    with pytest.raises(ValueError, match=r"771 tokens.* places for 514"):
+        host_euler(models["flf2v"], *job, SIGMAS, 4.0, 3)
+    assert "two images only; those of the others are left out" in sample(models["flf2v"], *job)[1]
+
+
+def test_without_clip_vision_it_is_said_that_the_hosts_model_reads_the_text_there(
+    models, image_to_video, sample, caplog
+):
+    words = "without CLIP vision features the model's image branch is left out"
+    job = image_to_video()
+    assert sample(models["i2v"], *job)[1].count(words) == 1
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        host_euler(models["i2v"], *job, SIGMAS, 4.0, 3)
+    assert words in caplog.text
+    assert words not in sample(models["i2v"], *image_to_video(clip_vision_start=clip_vision()))[1]
+
+
+def test_clip_features_that_a_text_model_does_not_read_are_said(models, prompts, sample):
+    seen = [with_values(c, clip_vision_output=clip_vision()) for c in prompts]
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 6)}
+    assert "no image branch: CLIP vision is not used" in sample(models["t2v"], *seen, latent)[1]
+
+
+def test_no_context_latents_ask_for_nothing(models, prompts, sample):
+    """Bernini's node without references."""
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 6)}
+    none = [with_values(c, context_latents=[]) for c in prompts]
+    by_host = [host_euler(models["t2v"], *c, latent, SIGMAS, 4.0, 3) for c in (none, prompts)]
+    assert torch.equal(*by_host)
+    outs = [sample(models["t2v"], *c, latent)[0]["samples"] for c in (none, prompts)]
+    assert torch.equal(*outs)
+
+
 @pytest.mark.parametrize("key", ["reference_latents", "vace_frames", "audio_embed", "of_a_pack"])
 def test_what_no_wan21_model_reads_is_said(models, files, prompts, sample, key):
     import comfy.sd

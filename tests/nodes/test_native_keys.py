@@ -75,8 +75,8 @@ def test_dit_forward_is_the_same_after_renaming():
 # The host's loader reads a DiT below "model.model." and "net." too, and some trainers write the others.
 @pytest.mark.parametrize(
     "prefix",
-    ["", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "model.model.", "net.", "module.",
-     "model._orig_mod.", "generator.model."],
+    ["", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "model.model.", "net.",
+     "module.", "model._orig_mod.", "generator.model."],
 )  # fmt: skip
 def test_original_dit_keys_are_only_stripped(prefix):
     original = meta_state_dict(lambda: native_dit(**DIT_CASES["flf2v"][1]))

@@ -291,6 +291,17 @@ def test_bad_input_is_named_before_any_step(i2v_job, sample, inputs, message, mo
         sample(**(job | inputs))
 
 
+@pytest.mark.parametrize(
+    "what, shape", [("image", (1, 16, 8, 12)), ("image", (1, 20, 3, 8, 12)), ("mask", (1, 1, 8, 12))]
+)
+def test_a_picture_of_a_shape_that_no_node_gives_is_named(i2v_job, sample, what, shape):
+    model, positive, negative, latent = i2v_job
+    key = {"image": "concat_latent_image", "mask": "concat_mask"}[what]
+    given = [[text, {**values, key: torch.zeros(shape)}] for text, values in positive]
+    with pytest.raises(ValueError, match=rf"the {what} in positive has the shape \[1, {shape[1]}, .*\]"):
+        sample(model, given, negative, latent)
+
+
 def _asked_by_host_nodes():
     from comfy import controlnet, hooks
 

@@ -68,7 +68,12 @@ class Bench:
         self.server.stop()
 
     def _start(self):
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # small tensors: a second thread only waits
+        own = {
+            "OMP_NUM_THREADS": "1",  # small tensors: a second thread only waits
+            # A host that is stopped while it compiles leaves half a library, which the next would load.
+            "TORCHINDUCTOR_CACHE_DIR": str(self.base / f"compiled{self.count}"),
+        }
+        with mock.patch.dict(os.environ, own):
             self.server = HostServer(self.base, self.models).__enter__()
 
     def run(self, graph, *links, timeout_s=TIMEOUT_S):
