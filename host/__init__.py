@@ -35,7 +35,7 @@ from .upsample import (
     upscale_lanczos,
     upscale_with_model,
 )
-from .vae import decode_video, encode_video, latent_device, load_vae, vae_shape
+from .vae import decode_video, encode_video, latent_device, load_vae, vae_shape, why_nan
 
 __all__ = [
     "DTYPES",
@@ -94,5 +94,6 @@ __all__ = [
     "upscale_lanczos",
     "upscale_with_model",
     "vae_shape",
+    "why_nan",
     "with_guide",
 ]

@@ -25,6 +25,7 @@ from .load import DTYPES
 from .memory import need_host_bytes
 from .progress import Progress, check_cancelled, tell, tell_left_out
 from .reader import read_checkpoint
+from .stored import spoilt_weight
 
 Device: TypeAlias = torch.device | str | None
 
@@ -286,6 +287,14 @@ def _decode_ours(
         check_cancelled,
     )
     return vae.process_output(out).movedim(1, -1)
+
+
+def why_nan(vae: comfy.sd.VAE) -> str:
+    """Why a VAE makes NaN of a latent of numbers, and what to do."""
+    model: Any = vae.first_stage_model
+    if spoilt := spoilt_weight(model):
+        return f"{spoilt} in the VAE's file holds NaN or infinite numbers. Get the file again"
+    return "the decode overflowed in 16 bits. Set precision to fp32 on Wan21VAELoader"
 
 
 def vae_shape(vae: comfy.sd.VAE) -> tuple[int, int, int]:

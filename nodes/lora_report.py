@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from ..wan.files.bad_file import listed
-from ..wan.lora import OTHER_SIZE, Lora
+from ..wan.files.bad_file import AGAIN, listed
+from ..wan.lora import DAMAGED, OTHER_SIZE, Lora
 from ..wan.refusal import Refusal
 
 
@@ -24,9 +24,10 @@ def check_lora(lora: Lora, strict: bool = False) -> None:
             "Pick a LoRA that was trained for Wan2.1 of this size",
         )
     if not lora.patches:
+        damaged = all(reason in DAMAGED for reason in lora.unmatched.values())
         raise Refusal(
             f"none of its {len(lora.unmatched)} keys fits the model: {'; '.join(left_out(lora))}",
-            "Pick a LoRA that was trained for Wan2.1 of this size",
+            AGAIN if damaged else "Pick a LoRA that was trained for Wan2.1 of this size",
         )
     if strict and lora.unmatched:
         raise Refusal(

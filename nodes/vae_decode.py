@@ -45,4 +45,6 @@ class Wan21VAEDecode(io.ComfyNode):
             checks.check_vae(*host.vae_shape(vae))
             images = host.decode_video(vae, samples, tile_size, host.tell)
             images = torch.flatten(images, 0, 1)  # [B, F, H, W, 3] -> [B*F, H, W, 3]
+        if spoilt := sum(not torch.isfinite(frame).all() for frame in images):
+            host.tell(f"{spoilt} of {len(images)} frames hold NaN and will be black: {host.why_nan(vae)}")
         return io.NodeOutput(images)

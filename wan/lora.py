@@ -42,6 +42,9 @@ UNREAD_KINDS = {
 }
 LARGEST = 1e9  # number in a LoRA's tensors
 OTHER_SIZE = "made for layers of another size"
+NO_FACTORS = "the factors that belong to it are missing"
+ODD_FACTORS = "its factors are incomplete or do not fit each other"
+DAMAGED = (NO_FACTORS, ODD_FACTORS)
 DIFFERENCES = ("diff", "diff_b", "diff_m", "up_bias")  # the tensor of these roles is itself the change
 Shapes = Mapping[str, tuple[int, ...]]  # by parameter of a model
 _IMAGE_BRANCH = re.compile(r"(^|\.)(img_emb|k_img|v_img|norm_k_img|image_embedder)(\.|$)")
@@ -254,7 +257,7 @@ def _reason(target: str, patch: Patch, shapes: Shapes, blocks: int) -> str | Non
     if missing := _missing(target, shapes, blocks):
         return missing
     if not patch.factors:
-        return "the factors that belong to it are missing"
+        return NO_FACTORS
     return _misfit(patch, shapes[target])
 
 
@@ -284,7 +287,7 @@ def _misfit(patch: Patch, shape: tuple[int, ...]) -> str | None:
         else:
             fits = made == math.prod(shape) and _rows(patch) == shape[0]
     except (RuntimeError, AttributeError, TypeError, IndexError, ValueError):
-        return "its factors are incomplete or do not fit each other"
+        return ODD_FACTORS
     if not fits:
         return OTHER_SIZE
     if patch.magnitude is not None and _broadcast(patch.magnitude, shape) is None:

@@ -40,6 +40,7 @@ def broken(number):
         ({f"{BLOCK}.vera_lambda_b": torch.zeros(256)}, "VeRA.*another kind"),
         (broken(float("nan")), r"self_attn\.q\.lora_A\.weight holds numbers that are NaN"),
         (broken(float("inf")), r"self_attn\.q\.lora_A\.weight holds numbers that are NaN or infinite"),
+        ({f"{BLOCK}.lora_B.weight": torch.zeros(256, 4)}, r"factors are incomplete.*\. Download it again"),
         (low_rank(BLOCK, 512, 512) | low_rank("diffusion_model.img_emb.proj.3", 256, 1280), "another size"),
     ],
 )
@@ -57,6 +58,9 @@ def test_refused_with_the_true_reason(models, loras, file, message):  # noqa: F8
         "diffusion_model.blocks.0.self_attn_q",
         "lora_unet_blocks.0.self_attn.q",
         "transformer.blocks_0.attn1.to_q",
+        "transformer_2.blocks.0.attn1.to_q",
+        "generator.model.blocks.0.self_attn.q",
+        "module.net.blocks.0.self_attn.q",
     ],
 )
 def test_names_of_compiled_modules_and_half_dotted_ones(models, loras, name):  # noqa: F811

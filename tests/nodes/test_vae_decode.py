@@ -222,3 +222,21 @@ def test_an_end_image_alone_is_no_video(decode):
 def test_sides_may_be_odd_in_latent_pixels(decode, vae):
     latent = torch.zeros(1, 16, 1, 3, 5)
     assert torch.equal(decode(samples=latent)[0], vae.decode(latent)[0])
+
+
+@pytest.mark.parametrize("by_native", [False, True])
+def test_frames_of_nan_are_said_with_their_cause(vae, files, decode, by_native):
+    import comfy.sd
+    import comfy.utils
+
+    used = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(files["vae"]))) if by_native else vae
+    bias = used.first_stage_model.decoder.head[2].bias
+    whole = bias.detach().clone()
+    bias.fill_(math.nan)
+    try:
+        images, said = decode(vae=used)
+    finally:
+        bias.copy_(whole)
+    assert not torch.isfinite(images).any()
+    why = "decoder.head.2.bias in the VAE's file holds NaN or infinite numbers. Get the file again"
+    assert said == [f"Wan21VAEDecode 5 of 5 frames hold NaN and will be black: {why}"]

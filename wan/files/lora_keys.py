@@ -1,8 +1,8 @@
 """The dialects of published LoRA files: each key becomes one of Wan's own layers and the role of its tensor.
 
 Read here: Wan's own names and diffusers' (`attn1.to_q`), bare or below `diffusion_model.`, `transformer.`,
-`base_model.model.` (PEFT) and `pipe.dit.` (DiffSynth); kohya's and musubi's `lora_unet_blocks_0_self_attn_q`,
-the double underscore of Wan2.1-Fun, and SimpleTuner's `lycoris_`.
+`base_model.model.` (PEFT), `pipe.dit.` (DiffSynth) and the like; kohya's and musubi's
+`lora_unet_blocks_0_self_attn_q`, the double underscore of Wan2.1-Fun, and SimpleTuner's `lycoris_`.
 """
 
 import re
@@ -10,8 +10,8 @@ import re
 from .keys import DIT_BLOCK_MODULES, DIT_MODULES, wan_dit_key
 
 PREFIXES = (
-    "base_model.model.", "pipe.dit.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.",
-    "model.",
+    "base_model.model.", "pipe.dit.", "model.diffusion_model.", "diffusion_model.", "transformer.",
+    "transformer_2.", "unet.", "model.", "net.", "dit.", "module.", "generator.",
 )  # fmt: skip
 COMPILED = "_orig_mod."  # torch.compile puts it before the names of a module that it wraps
 UNDERSCORED_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
