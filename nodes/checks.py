@@ -88,10 +88,10 @@ def check_image(name: str, image: Tensor, several: bool = False) -> None:
     if shape[0] != 1 and not several:
         raise Refusal(
             f"{name} holds {shape[0]} images; it must be one",
-            "Pick one with ImageFromBatch, or use the graph Wan2.1 video to video (v2v)",
+            "Pick one with ImageFromBatch, or use the host's WanFirstLastFrameToVideo, which takes several",
         )
-    if shape[3] < 3:
-        raise Refusal(f"{name} has {shape[3]} channel(s); it must be RGB", "Connect a colour image")
+    if shape[3] == 2:
+        raise Refusal(f"{name} has 2 channels; it must be RGB or grey", "Connect a colour image")
     if not torch.isfinite(image).all():
         raise Refusal(
             f"{name} holds NaN or infinite pixels",

@@ -141,8 +141,8 @@ class Wan21ImageToVideo(io.ComfyNode):
         for name, image in (("start_image", start_image), ("end_image", end_image)):
             if image is not None and image.shape[-1] > 3:
                 host.tell(f"{name} has transparency, which is left out")
-        start = fit_image(start_image[..., :3], width, height, resize_mode)
-        end = None if end_image is None else fit_image(end_image[..., :3], width, height, resize_mode)[0]
+        start = fit_image(in_colour(start_image), width, height, resize_mode)
+        end = None if end_image is None else fit_image(in_colour(end_image), width, height, resize_mode)[0]
         alone = end is not None and add_frames_for_end_image
         video = pixel_video(start, num_frames, None if alone else end)
         image_latent = host.encode_video(vae, video, tile_size)
@@ -240,6 +240,11 @@ def check_clip_pair(start: Any, end: Any) -> None:
             f"clip_vision_start is {width} wide and clip_vision_end {end_width}; one model reads both",
             "Encode both images with the same CLIP vision model, CLIP ViT-H/14 (clip_vision_h.safetensors)",
         )
+
+
+def in_colour(image: Tensor) -> Tensor:
+    """[B, H, W, C] as RGB: without transparency, and grey (C 1) in all three channels, as natively."""
+    return image[..., :3].expand(*image.shape[:3], 3)
 
 
 def known_frames(start_image: Tensor) -> Tensor:

@@ -28,12 +28,19 @@ def test_equals_the_native_node(models, prompts, vae, picture, image_to_video):
     assert torch.equal(ours[2]["samples"], theirs[2]["samples"])
 
 
-def test_end_image_as_last_frame_equals_the_native_node(models, prompts, vae, picture, image_to_video):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_end_image_as_last_frame_equals_the_native_node(
+    models, prompts, vae, picture, image_to_video, channels
+):
     from comfy_extras.nodes_wan import WanFirstLastFrameToVideo
 
+    picture = picture[..., :channels]
     end = picture.flip(2)
     ours = image_to_video(
-        end_image=end, clip_vision_start=clip_vision(seed=1), clip_vision_end=clip_vision(seed=2)
+        start_image=picture,
+        end_image=end,
+        clip_vision_start=clip_vision(seed=1),
+        clip_vision_end=clip_vision(seed=2),
     )
     theirs = WanFirstLastFrameToVideo.execute(
         *prompts, vae, 96, 64, 9, 1, start_image=picture, end_image=end,
@@ -184,10 +191,10 @@ def test_alpha_channel_is_left_out_and_that_is_said(picture, image_to_video, cap
         ({"width": 100}, "width is 100; sides are multiples of 8 pixels from 16 on. Set 96 or 104"),
         ({"height": 8}, "height is 8"),
         ({"start_image": torch.zeros(11, 64, 64, 3)}, "holds 11 frames and num_frames is 9.*to 13 or more"),
-        ({"end_image": torch.zeros(2, 64, 64, 3)}, "end_image holds 2 images; it must be one"),
+        ({"end_image": torch.zeros(2, 64, 64, 3)}, "end_image holds 2 images.* WanFirstLastFrameToVideo"),
         ({"start_image": torch.zeros(0, 64, 64, 3)}, r"start_image has the shape \[0, 64, 64, 3\]"),
         ({"start_image": torch.full((1, 64, 64, 3), float("nan"))}, "start_image holds NaN"),
-        ({"end_image": torch.zeros(1, 64, 64, 1)}, "end_image has 1 channel"),
+        ({"end_image": torch.zeros(1, 64, 64, 2)}, "end_image has 2 channels"),
         ({"num_frames": 1, "end_image": torch.zeros(1, 64, 64, 3)}, "it must be at least 5"),
         ({"clip_vision_end": clip_vision()}, "clip_vision_start is not"),
     ],

@@ -8,6 +8,7 @@ import torch
 from lib.compat import page, rows
 from lib.compat.bench import Bench, Outcome
 from lib.compat.checkpoints import make_models
+from lib.compat.graphs import base, node
 from lib.pack import load_host
 
 SECTIONS = compatibility.sections()
@@ -59,6 +60,21 @@ def test_rows_run_again_give_what_the_page_says(bench, written, key):
     assert {row.name: [verdict.word for verdict in row.verdicts] for row in again} == {
         name: said[name] for name in AGAIN[key]
     }
+
+
+def test_what_is_refused_when_queued_is_told_from_what_the_host_rejects(bench):
+    size = {"width": 100, "height": 64, "length": 9, "batch_size": 1, "start_image": ["pictures", 0]}
+    graph = base("ours")
+    ours = node(
+        "Wan21ImageToVideo", **{k: ["start", i] for i, k in enumerate(("positive", "negative"))},
+        vae=["vae", 0], start_image=["pictures", 0], width=100, height=64, num_frames=9, resize_mode="crop",
+        add_frames_for_end_image=False, tile_size="auto",
+    )  # fmt: skip
+    refused = bench.run(graph | {"again": ours}, ["again", 2])
+    assert refused.refused and "width is 100; sides are multiples of 8" in refused.error
+    size |= {"positive": ["positive", 0], "negative": ["negative", 0], "vae": ["vae", 0], "width": -1}
+    rejected = bench.run(graph | {"again": node("WanImageToVideo", **size)}, ["again", 2])
+    assert not rejected.refused and "WanImageToVideo" in rejected.error
 
 
 def test_a_pack_that_was_not_given_is_named_on_the_page(bench):

@@ -158,13 +158,29 @@ class Nothing:
         return []
 
 
+class Slow(Nothing):
+    """A store that takes its time."""
+
+    async def due_webhooks(self, *_):
+        await asyncio.sleep(0.002)
+        return []
+
+
+class Broken(Nothing):
+    """A store on a full disk."""
+
+    async def due_webhooks(self, *_):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("store", [Nothing, Slow, Broken])
 @pytest.mark.parametrize("passes", range(4))
-def test_stop_returns_when_a_task_has_just_ended(passes):
+def test_stop_returns_when_a_task_has_just_ended(passes, store):
     """Before Python 3.12, `asyncio.wait_for` loses a cancel that comes in the same pass as its result."""
 
     async def stop_after_wake():
         for _ in range(50):
-            hooks = webhooks.Webhooks(Nothing(), Settings())
+            hooks = webhooks.Webhooks(store(), Settings())
             await hooks.start()
             await asyncio.sleep(0.001)  # until it waits
             hooks.wake()
