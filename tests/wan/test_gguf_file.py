@@ -14,9 +14,11 @@ from wan21.wan.files.umt5_gguf import read_umt5_gguf
 from wan21.wan.refusal import Refusal
 
 
-def write(path, tensors, orig_shapes=(), family="wan"):
+def write(path, tensors, orig_shapes=(), family="wan", parts=0):
     """A GGUF file as city96's tool writes it: {name: (array, type or None)}."""
     writer = gguf.GGUFWriter(str(path), family)
+    if parts:
+        writer.add_uint16("split.count", parts)
     for name, shape in dict(orig_shapes).items():
         writer.add_array(f"comfy.gguf.orig_shape.{name}", shape)
     for name, (array, kind) in tensors.items():
@@ -138,6 +140,16 @@ def test_another_family_is_named_by_its_metadata(tmp_path, family):
     tensors = {"double_blocks.0.weight": (np.zeros((2, 4), np.float32), None)}
     with pytest.raises(ValueError, match=rf"general\.architecture is '{family}'.* Pick a Wan2\.1 file"):
         read_gguf(write(tmp_path / "other.gguf", tensors, family=family))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_part_of_a_split_file_is_named(tmp_path, parts):
+    path = write(tmp_path / "a-00001-of-00002.gguf", {"bias": (np.zeros(4, np.float32), None)}, parts=parts)
+    if parts == 1:
+        assert list(read_gguf(path)) == ["bias"]
+        return
+    with pytest.raises(ValueError, match="one of the 2 parts of a GGUF file"):
+        read_gguf(path)
 
 
 # --- heads that state what the file does not hold ----------------------------------------------------------

@@ -260,7 +260,13 @@ def _rows(size: int, shape: tuple[int, ...]) -> int:
 
 
 def _refuse_foreign(file: Container, expected: str) -> None:
-    """Refuses a file that says it is of another family, unless its tensors are Wan's all the same."""
+    """Refuses a part of a file, and a file of another family, unless its tensors are Wan's all the same."""
+    parts = file.value("split.count")
+    if isinstance(parts, int) and parts > 1:
+        raise Refusal(
+            f"one of the {parts} parts of a GGUF file, which are not read one by one",
+            "Join them with llama.cpp's `gguf-split --merge`, or pick a file in one piece",
+        )
     family = file.value("general.architecture") or ""
     family = family if isinstance(family, str) else repr(family)
     is_wan = any(".self_attn.q." in name or ".attn1.to_q." in name for name in file.tensors)
