@@ -135,6 +135,6 @@ def missing_clip_vision(config: WanConfig, clip: Any) -> str | None:
     if clip is not None or config.image_dim is None or config.empty_start:
         return None
     return (
-        "without CLIP vision features the model's image branch is left out, as in diffusers; a MODEL of "
-        "ComfyUI's own loader lets it read the text, and gives another video"
+        "without CLIP vision features the model's image branch reads the text, as with ComfyUI's own loader; "
+        "diffusers leaves it out, and gives another video"
     )
