@@ -164,7 +164,14 @@ def _takes(function: Callable, inputs: int) -> bool:
 
 
 def _functions_on(part: nn.Module) -> list[str]:
-    return [name for name, value in vars(part).items() if isinstance(value, FUNCTIONS) and name not in CALLED]
+    """Names of functions that a part has beside those of its class, which the host puts back after a run."""
+    return [
+        name
+        for name, value in vars(part).items()
+        if isinstance(value, FUNCTIONS)
+        and name not in CALLED
+        and getattr(value, "__func__", value) is not getattr(type(part), name, None)
+    ]
 
 
 def has_hooks(part: nn.Module) -> bool:
