@@ -8,8 +8,8 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 def printable(text: str) -> str:
     """A text that any log takes: control characters and halves of surrogate pairs as escapes.
 
-    Names of files whose bytes are no UTF-8, and names in files, may hold them. ComfyUI's log raises on such a
-    half, and that ends the thread that runs its queue.
+    Names of files whose bytes are no UTF-8, and names in files, may hold them. A log in UTF-8 raises on such
+    a half, and with it the thread that writes there.
     """
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 

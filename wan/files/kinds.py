@@ -78,7 +78,7 @@ RULES: tuple[tuple[Kind, str], ...] = (
     (Kind("s2v", "a Wan2.2 speech-to-video model", _VARIANT), r"(^|\.)casual_audio_encoder\."),
     (Kind("animate", "a Wan2.2 Animate model", _VARIANT), r"(^|\.)(face_adapter|pose_patch_embedding)\."),
     (
-        # `audio_adaLN_modulation` in its release, without adaLN as ComfyUI-WanVideoWrapper stores it.
+        # `audio_adaLN_modulation` in its release, without adaLN as kijai's files have it.
         Kind("longcat_avatar", "a LongCat-Avatar model", _VARIANT),
         r"(^|\.)blocks\.\d+\.audio_(adaLN_)?modulation\.",
     ),
@@ -126,7 +126,7 @@ RULES: tuple[tuple[Kind, str], ...] = (
     ),
     (
         Kind("longcat", "a LongCat video model, or another of PixArt's layers", "pick a Wan2.1 file"),
-        # The release's; then Wan's names for it, as ComfyUI-WanVideoWrapper stores it.
+        # The release's; then Wan's names for it, as kijai's files have it.
         r"(^|\.)(blocks\.\d+\.cross_attn\.(q|kv)_linear\.|head\.modulation\.1\.weight$)",
     ),
     (
