@@ -11,7 +11,9 @@ import torch
 from lib.gpu_bench import SECTIONS, Bench, Missing
 from lib.gpu_bench.bench import Race, gpu_size, toy_size
 from lib.gpu_bench.dit import tera_operations
+from lib.gpu_bench.kernels import eager
 from lib.pack import ROOT
+from wan21.wan import glue
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,17 @@ def test_joint_and_separate_passes_give_the_same_bits(written):
 def test_what_is_missing_is_named(written):
     assert "cannot multiply in fp8" in rows(written, "8bits")["fp8_e4m3fn_fast"]["skipped"]
     assert "CUDA" in rows(written, "attention")["sdpa flash"]["skipped"]
+
+
+def test_our_kernels_are_left_out_for_a_while():
+    def why():
+        choices = glue.kernel_choices(torch.device("cpu"), torch.bfloat16, 256, 128)
+        return {choice.why for choice in choices.values()}
+
+    before = why()
+    with eager():
+        assert why() == {"WAN21_KERNELS is 0"}
+    assert why() == before != {"WAN21_KERNELS is 0"}
 
 
 def test_the_work_of_a_step_is_that_of_the_roofline():
