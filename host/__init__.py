@@ -18,6 +18,7 @@ from .conditioning import (
 )
 from .devices import devices_of, spread
 from .guide import GUIDE, has_guide, with_guide
+from .kernels import kernels_of
 from .latent_file import KeptLatent
 from .load import DTYPES, WEIGHT_DTYPES, load_model, notes_on_file
 from .lora import add_lora, other_family, packed_by_another_pack, read_lora
@@ -67,6 +68,7 @@ __all__ = [
     "has_guide",
     "ignored_patches",
     "is_ours",
+    "kernels_of",
     "latent_device",
     "load_model",
     "load_text_encoder",

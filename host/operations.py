@@ -1,5 +1,8 @@
 """Layers for our DiT: the host's with our own product on the CPU, or with matrices packed as in a GGUF."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import comfy.model_management
@@ -10,6 +13,27 @@ from torch import Tensor
 from ..wan.files.gguf import dequantize
 from ..wan.linear_cpu import linear
 from ..wan.refusal import Refusal
+
+
+class _Lends(comfy.ops.CastWeightBiasOp):
+    """A norm of the host's whose numbers may be used outside it."""
+
+    @contextmanager
+    def lend(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Weight and bias as its forward uses them on x: fetched, cast, with the host's patches."""
+        weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
+        try:
+            yield weight, bias
+        finally:
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+
+def with_lent_norms(operations: ModuleType | type) -> ModuleType | type:
+    """The host's layers with norms that lend their numbers to `wan.glue`; others as they are."""
+    if not isinstance(operations, type) or not issubclass(operations, comfy.ops.disable_weight_init):
+        return operations
+    norms = {name: type(name, (_Lends, getattr(operations, name)), {}) for name in ("LayerNorm", "RMSNorm")}
+    return type(operations.__name__, (operations,), norms)
 
 
 class CpuOperations(comfy.ops.manual_cast):

@@ -347,7 +347,7 @@ def prepare(
     chosen = host.choose_attention_for(model, attention)
     if unused := host.unused_override(model, chosen):
         warnings.append(unused)
-    job = replace(job, options=(*job.options, Execution(joint, chosen)))
+    job = replace(job, options=(*job.options, Execution(joint, chosen, host.kernels_of(model))))
     passes = -(-len(leg.pass_names) // devices)
     plans = plans_from(joint, passes, devices > 1)
     walked = (*shape[:2], shape[2] + beside, *shape[3:])

@@ -15,10 +15,12 @@ class Execution(Option):
     Attributes:
         joint: all passes go through each block before the next block; else one after the other.
         attention: backend, or None for the model's own.
+        kernels: which of `wan.kernels` are taken and why others are not, or None without a GPU.
     """
 
     joint: bool = True
     attention: Attention | None = None
+    kernels: str | None = None
 
     def sized(self, size: StepSize) -> StepSize:
         return size if self.attention is None else replace(size, attention=self.attention.name)
@@ -31,5 +33,7 @@ class Execution(Option):
             yield "attention: the host's own choice"
         elif self.attention.name != "sdpa":
             yield f"attention: {self.attention.name}"
+        if self.kernels is not None:
+            yield f"kernels: {self.kernels}"
         if run.is_guided and not self.joint:
             yield "joint pass: off"

@@ -40,6 +40,7 @@ NODES = {
         "test_weights",
         "test_reader",
         "test_gguf",
+        "test_host_kernels",
         "test_lora",
         "test_lora_copies",
         "test_sampler",

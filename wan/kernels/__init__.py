@@ -80,9 +80,9 @@ def _decide(name: str, device: torch.device, dtype: torch.dtype, width: int, dis
     except Exception as error:  # of the compilers: many kinds
         if is_out_of_memory(error):  # nothing is known of the kernel
             raise
-        return Choice(None, f"it cannot be built or run here ({_first_line(error)})")
+        return Choice(None, f"cannot be built or run here ({_first_line(error)})")
     if off > TOLERANCE:
-        return Choice(None, f"it differs from PyTorch's own by {off:.1e} on this device")
+        return Choice(None, f"differs from PyTorch's own by {off:.1e} on this device")
     return Choice(function)
 
 

@@ -1,0 +1,28 @@
+"""Which kernels of our own a MODEL runs on, for the report."""
+
+from comfy.model_patcher import ModelPatcher
+from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
+
+from ..wan.glue import kernel_choices
+from ..wan.kernels import describe
+from .devices import devices_of
+
+
+def kernels_of(model: ModelPatcher) -> str | None:
+    """Which kernels a MODEL of ours takes on its GPUs, and why not others; None where it runs on none.
+
+    They are tried here for the first time, before the model takes room.
+    """
+    devices = [device for device in devices_of(model) if device.type == "cuda"]
+    if not devices:
+        return None
+    if TORCH_COMPILE_KWARGS in model.model_options:
+        return "none of our own: the MODEL is compiled, and the compiler makes them"
+    config, dtype = model.model.diffusion_model.config, model.model.get_dtype_inference()
+    said = {
+        str(device): describe(kernel_choices(device, dtype, config.dim, config.head_dim))
+        for device in devices
+    }
+    if len(set(said.values())) == 1:
+        return next(iter(said.values()))
+    return "; ".join(f"on {device} {sentence}" for device, sentence in said.items())

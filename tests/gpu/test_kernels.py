@@ -1,0 +1,107 @@
+"""The Triton kernels on a real GPU, at the 14B model's shape: what they differ by, and what they take."""
+
+from functools import partial
+
+import pytest
+import torch
+from wan21.wan import glue, kernels
+from wan21.wan.attention import sdpa
+from wan21.wan.config import SIZES, WanConfig
+from wan21.wan.dit import WanAttentionBlock
+from wan21.wan.kernels import describe
+from wan21.wan.rope import axis_frequencies, rope_table
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+GRID = (21, 30, 52)  # 81 frames of 832x480
+DTYPES = [torch.bfloat16, torch.float16]
+DEVICE = torch.device("cuda", 0)
+
+
+def milliseconds(call, calls=20):
+    call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / calls
+
+
+@pytest.fixture
+def choices():
+    """The kernels of the 14B model in bfloat16; skips with the reason where there are none."""
+    config = SIZES["i2v-14B"]
+    found = glue.kernel_choices(DEVICE, torch.bfloat16, config.dim, config.head_dim)
+    print(f"\n{torch.cuda.get_device_name()}: {describe(found)}")
+    if any(
+        why in found["residual_norm"].why for why in ("Triton is not", "NVIDIA", "capability", "C compiler")
+    ):
+        pytest.skip(found["residual_norm"].why)
+    return found
+
+
+def test_they_are_taken(choices):
+    assert all(choice.function is not None for choice in choices.values()), describe(choices)
+
+
+def steps(dtype, rows, width=5120, head_dim=128):
+    """{name: (a call of `wan.glue` on the stream, bytes that it has to move)}"""
+    rand = partial(torch.randn, device=DEVICE)
+    y, q = rand(1, rows, width).to(dtype), rand(1, rows, width).to(dtype)
+    shift, scale, gate = (0.3 * rand(1, 1, width) for _ in range(3))
+    rms = torch.nn.RMSNorm(width, 1e-6, device=DEVICE, dtype=dtype)
+    norm = torch.nn.LayerNorm(width, 1e-6, device=DEVICE)
+    table = rope_table(axis_frequencies(head_dim), (rows // 1560, 30, 52), DEVICE)
+    heads, token = width // head_dim, rows * width
+    return {
+        "modulated": (lambda x: glue.modulated(x, shift, scale, 1e-6, dtype), 6 * token),
+        "added": (lambda x: glue.added(x, y, gate), 10 * token),
+        "added_then_normed": (lambda x: glue.added_then_normed(x, y, gate, norm, dtype), 12 * token),
+        "added_then_modulated": (
+            lambda x: glue.added_then_modulated(x, y, shift, scale, 1e-6, dtype), 12 * token
+        ),
+        "normed_heads": (lambda x: glue.normed_heads(q, rms, heads), 4 * token),
+        "normed_heads, turned": (lambda x: glue.normed_heads(q, rms, heads, table), 4 * token),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steps_on_kernels_give_the_numbers_of_pytorch(choices, monkeypatch, dtype):
+    """And print what they take."""
+    rows = GRID[0] * GRID[1] * GRID[2]
+    x = 3 * torch.randn(1, rows, 5120, device=DEVICE) + 0.5
+    cloning = milliseconds(x.clone)
+    print(f"copy of the stream: {cloning:.3f} ms, {2 * x.nbytes / cloning / 1e9:.2f} TB/s")
+    with torch.no_grad():
+        for name, (call, nbytes) in steps(dtype, rows).items():
+            ours, took = call(x.clone()), milliseconds(partial(call, x.clone()))
+            with monkeypatch.context() as patch:
+                patch.setattr(glue, "_takes_kernels", lambda x: False)
+                expected, eager = call(x.clone()), milliseconds(partial(call, x.clone()))
+            speed = nbytes / took / 1e9
+            print(f"{name}: {took:.3f} ms, {speed:.2f} TB/s; PyTorch {eager:.3f} ms")
+            for a, b in zip(*(out if isinstance(out, tuple) else (out,) for out in (ours, expected))):
+                error = glue._relative(a, b)
+                assert error <= kernels.TOLERANCE, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_block_on_kernels(choices, monkeypatch, dtype, batch):
+    config = WanConfig(in_dim=36, dim=5120, ffn_dim=1024, num_heads=40, num_layers=1, image_dim=1280)
+    g = torch.Generator(DEVICE).manual_seed(0)
+    rand = partial(torch.randn, device=DEVICE, generator=g)
+    block = WanAttentionBlock(config, torch.nn, device=DEVICE, dtype=dtype).requires_grad_(False)
+    for p in block.parameters():
+        p.copy_(rand(p.shape) / p[0].numel() ** 0.5)
+    block.norm3.float()
+    x, modulation = rand(batch, 1560, 5120), rand(batch, 6, 5120)
+    text, image = (rand(batch, n, 5120).to(dtype) for n in (512, 257))
+    rope = rope_table(axis_frequencies(128), (1, 30, 52), DEVICE)
+    with torch.no_grad():
+        ours = block(x.clone(), modulation, text, image, rope, sdpa)
+        monkeypatch.setattr(glue, "_takes_kernels", lambda x: False)
+        expected = block(x.clone(), modulation, text, image, rope, sdpa)
+    print(f"relative difference {glue._relative(ours, expected):.1e}")
+    assert 0 < glue._relative(ours, expected) < kernels.TOLERANCE

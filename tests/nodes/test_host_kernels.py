@@ -1,0 +1,99 @@
+"""Kernels on the host's layers: norms give them their numbers as stored, patched and fetched."""
+
+from functools import partial
+
+import pytest
+import torch
+from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
+from helpers import relative
+from helpers_kernels import BOTH
+from safetensors.torch import load_file, save_file
+from test_gguf import pair  # noqa: F401
+from wan21 import host
+from wan21.host import kernels as host_kernels
+from wan21.wan import glue, kernels
+
+METADATA = {"config": '{"transformer": {"text_dim": 128}}'}
+LATENT = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+NORMS = [
+    "blocks.0.norm3.diff",
+    "blocks.1.norm3.diff_b",
+    "blocks.0.self_attn.norm_q.diff",
+    "blocks.1.self_attn.norm_k.diff",
+    "blocks.0.cross_attn.norm_q.diff",
+    "blocks.1.cross_attn.norm_k.diff",
+]
+
+
+@pytest.fixture
+def switch(monkeypatch):
+    """`switch(on)` turns the kernels on, in PyTorch and in any dtype, or off. Gives how often each ran."""
+    ran = dict.fromkeys(BOTH, 0)
+
+    def count(name, *args):
+        ran[name] += 1
+        return BOTH[name](*args)
+
+    def run(on):
+        ran.update(dict.fromkeys(BOTH, 0))
+        choices = {name: kernels.Choice(partial(count, name) if on else None) for name in BOTH}
+        monkeypatch.setattr(kernels, "choose", lambda name, *_: choices[name])
+        return ran
+
+    monkeypatch.setattr(glue, "_takes_kernels", lambda x: x.ndim == 3)  # on the pretended GPU too
+    return run
+
+
+@pytest.fixture(params=["float32", "bfloat16", "float8_e4m3fn", "fp8_e4m3fn", "gguf"])
+def loaded(request, files, tmp_path):
+    """The text-to-video model from a file in a dtype, with a weight_dtype, and from a GGUF file."""
+    if request.param == "gguf":
+        return host.load_model(request.getfixturevalue("pair")[0])
+    if request.param == "fp8_e4m3fn":
+        return host.load_model(files["t2v"], request.param)
+    dtype, path = getattr(torch, request.param), tmp_path / "stored.safetensors"
+    norms = dtype if dtype.itemsize > 1 else torch.bfloat16
+    state = {k: v.to(dtype if v.ndim == 2 else norms) for k, v in load_file(files["t2v"]).items()}
+    save_file(state, path, metadata=METADATA)
+    return host.load_model(path)
+
+
+@pytest.fixture(params=[(), (1.0, 0.5)], ids=["merged", "schedule"])
+def with_lora(request, tmp_path):
+    """Puts differences on the norms of a MODEL."""
+    g = torch.Generator().manual_seed(4)
+    file = {f"diffusion_model.{key}": torch.randn(256, generator=g) for key in NORMS}
+    path = tmp_path / "norms.safetensors"
+    save_file(file, path)
+    return lambda model: host.add_lora(model, host.read_lora(path, model), 1.0, request.param)
+
+
+def test_norms_lend_what_they_use(loaded, with_lora, prompts, sample, switch):
+    model = with_lora(loaded)
+    ran = switch(True)
+    ours = sample(model, *prompts, LATENT, steps=2)[0]["samples"]
+    # Steps, passes, blocks, calls; and the head's norm, float32 as here all is.
+    assert ran == {"residual_norm": 2 * 2 * (2 * 4 + 1), "rms_rope": 2 * 2 * 2 * 4}
+    switch(False)
+    plain, patched = (sample(m, *prompts, LATENT, steps=2)[0]["samples"] for m in (loaded, model))
+    assert relative(ours, patched) < 1e-5 and relative(ours, plain) > 1e-2
+
+
+def test_the_report_says_which_kernels_a_gpu_runs(models, prompts, sample, monkeypatch):
+    model, gpus = models["t2v"], [torch.device("cuda", i) for i in range(2)]
+    if model.load_device.type == "cpu":
+        assert host.kernels_of(model) is None
+        assert "kernels:" not in sample(model, *prompts, LATENT, steps=1)[1]
+    monkeypatch.setattr(host_kernels, "devices_of", lambda model: gpus)
+    assert host.kernels_of(model).startswith("none of our own: they ")  # without a GPU, or in float32
+    why = {gpus[0]: None, gpus[1]: "they need compute capability 8.0 and the device has 7.5"}
+
+    def choices(device, *sizes):
+        return dict.fromkeys(BOTH, kernels.Choice(None if why[device] else len, why[device]))
+
+    monkeypatch.setattr(host_kernels, "kernel_choices", choices)
+    expected = f"on cuda:0 residual_norm, rms_rope; on cuda:1 none of our own: {why[gpus[1]]}"
+    assert f"kernels: {expected}\n" in sample(model, *prompts, LATENT, steps=1)[1]
+    compiled = model.clone()
+    compiled.model_options[TORCH_COMPILE_KWARGS] = {"backend": "inductor"}
+    assert "the MODEL is compiled" in host.kernels_of(compiled)
