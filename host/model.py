@@ -24,7 +24,7 @@ from ..wan.option import Call
 from ..wan.refusal import Refusal, printable
 from .attention import attention_of
 from .conditioning import missing_clip_vision, refuse_more_features
-from .operations import with_lent_norms
+from .operations import lending
 from .patches import (
     changed_in_host,
     patch_inside_blocks,
@@ -79,7 +79,7 @@ class HostWanModel(WanModel):
         stored: Mapping[str, torch.dtype] = MappingProxyType({}),
     ):
         fp8 = dtype if dtype is not None and dtype.itemsize == 1 else None
-        operations = with_lent_norms(operations)
+        operations = lending(operations)
         super().__init__(config, operations, device, dtype if fp8 is None else compute_dtype)
         self.dtype = dtype
         self.built_as = type(self)  # some packs change the class of a model

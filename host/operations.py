@@ -16,7 +16,7 @@ from ..wan.refusal import Refusal
 
 
 class _Lends(comfy.ops.CastWeightBiasOp):
-    """A norm of the host's whose numbers may be used outside it."""
+    """A layer of the host's whose numbers may be used outside it."""
 
     @contextmanager
     def lend(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -28,12 +28,17 @@ class _Lends(comfy.ops.CastWeightBiasOp):
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
 
-def with_lent_norms(operations: ModuleType | type) -> ModuleType | type:
-    """The host's layers with norms that lend their numbers to `wan.glue`; others as they are."""
-    if not isinstance(operations, type) or not issubclass(operations, comfy.ops.disable_weight_init):
+def lending(operations: ModuleType | type) -> ModuleType | type:
+    """The host's layers, those that lend their numbers to `wan.glue` which cast them and no more."""
+    plain = comfy.ops.disable_weight_init
+    if not isinstance(operations, type) or not issubclass(operations, plain):
         return operations
-    norms = {name: type(name, (_Lends, getattr(operations, name)), {}) for name in ("LayerNorm", "RMSNorm")}
-    return type(operations.__name__, (operations,), norms)
+    layers = {}
+    for name in ("LayerNorm", "RMSNorm", "Linear"):
+        layer, casting = getattr(operations, name), "forward_comfy_cast_weights"
+        if getattr(layer, casting, None) is getattr(getattr(plain, name), casting):
+            layers[name] = type(name, (_Lends, layer), {})
+    return type(operations.__name__, (operations,), layers)
 
 
 class CpuOperations(comfy.ops.manual_cast):

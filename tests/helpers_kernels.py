@@ -18,9 +18,14 @@ def rms_rope(x, weight, eps, heads, table):
     return normed if table is None else apply_rope(normed, table)
 
 
-BOTH = {"residual_norm": residual_norm, "rms_rope": rms_rope}
+def gelu_product(x, weight, bias):
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
+ALL = {"residual_norm": residual_norm, "rms_rope": rms_rope, "gelu_product": gelu_product}
+
+
+# What they take, for tensors without data.
 def residual_norm_room(x, y, gate, affine, eps, dtype):
     return None if affine is None else torch.empty(x.shape, dtype=dtype, device=x.device)
 
@@ -29,4 +34,8 @@ def rms_rope_room(x, weight, eps, heads, table):
     return torch.empty_like(x).unflatten(-1, (heads, -1))
 
 
-ROOM = {"residual_norm": residual_norm_room, "rms_rope": rms_rope_room}  # for tensors without data
+def gelu_product_room(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+ROOM = {"residual_norm": residual_norm_room, "rms_rope": rms_rope_room, "gelu_product": gelu_product_room}

@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import AttentionFn, sdpa
 from .config import PATCH_SIZE, WanConfig
 from .device import is_wide
-from .glue import added, added_then_modulated, added_then_normed, modulated, normed_heads
-from .inplace import may_overwrite
+from .glue import GELU, activated, added, added_then_modulated, added_then_normed, modulated, normed_heads
 from .rope import axis_frequencies, rope_table
 from .shard import ALL, WHOLE, Shard
 
@@ -99,16 +97,6 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1).float()  # (B, dim)
 
 
-class GELU(nn.Module):
-    """GELU by tanh. Its input, the hidden layer, is the largest tensor of a step: no second one where it
-    `may_overwrite`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if may_overwrite():
-            return torch.ops.aten.gelu_(x, approximate="tanh")
-        return F.gelu(x, approximate="tanh")
-
-
 class WanSelfAttention(nn.Module):
     """Queries, keys and values of the tokens. The block attends and applies `o`: x is freed by then."""
 
@@ -171,6 +159,14 @@ class WanCrossAttention(WanSelfAttention):
         return self.o(y.flatten(2))  # (B, L, D)
 
 
+class FeedForward(nn.Sequential):
+    """Linear, GELU, Linear: tokens [B, rows, D] -> the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, activation, down = self
+        return down(activated(x, up, activation))  # (B, rows, D)
+
+
 class WanAttentionBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, each added to the stream.
 
@@ -184,7 +180,7 @@ class WanAttentionBlock(nn.Module):
         self.self_attn = WanSelfAttention(config, operations, **kw)
         self.norm3 = operations.LayerNorm(config.dim, config.eps, elementwise_affine=True, **kw)
         self.cross_attn = WanCrossAttention(config, operations, **kw)
-        self.ffn = nn.Sequential(
+        self.ffn = FeedForward(
             operations.Linear(config.dim, config.ffn_dim, **kw),
             GELU(),
             operations.Linear(config.ffn_dim, config.dim, **kw),

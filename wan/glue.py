@@ -1,11 +1,11 @@
-"""What lies between the matrix products and the attention: norms, modulation, residual steps, RoPE.
+"""What lies between the matrix products and the attention: norms, modulation, residual steps, RoPE, GELU.
 
 B batch, L tokens, D width, N heads. The stream x is [B, L, D] in float32; what goes into a product is in the
 compute dtype. A residual step stands together with the norm that reads its result, so that one pass over the
 stream can do both.
 
-PyTorch's own operations are the reference. `wan.kernels` has the same in Triton, taken where tensors may be
-changed in place, nothing is being compiled, and the kernel has been found to agree on the device.
+PyTorch's own operations are the reference. `wan.kernels` has the same in fewer passes, taken where tensors
+may be changed in place, nothing is being compiled, and the kernel has been found to agree on the device.
 """
 
 import math
@@ -86,11 +86,31 @@ def normed_heads(x: Tensor, norm: nn.Module, heads: int, rope: Tensor | None = N
     return x if rope is None else apply_rope(x, rope)
 
 
+class GELU(nn.Module):
+    """GELU by tanh. Its input, the hidden layer, is the largest tensor of a step: no second one where it
+    `may_overwrite`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if may_overwrite():
+            return torch.ops.aten.gelu_(x, approximate="tanh")
+        return F.gelu(x, approximate="tanh")
+
+
+def activated(x: Tensor, linear: nn.Module, activation: nn.Module) -> Tensor:
+    """`activation` of a product: [B, L, D] -> [B, L, hidden]. A GELU rides on the product where it can."""
+    rides = _takes_kernels(x) and type(activation) is GELU and not is_changed(activation)
+    kernel = _choice("gelu_product", x.device, x.dtype, x.shape[-1]).function if rides else None
+    if kernel and (lent := _lent(linear, x)):
+        with lent as (weight, bias):
+            return kernel(x, weight, bias)
+    return activation(linear(x))
+
+
 def kernel_choices(
     device: torch.device, dtype: torch.dtype, width: int, head_dim: int
 ) -> dict[str, kernels.Choice]:
     """Which kernels a model of this width takes on a device, by name."""
-    sizes = {"residual_norm": (width,), "rms_rope": (width, head_dim)}
+    sizes = {"residual_norm": (width,), "rms_rope": (width, head_dim), "gelu_product": (width,)}
     return {name: _choice(name, device, dtype, *numbers) for name, numbers in sizes.items()}
 
 
@@ -130,17 +150,17 @@ def _takes_kernels(x: Tensor) -> bool:
     return x.ndim == 3 and x.stride()[1:] == (x.shape[-1], 1)
 
 
-def _lent(norm: nn.Module, x: Tensor) -> AbstractContextManager[tuple[Tensor, Tensor | None]] | None:
-    """Weight and bias of a norm as it uses them on x; None where it does something of its own.
+def _lent(layer: nn.Module, x: Tensor) -> AbstractContextManager[tuple[Tensor, Tensor | None]] | None:
+    """Weight and bias of a layer as it uses them on x; None where it does something of its own.
 
     A host's layer that casts, patches or fetches them has a method `lend` for that.
     """
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if is_changed(norm) or weight is None or (bias is None and isinstance(norm, nn.LayerNorm)):
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if is_changed(layer) or weight is None or (bias is None and not isinstance(layer, nn.RMSNorm)):
         return None
-    if lend := getattr(norm, "lend", None):
+    if lend := getattr(layer, "lend", None):
         return lend(x)
-    return nullcontext((weight, bias)) if type(norm) in (nn.LayerNorm, nn.RMSNorm) else None
+    return nullcontext((weight, bias)) if type(layer) in (nn.LayerNorm, nn.RMSNorm, nn.Linear) else None
 
 
 def _choice(name: str, device: torch.device, dtype: torch.dtype, *sizes: int) -> kernels.Choice:
@@ -187,6 +207,15 @@ def _rms_rope_distance(
     return max(plain, _relative(kernel(x, weight, 1e-6, heads, table), apply_rope(normed, table)))
 
 
+@torch.no_grad()
+def _gelu_product_distance(device: torch.device, dtype: torch.dtype, width: int, kernel: Callable) -> float:
+    """The relative difference of `gelu_product`, on a hidden layer as narrow as there are tokens."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(2, CHECK_TOKENS, width, generator=g).to(device, dtype) for _ in range(2))
+    weight, bias = weight[0] / width**0.5, x[0, 0, :CHECK_TOKENS].contiguous()
+    return _relative(kernel(x, weight, bias), F.gelu(F.linear(x, weight, bias), approximate="tanh"))
+
+
 def _relative(ours: Tensor, expected: Tensor) -> float:
     ours, expected = ours.float(), expected.float()
     off = float((ours - expected).norm() / expected.norm())
@@ -196,4 +225,5 @@ def _relative(ours: Tensor, expected: Tensor) -> float:
 _DISTANCES: dict[str, Callable[..., float]] = {
     "residual_norm": _residual_norm_distance,
     "rms_rope": _rms_rope_distance,
+    "gelu_product": _gelu_product_distance,
 }

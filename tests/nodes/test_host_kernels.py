@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from helpers import relative
-from helpers_kernels import BOTH
+from helpers_kernels import ALL
 from safetensors.torch import load_file, save_file
 from test_gguf import pair  # noqa: F401
 from wan21 import host
@@ -28,15 +28,15 @@ NORMS = [
 @pytest.fixture
 def switch(monkeypatch):
     """`switch(on)` turns the kernels on, in PyTorch and in any dtype, or off. Gives how often each ran."""
-    ran = dict.fromkeys(BOTH, 0)
+    ran = dict.fromkeys(ALL, 0)
 
     def count(name, *args):
         ran[name] += 1
-        return BOTH[name](*args)
+        return ALL[name](*args)
 
     def run(on):
-        ran.update(dict.fromkeys(BOTH, 0))
-        choices = {name: kernels.Choice(partial(count, name) if on else None) for name in BOTH}
+        ran.update(dict.fromkeys(ALL, 0))
+        choices = {name: kernels.Choice(partial(count, name) if on else None) for name in ALL}
         monkeypatch.setattr(kernels, "choose", lambda name, *_: choices[name])
         return ran
 
@@ -73,7 +73,9 @@ def test_norms_lend_what_they_use(loaded, with_lora, prompts, sample, switch):
     ran = switch(True)
     ours = sample(model, *prompts, LATENT, steps=2)[0]["samples"]
     # Steps, passes, blocks, calls; and the head's norm, float32 as here all is.
-    assert ran == {"residual_norm": 2 * 2 * (2 * 4 + 1), "rms_rope": 2 * 2 * 2 * 4}
+    packed = hasattr(loaded.model.diffusion_model.blocks[0].ffn[0], "packed")
+    rides = 0 if packed or not hasattr(loaded.model.diffusion_model.blocks[0].ffn[0], "lend") else 2 * 2 * 2
+    assert ran == {"residual_norm": 2 * 2 * (2 * 4 + 1), "rms_rope": 2 * 2 * 2 * 4, "gelu_product": rides}
     switch(False)
     plain, patched = (sample(m, *prompts, LATENT, steps=2)[0]["samples"] for m in (loaded, model))
     assert relative(ours, patched) < 1e-5 and relative(ours, plain) > 1e-2
@@ -89,10 +91,10 @@ def test_the_report_says_which_kernels_a_gpu_runs(models, prompts, sample, monke
     why = {gpus[0]: None, gpus[1]: "they need compute capability 8.0 and the device has 7.5"}
 
     def choices(device, *sizes):
-        return dict.fromkeys(BOTH, kernels.Choice(None if why[device] else len, why[device]))
+        return dict.fromkeys(ALL, kernels.Choice(None if why[device] else len, why[device]))
 
     monkeypatch.setattr(host_kernels, "kernel_choices", choices)
-    expected = f"on cuda:0 residual_norm, rms_rope; on cuda:1 none of our own: {why[gpus[1]]}"
+    expected = f"on cuda:0 residual_norm, rms_rope, gelu_product; on cuda:1 none of our own: {why[gpus[1]]}"
     assert f"kernels: {expected}\n" in sample(model, *prompts, LATENT, steps=1)[1]
     compiled = model.clone()
     compiled.model_options[TORCH_COMPILE_KWARGS] = {"backend": "inductor"}

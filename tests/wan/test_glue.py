@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import relative
-from helpers_kernels import BOTH, ROOM
+from helpers_kernels import ALL, ROOM
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -72,17 +72,17 @@ def fake_kernels(moved):
         moved.count("rms_rope", [x, weight, table], [out])
         return out
 
-    return {"residual_norm": residual_norm, "rms_rope": rms_rope}
+    # What it reads and writes is the product's.
+    return {"residual_norm": residual_norm, "rms_rope": rms_rope, "gelu_product": ROOM["gelu_product"]}
 
 
-def moved_by_a_block(monkeypatch, with_kernels):
+def moved_by_a_block(monkeypatch, names):
     """A block and pass of the 14B model, 81 frames of 832x480: shapes on a GPU, and no data."""
     config, grid, half = SIZES["i2v-14B"], (21, 30, 52), torch.bfloat16
     moved = Moved()
-    if with_kernels:
-        fake = fake_kernels(moved)
-        monkeypatch.setattr(glue, "_takes_kernels", lambda x: True)
-        monkeypatch.setattr(kernels, "choose", lambda name, *_: kernels.Choice(fake[name]))
+    fake = fake_kernels(moved)
+    monkeypatch.setattr(glue, "_takes_kernels", lambda x: True)
+    monkeypatch.setattr(kernels, "choose", lambda n, *_: kernels.Choice(fake[n] if n in names else None))
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         block = WanAttentionBlock(config, torch.nn, dtype=half)
         block.norm3 = torch.nn.LayerNorm(config.dim, config.eps)  # as one that casts its weights to its input
@@ -94,9 +94,14 @@ def moved_by_a_block(monkeypatch, with_kernels):
     return moved
 
 
-@pytest.mark.parametrize("with_kernels, least, most", [(False, 23, 24), (True, 11.5, 11.6)])
-def test_bytes_between_the_products(monkeypatch, with_kernels, least, most):
-    moved = moved_by_a_block(monkeypatch, with_kernels)
+TRITON = ("residual_norm", "rms_rope")
+
+
+@pytest.mark.parametrize(
+    "names, least, most", [((), 23, 24), (TRITON, 11.5, 11.6), ((*TRITON, "gelu_product"), 9.7, 9.8)]
+)
+def test_bytes_between_the_products(monkeypatch, names, least, most):
+    moved = moved_by_a_block(monkeypatch, names)
     assert least * GB < moved.bytes <= most * GB, moved.by_name
 
 
@@ -116,13 +121,13 @@ def block():
 @pytest.fixture
 def called(monkeypatch):
     """Turns the kernels on, in PyTorch; how often each has been called."""
-    counts = dict.fromkeys(BOTH, 0)
+    counts = dict.fromkeys(ALL, 0)
 
     def count(name, *args):
         counts[name] += 1
-        return BOTH[name](*args)
+        return ALL[name](*args)
 
-    choices = {name: kernels.Choice(partial(count, name)) for name in BOTH}
+    choices = {name: kernels.Choice(partial(count, name)) for name in ALL}
     monkeypatch.setattr(kernels, "choose", lambda name, *_: choices[name])
     return counts
 
@@ -140,7 +145,7 @@ def test_a_block_on_kernels(block, called, monkeypatch, batch, parts):
     """Also of two samples in parts, whose tokens do not lie one after the other."""
     with torch.no_grad():
         ours = run(block, batch, parts)
-        assert called == {"residual_norm": 4 * parts, "rms_rope": 5 * parts}
+        assert called == {"residual_norm": 4 * parts, "rms_rope": 5 * parts, "gelu_product": parts}
         monkeypatch.setattr(kernels, "choose", lambda *_: kernels.Choice(None))
         assert relative(ours, run(block, batch, parts)) < 2e-3
 
@@ -150,7 +155,7 @@ def test_not_where_gradients_are_wanted_or_code_is_traced(block, called, monkeyp
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with torch.no_grad():
         run(block)
-    assert called == {"residual_norm": 0, "rms_rope": 0}
+    assert not any(called.values())
 
 
 class Halved(torch.nn.RMSNorm):
@@ -183,3 +188,13 @@ def test_a_norm_that_does_something_of_its_own_is_called(block, called, monkeypa
         monkeypatch.setattr(kernels, "choose", lambda *_: kernels.Choice(None))
         expected = run(block)
     assert relative(ours, expected) < 2e-3 < relative(ours, plain)
+
+
+@pytest.mark.parametrize("change", [replaced_forward, hooked])
+@pytest.mark.parametrize("name", ["ffn.0", "ffn.1"])
+def test_a_changed_layer_of_the_feed_forward_is_called(block, called, name, change):
+    with torch.no_grad():
+        plain = run(block)
+        change(block.get_submodule(name))
+        assert relative(run(block), plain) > 1e-3
+    assert called["gelu_product"] == 1

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from wan21.wan import glue, kernels
+from wan21.wan.kernels.gelu_product import gelu_product
 
 try:
     import triton
@@ -54,10 +55,14 @@ def test_the_interpreter_gives_the_numbers_of_pytorch(interpreted):
 @needs_triton
 def test_a_block_on_kernels_is_the_block(interpreted):
     blocks = interpreted["blocks"]
-    assert blocks.pop("taken") == {"residual_norm": True, "rms_rope": True}  # by the check of the first use
+    assert blocks.pop("taken") == {
+        "residual_norm": True,
+        "rms_rope": True,
+        "gelu_product": False,
+    }  # by the check of the first use
     for name, found in blocks.items():
         assert found["off"] < 1e-3, blocks
-        assert found["ran"] == (27 if "parts 3" in name else 9), blocks
+        assert found["ran"] == (30 if "parts 3" in name else 10), blocks
 
 
 @needs_triton
@@ -241,8 +246,33 @@ def test_what_is_missing_is_named(device, monkeypatch, tmp_path, without, why):
 def test_the_report_names_each_that_is_not_taken():
     choices = {"residual_norm": kernels.Choice(len), "rms_rope": kernels.Choice(None, "differs")}
     assert kernels.describe(choices) == "residual_norm; not rms_rope: differs"
+    choices["gelu_product"] = choices["rms_rope"]
+    assert kernels.describe(choices) == "residual_norm; not rms_rope, gelu_product: differs"
+
+
+@pytest.mark.parametrize(
+    "capability, taken", [((8, 0), True), ((8, 9), True), ((9, 0), True), ((12, 0), False)]
+)
+def test_gelu_rides_on_products_up_to_hopper(device, monkeypatch, capability, taken):
+    """Where Triton is missing too."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(kernels, "_without_triton", lambda: "Triton is not installed")
+    choice = kernels.choose("gelu_product", device, BF16, (5120,), lambda function: 0.0)
+    assert (choice.function is not None) == taken
+    assert taken or choice.why == "of use up to compute capability 9.0, and the device has 12.0"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_the_product_with_gelu(dtype):
+    """On a CPU it takes the other formula of GELU, which differs by up to 5e-4."""
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=g).to(dtype) for shape in ((2, 5, 64), (96, 64), (96,)))
+    expected = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias))
+    assert torch.allclose(
+        gelu_product(x, weight, bias), expected, atol=1e-5 if dtype == torch.float32 else 0.1
+    )
 
 
 def test_no_kernel_on_a_cpu():
     found = glue.kernel_choices(torch.device("cpu"), BF16, 5120, 128)
-    assert [choice.function for choice in found.values()] == [None, None]
+    assert [choice.function for choice in found.values()] == [None] * 3

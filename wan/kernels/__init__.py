@@ -1,4 +1,4 @@
-"""Triton kernels of `wan.glue`, and where they are taken.
+"""Kernels of `wan.glue`, in Triton but for one, and where they are taken.
 
 They are for NVIDIA GPUs and 16 bits. Each is run on a few tokens at its first use on a device and compared
 with PyTorch's own operations; where it differs, cannot be built or cannot run, those stay for the process.
@@ -19,6 +19,8 @@ from ..out_of_memory import is_out_of_memory
 
 SWITCH = "WAN21_KERNELS"
 CAPABILITY = (8, 0)  # least; bfloat16 needs it
+NEWEST = {"gelu_product": (9, 0)}  # on 12.0 product and GELU apart are faster (SGLang, pull request 34350)
+WITHOUT_TRITON = {"gelu_product"}
 MAX_WIDTH = 8192  # of a token that stays in the registers of one program
 TOLERANCE = 0.01  # of the relative difference; bfloat16 rounds by up to 0.004
 
@@ -65,14 +67,19 @@ def choose(
 def describe(choices: Mapping[str, Choice]) -> str:
     """Which kernels are taken and why others are not, for the report."""
     taken = [name for name, choice in choices.items() if choice.function is not None]
-    others = {name: choice.why for name, choice in choices.items() if choice.function is None}
-    if not taken and len(set(others.values())) == 1:
-        return f"none of our own: {next(iter(others.values()))}"
-    return "; ".join([", ".join(taken) or "none", *(f"not {name}: {why}" for name, why in others.items())])
+    others: dict[str, list[str]] = {}
+    for name, choice in choices.items():
+        if choice.function is None:
+            others.setdefault(choice.why, []).append(name)
+    if not taken and len(others) == 1:
+        return f"none of our own: {next(iter(others))}"
+    return "; ".join(
+        [", ".join(taken) or "none", *(f"not {', '.join(names)}: {why}" for why, names in others.items())]
+    )
 
 
 def _decide(name: str, device: torch.device, dtype: torch.dtype, width: int, distance: Distance) -> Choice:
-    if why := obstacle(device, dtype, width):
+    if why := obstacle(name, device, dtype, width):
         return Choice(None, why)
     try:
         function = getattr(importlib.import_module(f".{name}", __name__), name)
@@ -86,21 +93,31 @@ def _decide(name: str, device: torch.device, dtype: torch.dtype, width: int, dis
     return Choice(function)
 
 
-def obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """Why no kernel is tried, or None."""
+def obstacle(name: str, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why a kernel is not tried, or None."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH} is 0"
     if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
         return "they are for NVIDIA GPUs"
     if dtype.itemsize != 2:
         return f"they work in 16 bits and the model in {str(dtype).removeprefix('torch.')}"
+    capability = torch.cuda.get_device_capability(device)
+    least, newest = CAPABILITY, NEWEST.get(name, capability)
+    if capability < least:
+        return f"they need compute capability {_version(least)} and the device has {_version(capability)}"
+    if capability > newest:
+        return (
+            f"of use up to compute capability {_version(newest)}, and the device has {_version(capability)}"
+        )
+    if name in WITHOUT_TRITON:
+        return None
     if width > MAX_WIDTH:
         return f"they take a width of up to {MAX_WIDTH} and the model has {width}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < CAPABILITY:
-        needed, have = (".".join(map(str, c)) for c in (CAPABILITY, capability))
-        return f"they need compute capability {needed} and the device has {have}"
     return _without_triton()
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 @cache
