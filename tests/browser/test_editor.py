@@ -19,6 +19,7 @@ I2V = "Wan2.1 image to video (i2v).json"
 EDITOR_ONLY = {"MarkdownNote", "Note"}  # not part of what is queued
 TITLE_HEIGHT = 30
 LATENT_FRAMES = 3
+SHAPE = (112, 64)  # of a run: nearly that of 832x480, which the templates make
 LAPTOP = {"width": 1600, "height": 900}
 LEAST_ZOOM = 0.572  # below it the classic renderer draws no text
 DRAWN_MS = 1500  # Nodes 2.0 measures its nodes after it has drawn them
@@ -311,7 +312,8 @@ def is_link(value):
 
 def test_graph_runs_from_the_editor(page, server, drawn_by):
     api = read(ROOT / "workflows" / "api" / I2V)
-    small = small_graph(api, num_frames=4 * LATENT_FRAMES - 3)
+    width, height = SHAPE
+    small = small_graph(api, SHAPE, num_frames=4 * LATENT_FRAMES - 3)
     seed = 1 + (drawn_by == "classic")  # the host would not run the same again
     small = fill(small, "Sampler", seed=seed)
     load_graph(page, read(ROOT / "workflows" / I2V))
@@ -324,9 +326,9 @@ def test_graph_runs_from_the_editor(page, server, drawn_by):
     seen = page.evaluate("() => window.seen")
     assert seen["ended"][0] == "execution_success", seen["ended"][1]
     sampler = next(node_id for node_id, node in small.items() if node["class_type"] == "Wan21Sampler")
-    previews = [(width, height) for node_id, width, height in seen["previews"] if node_id == sampler]
+    previews = [(w / width, h / height) for node_id, w, h in seen["previews"] if node_id == sampler]
     assert previews, "no preview of the sampler came"
-    assert {round(width / height) for width, height in previews} == {LATENT_FRAMES}, "not a strip of frames"
+    assert {round(w / h) for w, h in previews} == {LATENT_FRAMES}, "not a strip of frames"
     assert [file.suffix for file in videos(server) - before] == [".mp4"]
     page.wait_for_timeout(DRAWN_MS)
     boxes = boxes_of(page, drawn_by)  # with the preview and the video shown

@@ -111,7 +111,8 @@ def test_they_are_listed_and_others_load(client, harmful):
 @pytest.fixture(scope="module")
 def graph(server):
     image = server.client.upload_image(PICTURE)
-    api = json.loads((ROOT / "workflows" / "api" / "Wan2.1 image to video.json").read_text(encoding="utf-8"))
+    path = ROOT / "workflows" / "api" / "Wan2.1 image to video (i2v).json"
+    api = json.loads(path.read_text(encoding="utf-8"))
     return fill(small_graph(api, (64, 48), 5, image=image, video=None), "Wan21Sampler", steps=1)
 
 

@@ -81,9 +81,9 @@ def test_a_file_in_bf16_is_computed_in_bf16(files, tmp_path, monkeypatch, stored
 @pytest.mark.skipif(
     comfy.model_management.get_torch_device().type != "cpu", reason="it is about the CPU, and there is a GPU"
 )
-@pytest.mark.parametrize(
-    "stored, asked, flag, has_it, computed",
-    [
+def test_a_cpu_computes_in_bf16_where_it_can_and_is_asked(files, job, sample, tmp_path, monkeypatch):
+    weights = load_file(files["t2v"])
+    for stored, asked, flag, has_it, computed in [
         (torch.float32, "bf16", False, True, torch.bfloat16),
         (torch.float16, "bf16", False, True, torch.bfloat16),
         (torch.bfloat16, "default", True, True, torch.bfloat16),
@@ -94,23 +94,17 @@ def test_a_file_in_bf16_is_computed_in_bf16(files, tmp_path, monkeypatch, stored
         (torch.float32, "fp16", False, True, torch.float32),
         (torch.float32, "bf16", False, False, torch.float32),
         (torch.bfloat16, "default", True, False, torch.float32),
-    ],
-)
-def test_a_cpu_computes_in_bf16_where_it_can_and_is_asked(
-    files, job, sample, tmp_path, monkeypatch, stored, asked, flag, has_it, computed
-):
-    monkeypatch.setattr(load, "multiplies_in_bf16", lambda device: has_it)
-    monkeypatch.setattr(load.args, "bf16_unet", flag)
-    state = store_in(load_file(files["t2v"]), stored)
-    model = host.load_model(save(state, tmp_path / "stored.safetensors"), asked)
-    assert model.model.get_dtype_inference() == computed
-    assert host.notes_on_file(model) == ([load.IN_BF16] if computed == torch.bfloat16 else [])
-    exact = host.load_model(
-        save({k: v.float() for k, v in state.items()}, tmp_path / "exact.safetensors"), "fp32"
-    )
-    ours, expected = (sample(m, *job, steps=2)[0]["samples"] for m in (model, exact))
-    error = relative(ours, expected)
-    assert 1e-4 < error < 0.03 if computed == torch.bfloat16 else error < 4e-3  # weights rounded to 16 bits
+    ]:
+        monkeypatch.setattr(load, "multiplies_in_bf16", lambda device, has_it=has_it: has_it)
+        monkeypatch.setattr(load.args, "bf16_unet", flag)
+        state, case = store_in(weights, stored), f"{stored}, asked for {asked}"
+        model = host.load_model(save(state, tmp_path / "stored.safetensors"), asked)
+        assert model.model.get_dtype_inference() == computed, case
+        assert host.notes_on_file(model) == ([load.IN_BF16] if computed == torch.bfloat16 else []), case
+        wide = save({k: v.float() for k, v in state.items()}, tmp_path / "wide.safetensors")
+        exact = sample(host.load_model(wide, "fp32"), *job, steps=2)[0]["samples"]
+        error = relative(sample(model, *job, steps=2)[0]["samples"], exact)
+        assert 1e-4 < error < 0.03 if computed == torch.bfloat16 else error < 4e-3, case
 
 
 def test_what_the_device_cannot_hold_is_converted(files, job, sample, tmp_path, monkeypatch):
