@@ -13,6 +13,7 @@ from .nodes.lora import Wan21LoraLoader
 from .nodes.sampler import Wan21Sampler
 from .nodes.upsample import Wan21SpatialUpsample, Wan21TemporalUpsample
 from .nodes.vae_decode import Wan21VAEDecode
+from .nodes.workers import Wan21Workers
 
 MODELS = Path(__file__).parent / "models"  # the bundled small checkpoint
 
@@ -35,6 +36,7 @@ class Wan21Extension(ComfyExtension):
             Wan21VAELoader,
             Wan21LoraLoader,
             Wan21ImageToVideo,
+            Wan21Workers,
             Wan21Sampler,
             Wan21VAEDecode,
             Wan21TemporalUpsample,

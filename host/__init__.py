@@ -16,7 +16,7 @@ from .conditioning import (
     not_finite,
     trim_clip_vision,
 )
-from .devices import devices_of, spread
+from .devices import devices_of, gpu_count, spread
 from .guide import GUIDE, has_guide, with_guide
 from .kernels import kernels_of
 from .latent_file import KeptLatent
@@ -26,6 +26,7 @@ from .memory import MemoryWatch, frame_device, need_host_bytes, plan_memory
 from .model import checkpoint_name, config_of, is_ours
 from .patches import changed_in_host, ignored_patches, refused_patch
 from .progress import Progress, StepProgress, check_cancelled, speaking_as, tell
+from .remote import is_remote, process_settings, recipe_of, remote_model, workers_report
 from .sampling import Prepared, as_video_latent, fresh_noise, run_sampling, sigma_below_one
 from .stored import spoilt_weight
 from .text_encoder import load_text_encoder
@@ -65,9 +66,11 @@ __all__ = [
     "fill_spans_with_model",
     "frame_device",
     "fresh_noise",
+    "gpu_count",
     "has_guide",
     "ignored_patches",
     "is_ours",
+    "is_remote",
     "kernels_of",
     "latent_device",
     "load_model",
@@ -82,8 +85,11 @@ __all__ = [
     "other_family",
     "packed_by_another_pack",
     "plan_memory",
+    "process_settings",
     "read_lora",
+    "recipe_of",
     "refused_patch",
+    "remote_model",
     "retry_of",
     "run_sampling",
     "sigma_below_one",
@@ -98,4 +104,5 @@ __all__ = [
     "vae_shape",
     "why_nan",
     "with_guide",
+    "workers_report",
 ]

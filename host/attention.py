@@ -24,6 +24,7 @@ EXACT = (  # of the host's
     host_attention.attention_xformers,
     host_attention.attention_flash,
 )
+SUB_QUADRATIC = "the host's sub-quadratic attention"
 
 
 def has_own_attention(transformer_options: dict) -> bool:
@@ -78,6 +79,18 @@ def choose_attention_for(model: ModelPatcher, name: str) -> Attention | None:
     return chosen[0] if len({attention.name for attention in chosen}) == 1 else SDPA
 
 
+def attention_named(model: ModelPatcher, name: str) -> Attention:
+    """The attention that another process calls so, for a MODEL of ours here.
+
+    Raises:
+        Refusal: it cannot be had here.
+    """
+    if name == SUB_QUADRATIC:
+        return Attention(name, _of_the_host(host_attention.attention_sub_quad))
+    head_dim = model.model.diffusion_model.config.head_dim
+    return choose_attention(name, model.load_device, model.model.get_dtype_inference(), head_dim, _barred())
+
+
 def _barred() -> dict[str, str]:
     return {"xformers": "ComfyUI was started with --disable-xformers"} if args.disable_xformers else {}
 
@@ -109,4 +122,4 @@ def retry_of(model: ModelPatcher, attention: Attention | None) -> Attention | No
     if model.load_device.type == "cpu" or comfy.model_management.pytorch_attention_enabled():
         return SDPA
     # SDPA would make the matrix of all scores: 86 GB for 81 frames of 832x480 and 40 heads.
-    return Attention("the host's sub-quadratic attention", _of_the_host(host_attention.attention_sub_quad))
+    return Attention(SUB_QUADRATIC, _of_the_host(host_attention.attention_sub_quad))

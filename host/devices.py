@@ -30,6 +30,11 @@ def devices_of(model: ModelPatcher) -> list[torch.device]:
     return [one.load_device for one in patchers_of(model)]
 
 
+def gpu_count(model: ModelPatcher) -> int:
+    """GPUs of the kind that a MODEL is on; 0 on the CPU."""
+    return torch.cuda.device_count() if model.load_device.type == "cuda" else 0
+
+
 def spread(model: ModelPatcher, pass_names: Sequence[str]) -> tuple[ModelPatcher, list[str]]:
     """A MODEL for a run of these passes, with as many copies as have a pass of their own.
 

@@ -125,13 +125,13 @@ def add_lora(
         whole_at_use = all(PREFIX + key in at_use for key in is_merged)
         model.patches_uuid = loaded_as if whole_at_use else uuid4()
     else:
-        model.set_attachments(KEY, (*_scheduled_loras(model), ScheduledLora(lora.patches, values)))
+        model.set_attachments(KEY, (*scheduled_loras(model), ScheduledLora(lora.patches, values)))
     if len(set(values)) > 1 or not all(is_merged.values()):
         work_in_at_use(model)
     return model
 
 
-def _scheduled_loras(model: ModelPatcher) -> tuple[ScheduledLora, ...]:
+def scheduled_loras(model: ModelPatcher) -> tuple[ScheduledLora, ...]:
     """Those of a MODEL, in the order of their nodes. The host hands attachments on to clones."""
     return model.get_attachment(KEY) or ()
 
@@ -181,7 +181,7 @@ def _merged_bare(model: ModelPatcher) -> dict[str, list[tuple]]:
         for key, patches in model.patches.items()
         if key not in at_use and key.startswith(PREFIX) and is_bare(model.model, key.removeprefix(PREFIX))
     }
-    scheduled = {key for lora in _scheduled_loras(model) for key, _ in lora.patches}
+    scheduled = {key for lora in scheduled_loras(model) for key, _ in lora.patches}
     return bare if scheduled & bare.keys() or any(map(_has_ours, bare.values())) else {}
 
 
@@ -201,10 +201,10 @@ def _loras_at_use(model: ModelPatcher) -> tuple[ScheduledLora, ...]:
                 changes = chain.setdefault((place, strength), [])
                 changes.append((key.removeprefix(PREFIX), Patch(*patch.weights)))
     constant = [ScheduledLora(chain[at], [at[1]]) for at in sorted(chain, key=lambda at: at[0])]
-    return (*constant, *_scheduled_loras(model))
+    return (*constant, *scheduled_loras(model))
 
 
-class _AtUse:
+class AtUse:
     """A patcher that does not merge what a run works in. The list itself is there for all that read it."""
 
     patches: dict[str, list[tuple]]
@@ -274,7 +274,7 @@ class _AtUse:
 
 
 def _refuse_scheduled(model: ModelPatcher, done: str) -> None:
-    if loras := _scheduled_loras(model):
+    if loras := scheduled_loras(model):
         values = ", ".join(f"{value:g}" for value in loras[0].values)
         raise Refusal(
             f"a LoRA on the MODEL has a strength_schedule ({values} over the steps), and weights that are "
@@ -301,14 +301,14 @@ def _scale_scheduled(model: ModelPatcher, keys: set[str], share: float) -> None:
             )
         return patch._replace(scale=patch.scale * share)
 
-    if loras := _scheduled_loras(model):
+    if loras := scheduled_loras(model):
         patches = ([(key, scaled(key, patch)) for key, patch in lora.patches] for lora in loras)
         model.set_attachments(KEY, tuple(lora._replace(patches=p) for lora, p in zip(loras, patches)))
 
 
 @cache
 def _at_use_class(patcher_class: type) -> type:
-    return patcher_class if issubclass(patcher_class, _AtUse) else type("AtUse", (_AtUse, patcher_class), {})
+    return patcher_class if issubclass(patcher_class, AtUse) else type("AtUse", (AtUse, patcher_class), {})
 
 
 def work_in_at_use(model: ModelPatcher) -> None:
@@ -347,18 +347,18 @@ _runs: "WeakKeyDictionary[nn.Module, LoraRun]" = WeakKeyDictionary()
 
 def _at_noise_level(model: ModelPatcher, timestep: Tensor, model_options: dict) -> None:
     """Before the host's samplers call a model, also one that another's run takes along (DualModelGuider)."""
-    _run_of(model).set_step(model_options["transformer_options"] | {"sigmas": timestep})
+    run_of(model).set_step(model_options["transformer_options"] | {"sigmas": timestep})
 
 
 def _at_call(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs) -> Tensor:
     """Around each call of a model, whoever samples; of two MODELs in one run the first's wrappers act."""
     model = executor.class_obj.current_patcher
     if model is not None and model.get_callbacks(CallbacksMP.ON_CLEANUP, KEY):
-        _run_of(model).set_step(transformer_options)
+        run_of(model).set_step(transformer_options)
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 
-def _run_of(model: ModelPatcher) -> LoraRun:
+def run_of(model: ModelPatcher) -> LoraRun:
     """That of a MODEL's LoRAs, begun here: of MODELs over one model only the last one prepared is called."""
     run = _runs.get(model.model)
     if run is None:

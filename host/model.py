@@ -22,6 +22,7 @@ from ..wan.dit import Pass, WanModel
 from ..wan.memory import StepSize, step_bytes
 from ..wan.option import Call
 from ..wan.refusal import Refusal, printable
+from ..wan.shard import WHOLE
 from .attention import attention_of
 from .conditioning import missing_clip_vision, refuse_more_features
 from .operations import lending
@@ -40,6 +41,7 @@ from .untraced import untraced
 # Keys in transformer_options.
 CALL = "wan21_call"  # the `Call` of our sampler's step
 TEXTS = "wan21_texts"  # text features by pass name, of passes that do not run
+SHARD = "wan21_shard"  # which tokens of a call are here, where workers share them
 NEED = "wan21_need"  # key in a conditioning: bytes of a step of our sampler
 
 
@@ -177,6 +179,7 @@ class HostWanModel(WanModel):
                 execute=block_executor(call.plan.parts),
                 context_attention=call.context_attention,
                 contexts={name: c.to(context) for name, c in transformer_options.get(TEXTS, {}).items()},
+                shard=transformer_options.get(SHARD, WHOLE),
             )
         return v[:, :, :frames, :height, :width]
 
@@ -216,9 +219,11 @@ class Wan21(comfy.model_base.WAN21):
         stored: as of `HostWanModel`.
 
     Attributes:
+        dit_class: of the DiT that is built.
         file_notes: what was said of the checkpoint when it was read, in sentences.
     """
 
+    dit_class: type[HostWanModel] = HostWanModel
     diffusion_model: HostWanModel
     file_notes: Sequence[str] = ()
 
@@ -232,7 +237,7 @@ class Wan21(comfy.model_base.WAN21):
         stored: Mapping[str, torch.dtype] = MappingProxyType({}),
     ):
         def build(operations, device, dtype=None, **_):
-            return HostWanModel(config, operations, device, dtype, host_config.manual_cast_dtype, stored)
+            return self.dit_class(config, operations, device, dtype, host_config.manual_cast_dtype, stored)
 
         super(comfy.model_base.WAN21, self).__init__(
             host_config,

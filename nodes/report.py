@@ -100,6 +100,7 @@ def _of_part(part: Part, expert: str) -> Iterable[str]:
     yield f"passes: {_passes(part.record.passes)}"
     if devices := part.record.devices:
         yield "devices: " + ", ".join(f"{name} on {device}" for name, device in sorted(devices.items()))
+    yield from part.record.workers
     for option in job.active(run):
         yield from option.report(run, part.record)
 

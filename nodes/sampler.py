@@ -240,6 +240,7 @@ class Walk:
                     "The file is damaged, or was converted wrongly: get it again",
                 ) from error
             record.devices = {name: str(device) for name, device in denoiser.computed.items()}
+            record.workers = host.workers_report(model)
             return self.sampling.latent, record
 
         return run

@@ -72,6 +72,7 @@ class SampleRecord:
         seconds: of each of its steps.
         plan: TeaCache's, over the steps that ask the model, or None.
         notes: sentences on what had no effect.
+        workers: sentences on those that computed the calls; none where they were made here.
         devices: where each pass was computed, by its name; none where all were on the model's one device.
     """
 
@@ -82,6 +83,7 @@ class SampleRecord:
     plan: Plan | None = None
     notes: list[str] = field(default_factory=list)
     devices: dict[str, str] = field(default_factory=dict)
+    workers: list[str] = field(default_factory=list)
 
 
 Around = Callable[[BlockRunner], BlockRunner]

@@ -415,7 +415,7 @@ def test_factors_go_to_the_device_once_a_run(models, names):
     model = load(model, names[1], 0.3, "1, 0")[0]
     if model.load_device.type != "cpu":
         pytest.skip("a stand-in for a GPU; the pretended one has copies of its own")
-    run = lora_run.LoraRun(model.model, lora._scheduled_loras(model), {}, torch.device("meta"))
+    run = lora_run.LoraRun(model.model, lora.scheduled_loras(model), {}, torch.device("meta"))
     layer = model.model.diffusion_model.blocks[1].ffn[0]
     for use in range(3):
         with CopiesToMeta() as copies:

@@ -1,0 +1,95 @@
+"""Workers: a MODEL whose every step is shared between the GPUs of this machine."""
+
+import os
+from weakref import WeakValueDictionary
+
+import torch
+from comfy_api.latest import io
+
+from .. import host, workers
+from ..wan.refusal import Refusal
+from ..wan.shard import SPLITS
+from . import checks
+from .load import CATEGORY
+from .named import named
+
+NODE = "Wan21Workers"
+MAX_DEVICES = 64
+# Engines by what they were started for; one lives as long as a MODEL of it is held.
+_engines: WeakValueDictionary[tuple[int, bool], workers.Client] = WeakValueDictionary()
+
+
+class Wan21Workers(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=NODE,
+            display_name="Wan2.1 Workers",
+            category=CATEGORY,
+            description="Share every step of a Wan2.1 model between the GPUs of this machine. Needs Ray.",
+            search_aliases=["multi gpu", "multigpu", "ray", "parallel", "ulysses", "distributed"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Wan21ModelLoader, after all nodes that change it."),
+                io.Int.Input(
+                    "devices",
+                    default=0,
+                    min=0,
+                    max=MAX_DEVICES,
+                    tooltip="How many GPUs take part; 0 is all. Without a GPU, so many processes on the CPU.",
+                ),
+                io.Combo.Input(
+                    "split",
+                    options=list(SPLITS),
+                    default="auto",
+                    tooltip="guidance gives each pass to devices of its own and sends almost nothing; "
+                    "sequence shares the tokens of each pass; auto does the first as far as it goes evenly.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    @named(NODE)
+    def execute(cls, model: host.ModelPatcher, devices: int, split: str) -> io.NodeOutput:
+        checks.check_model(model)
+        if host.is_remote(model):
+            raise Refusal("the MODEL comes from a Wan21Workers already", "Remove one of the two")
+        gpus = host.gpu_count(model)
+        count = _count(devices, gpus)
+        if count == 1:
+            host.tell("there is one device: the MODEL is handed on as it is")
+            return io.NodeOutput(model)
+        recipe = host.recipe_of(model)
+        if reason := workers.cannot_run():
+            host.tell(f"{reason}. The MODEL is handed on as it is, and computes on one device")
+            return io.NodeOutput(model)
+        remote = workers.RemoteModel(_engine(count, gpus > 0), recipe, split, count)
+        return io.NodeOutput(host.remote_model(model, remote))
+
+
+def _count(devices: int, gpus: int) -> int:
+    """Devices that take part.
+
+    Raises:
+        Refusal: there are not so many.
+    """
+    if gpus:
+        if devices > gpus:
+            have = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+            raise Refusal(f"devices is {devices}, and this machine has {have}", f"Set {gpus}, or 0 for all")
+        return devices or gpus
+    cores = os.cpu_count() or 1
+    if devices > cores:
+        raise Refusal(f"devices is {devices}, and this machine has no GPU and {cores} cores", f"Set {cores}")
+    return devices or 1
+
+
+def _engine(count: int, gpus: bool) -> workers.Client:
+    engine = _engines.get((count, gpus))
+    if engine is None:
+        settings, paths = host.process_settings()
+        threads = None if gpus else max(1, torch.get_num_threads() // count)
+        engine = workers.Client(workers.Setup(count, gpus, settings, paths, threads))
+        _engines[count, gpus] = engine
+    return engine

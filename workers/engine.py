@@ -1,0 +1,327 @@
+"""The engine process: the driver of Ray. It gives calls to workers, watches them, and does lost calls again.
+
+Requests come through a pipe as (name, *arguments), one at a time; while one is under way ("cancel",) may come.
+Answers are (kind, value). When the pipe ends, whoever asked is gone, and the workers go too.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import ray  # pyright: ignore[reportMissingImports] (optional; named in nodes where it is missing)
+
+from ..wan.shard import groups
+from . import actor
+from .wire import Message
+
+POLL_SECONDS = 0.05  # for a cancel, between looks at the workers
+HEARTBEAT_SECONDS = 1.0  # between questions whether a worker lives
+COME_BACK_SECONDS = 10.0  # for a worker to leave a call that is not wanted; then it is killed
+OBJECT_STORE_BYTES = 512 * 2**20  # of messages: a latent with its image is 43 MB at 720p
+TRIES = 6  # of one call
+
+
+class Cancelled(Exception):
+    """Whoever asked wants no answer any more."""
+
+
+class Failed(Exception):
+    """A call that cannot be done as it was asked for.
+
+    Attributes:
+        answer: a worker's.
+    """
+
+    def __init__(self, answer: dict[str, Any]):
+        super().__init__(answer["why"])
+        self.answer = answer
+
+
+class Lost(Exception):
+    """A call that is to be done again with the workers that are left."""
+
+
+class Worker:
+    """An actor, and what the engine knows of it.
+
+    Attributes:
+        name: for people.
+        pid: of its process.
+    """
+
+    def __init__(self, number: int, handle: Any):
+        self.handle = handle
+        self.name, self.pid, self.device = f"worker {number}", 0, ""
+        self.models: set[str] = set()
+
+    def do(self, name: str, *args: Any) -> Any:
+        return self.handle.do.remote(name, *args)
+
+    def control(self, name: str, *args: Any) -> Any:
+        return self.handle.control.options(concurrency_group="control").remote(name, *args)
+
+
+class Engine:
+    """The workers of this machine.
+
+    Args:
+        pipe: to whoever asks.
+        root: folder of this package.
+        count: workers.
+        gpus: whether each has a GPU of its own.
+        settings: as of `rank.Rank`.
+        hung_seconds: without a sign of life, after which a worker is killed.
+        folder: private to this engine; Ray's files and the meeting places of groups lie in it.
+    """
+
+    def __init__(
+        self,
+        pipe: Connection,
+        root: str,
+        count: int,
+        gpus: bool,
+        settings: tuple,
+        hung_seconds: float,
+        folder: str,
+    ):
+        self.pipe = pipe
+        self.hung_seconds = hung_seconds
+        self.folder = folder
+        self.attempt = 0
+        self.epoch = 0
+        self.notes: list[str] = []
+        self.parts: dict[int, Any] = {}
+        ray.init(
+            "local",  # never a cluster that somebody else has started
+            num_cpus=count,
+            num_gpus=count if gpus else 0,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            configure_logging=False,
+            logging_level="ERROR",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(Path(folder) / "r"),
+        )
+        ray.cloudpickle.register_pickle_by_value(actor)
+        options = dict(num_cpus=1, num_gpus=int(gpus), max_restarts=0, concurrency_groups={"control": 1})
+        kind: Any = ray.remote(**options)(actor.Worker)
+        self.workers = [Worker(i, kind.remote(root, *settings)) for i in range(count)]
+        asked = {worker.control("where"): worker for worker in self.workers}
+        for ref, worker in asked.items():
+            worker.pid, _, worker.device = ray.get(ref, timeout=180)
+
+    # --- requests -------------------------------------------------------------------------------------
+
+    def load(self, key: str, message: Message) -> None:
+        """Makes a model in every worker that does not have it."""
+        parts = ray.put(message.parts)
+        refs = {w.do("load", key, message._replace(parts={}), parts): w for w in self.workers}
+        for worker, answer in self._gathered(refs):
+            if "failed" in answer:
+                raise Failed(answer)
+            worker.models.add(key)
+        if not self.workers:
+            raise Lost("no worker is left")
+
+    def unload(self, keys: Iterable[str]) -> None:
+        """Drops models."""
+        for key in keys:
+            for worker in self.workers:
+                worker.do("unload", key)
+
+    def ask(self, key: str, name: str, *args: Any) -> list[Any]:
+        """What a method of a model gives, of each worker."""
+        refs = {w.do("ask", key, name, *args): w for w in self.workers}
+        answers = [answer for _, answer in self._gathered(refs)]
+        for answer in answers:
+            if "failed" in answer:
+                raise Failed(answer)
+        return [answer["value"] for answer in answers]
+
+    def call(self, key: str, message: Message, passes: int, split: str, count: int) -> dict[str, Any]:
+        """The velocity of all passes of a call, done again while workers are lost."""
+        self._keep(message)
+        message = message._replace(parts={})
+        for _ in range(TRIES):
+            if not self.workers:
+                break
+            try:
+                return self._call_once(key, message, passes, split, count)
+            except Lost as lost:
+                self.notes.append(str(lost))
+        raise Lost(self.notes[-1] if self.notes else "no worker is left")
+
+    # --- one call -------------------------------------------------------------------------------------
+
+    def _keep(self, message: Message) -> None:
+        """Puts new parts where all workers read them, and lets go of those not used any more."""
+        kept = {n: ref for n, ref in self.parts.items() if n in message.uses}
+        self.parts = kept | {n: ray.put(tuple(part)) for n, part in message.parts.items()}
+
+    def _call_once(self, key: str, message: Message, passes: int, split: str, count: int) -> dict[str, Any]:
+        begin = time.perf_counter()
+        self.attempt += 1
+        team = [worker for worker in self.workers if key in worker.models][:count]
+        formed = groups(len(team), passes, split)
+        refs, owner = {}, {}
+        for group in formed:
+            members = [team[rank] for rank in group.ranks]
+            name = f"{self.epoch}-" + "-".join(str(worker.pid) for worker in members)
+            meeting = str(Path(self.folder) / f"meet-{name}")
+            for rank, worker in enumerate(members):
+                place = (name, meeting, rank, len(members))
+                asked = (key, self.attempt, message, tuple(self.parts), list(group.passes), place)
+                ref = worker.do("call", *asked, *self.parts.values())  # Ray puts values for references
+                refs[ref] = worker
+                owner[worker] = group
+        velocities: dict[int, Any] = {}
+        told: list[tuple[str, float]] = []
+        sent = 0
+        for worker, answer in self._gathered(refs):
+            if "failed" in answer:
+                raise self._failed(worker, answer)
+            value = answer["value"]
+            told.append((worker.name, value["seconds"]))
+            sent += value["sent"]
+            if value["velocity"] is not None:
+                velocities[owner[worker].passes.start] = value["velocity"]
+        return {
+            "velocities": [velocities[start] for start in sorted(velocities)],
+            "workers": sorted(told),
+            "groups": [(len(group.ranks), len(group.passes)) for group in formed],
+            "sent": sent,
+            "seconds": time.perf_counter() - begin,
+        }
+
+    def _failed(self, worker: Worker, answer: dict[str, Any]) -> Exception:
+        if answer["failed"] in ("peer", "stopped"):
+            return Lost(f"{worker.name} lost another of its group")
+        return Failed(answer | {"why": f"{worker.name}: {answer['why']}"})
+
+    def _gathered(self, refs: dict[Any, Worker]) -> list[tuple[Worker, dict[str, Any]]]:
+        """What all workers answer. Where one fails or dies, the others are called back, and it is told.
+
+        Raises:
+            Cancelled: by whoever asked; all workers are then idle.
+            Lost: a worker died or hung, and is no more among `workers`.
+        """
+        answers: dict[Any, dict[str, Any]] = {}
+        watch = _Watch(self.workers, self.hung_seconds)
+        dead: list[str] = []
+        pending = list(refs)
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
+            for ref in ready:
+                try:
+                    answers[ref] = ray.get(ref)
+                except ray.exceptions.RayError as error:
+                    dead.append(self._drop(refs[ref], f"died ({type(error).__name__})"))
+            if self._is_cancelled():
+                self._call_back(pending, refs, dead)
+                raise Cancelled
+            for worker in watch.hung():
+                ray.kill(worker.handle)
+                dead.append(self._drop(worker, f"gave no sign of life for {self.hung_seconds:g} s"))
+            if pending and (dead or any("failed" in answer for answer in answers.values())):
+                self._call_back(pending, refs, dead)
+                break
+        if dead:
+            self._new_groups()
+            raise Lost(f"{' and '.join(dead)}; {len(self.workers)} left")
+        if any("failed" in answer for answer in answers.values()):
+            self._new_groups()
+        # What went wrong by itself stands before what others saw of it.
+        told = [(refs[ref], answer) for ref, answer in answers.items()]
+        return sorted(told, key=lambda one: one[1].get("failed") in ("peer", "stopped"))
+
+    def _call_back(self, pending: list[Any], refs: dict[Any, Worker], dead: list[str]) -> None:
+        """Every worker out of its call; who does not come is killed."""
+        stops = [worker.control("stop", self.attempt) for worker in self.workers]
+        if stops:
+            ray.wait(stops, num_returns=len(stops), timeout=COME_BACK_SECONDS)
+        if pending:
+            _, stuck = ray.wait(pending, num_returns=len(pending), timeout=COME_BACK_SECONDS)
+            for ref in stuck:
+                if refs[ref] in self.workers:
+                    ray.kill(refs[ref].handle)
+                    dead.append(self._drop(refs[ref], "did not leave a call"))
+        self._new_groups()
+
+    def _new_groups(self) -> None:
+        self.epoch += 1
+        for worker in self.workers:
+            worker.do("leave")
+
+    def _drop(self, worker: Worker, why: str) -> str:
+        if worker in self.workers:
+            self.workers.remove(worker)
+        return f"{worker.name} (process {worker.pid}) {why}"
+
+    def _is_cancelled(self) -> bool:
+        return self.pipe.poll() and self.pipe.recv() == ("cancel",)
+
+
+class _Watch:
+    """Asks workers for a sign of life while they compute.
+
+    Args:
+        workers: that are asked.
+        patience: seconds.
+    """
+
+    def __init__(self, workers: Sequence[Worker], patience: float):
+        self.workers = workers
+        self.patience = patience
+        self.asked: dict[Any, tuple[Worker, float]] = {}
+        self.next = time.monotonic() + HEARTBEAT_SECONDS
+
+    def hung(self) -> list[Worker]:
+        """Workers that do not answer."""
+        now = time.monotonic()
+        if self.asked:
+            done, _ = ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0)
+            for ref in done:
+                del self.asked[ref]
+        silent = [w for w, since in self.asked.values() if now - since > self.patience]
+        self.asked = {ref: one for ref, one in self.asked.items() if one[0] not in silent}
+        if now >= self.next:
+            waiting = [worker for worker, _ in self.asked.values()]
+            for worker in self.workers:
+                if worker not in waiting:
+                    self.asked[worker.control("where")] = (worker, now)
+            self.next = now + HEARTBEAT_SECONDS
+        return silent
+
+
+def serve(pipe: Connection) -> None:
+    """Answers requests until the pipe ends. The first is that of an `Engine`."""
+    with tempfile.TemporaryDirectory(prefix="wan21-", ignore_cleanup_errors=True) as folder:
+        try:
+            engine = Engine(pipe, *pipe.recv(), folder)
+            told = [(worker.name, worker.pid, worker.device) for worker in engine.workers]
+            pipe.send(("ok", told, []))
+            while True:
+                name, *args = pipe.recv()
+                if name == "cancel":  # came after its answer
+                    continue
+                pipe.send((*_answer(engine, name, args), engine.notes))
+                engine.notes = []
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            pass
+        finally:
+            ray.shutdown()
+
+
+def _answer(engine: Engine, name: str, args: Sequence[Any]) -> tuple[str, Any]:
+    try:
+        return "ok", getattr(engine, name)(*args)
+    except Cancelled:
+        return "cancelled", None
+    except Lost as lost:
+        return "lost", str(lost)
+    except Failed as failed:
+        return "failed", failed.answer
