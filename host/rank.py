@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..wan.dit import ApplyBlock, BlockRunner, Pass
 from ..wan.option import Around, Call
+from ..wan.run_state import forget_states
 from ..wan.shard import Shard
 from .attention import attention_named
 from .changes import Changes, at_step_of, with_changes
@@ -104,6 +105,7 @@ class LoadedModel:
         """Takes off what a run put on the model."""
         if self.is_running:
             self.patcher.cleanup()
+        forget_states()
         self.is_running = False
 
     def _begin(self, asked: Asked, passes: Sequence[int]) -> None:

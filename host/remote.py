@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
 import comfy.cli_args
@@ -14,7 +15,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from torch import Tensor, nn
 
-from ..wan.config import LATENT_CHANNELS
+from ..wan.config import LATENT_CHANNELS, WanConfig
 from ..wan.refusal import Refusal
 from .changes import changes_of
 from .devices import KEY as MULTIGPU
@@ -59,7 +60,15 @@ class RemoteDiT(HostWanModel):
 
     elsewhere: Elsewhere
 
-    def __init__(self, config, operations, device=None, dtype=None, compute_dtype=None, stored=None):
+    def __init__(
+        self,
+        config: WanConfig,
+        operations: ModuleType | type,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
+        stored: Mapping[str, torch.dtype] = MappingProxyType({}),
+    ):
         # The layers' own classes hold weights of their own kind, and here are none.
         super().__init__(config, nn, torch.device("meta"), dtype, compute_dtype)
         for layer in self.modules():
@@ -154,9 +163,7 @@ def functions_in(transformer_options: Mapping[str, Any]) -> Refusal | None:
             fix = "Remove that node, or Wan21Workers"
             if key == "optimized_attention_override":
                 fix += "; attention on Wan21Sampler (execution custom) is chosen in each worker"
-            return Refusal(
-                f"another node put {what} ({key}) on the MODEL: functions stay in this process", fix
-            )
+            return Refusal(f"another node put {what} ({key}) on the MODEL: which are functions", fix)
     return None
 
 
@@ -203,7 +210,8 @@ def remote_model(model: ModelPatcher, elsewhere: Elsewhere) -> ModelPatcher:
     remote.device, remote.file_notes = model.offload_device, base.file_notes
     remote.diffusion_model.elsewhere = elsewhere
     patcher = RemotePatcher(remote, model.load_device, model.offload_device)
-    patcher.model_options = comfy.utils.deepcopy_list_dict(model.model_options)
+    options: Any = comfy.utils.deepcopy_list_dict(model.model_options)
+    patcher.model_options = options
     patcher.object_patches = dict(model.object_patches)
     # What carries LoRAs acts on weights.
     for mine, others in ((patcher.callbacks, model.callbacks), (patcher.wrappers, model.wrappers)):

@@ -13,7 +13,8 @@ from lib.random_checkpoints import FLF2V, I2V, T2V, TEXT_ENCODER, VAE, make_chec
 # Cheap ones first; then what starts servers; last the many that are short, with which every worker can fill
 # the time until the longest has ended.
 ORDER = (
-    ".", "wan", "frames", "net", "workers", "host", "browser", "gpu", "scripts", "server", "training", "nodes",
+    ".", "wan", "frames", "net", "workers", "host", "browser", "gpu", "scripts", "server", "training",
+    "nodes",
 )  # fmt: skip
 ON_THE_SERVER = ("host", "browser")  # one server for all of these
 

@@ -91,13 +91,14 @@ Around = Callable[[BlockRunner], BlockRunner]
 
 @dataclass(frozen=True)
 class Call:
-    """How one step asks the model.
+    """How one step asks the model: plain data, which another process can be sent.
 
     Attributes:
         pass_names: the passes to run.
         step: its number, from 0.
         steps: how many the run has.
-        around: runners around the model's block runner, innermost first.
+        around: runners around the model's block runner, innermost first; each a partial of a function of
+            a module. State from step to step is kept as `wan.run_state` says.
         frequencies: of RoPE, or None for the model's own.
         attention: backend, or None for the model's own.
         plan: how the passes walk the blocks.

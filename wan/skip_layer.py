@@ -6,7 +6,9 @@ The blocks are skipped on that pass only, in the middle of the run, as Wan2GP do
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
+from .dit import BlockRunner
 from .option import NO_UNCONDITIONAL, Around, Call, EditCall, EmbedTime, Option, Run, SampleRecord
 from .refusal import Refusal
 
@@ -33,17 +35,17 @@ def is_skipped_at(step: int, steps: int, start_percent: int, end_percent: int) -
 
 def skip_layers(layers: Collection[int], name: str = "uncond") -> Around:
     """A runner around the runner: the pass `name` goes past the blocks in `layers`."""
+    return partial(_past, layers, name)
 
-    def around(runner):
-        def run(num_blocks, passes, apply_block):
-            def apply_or_skip(i, p):
-                return p.x if p.name == name and i in layers else apply_block(i, p)
 
-            runner(num_blocks, passes, apply_or_skip)
+def _past(layers: Collection[int], name: str, runner: BlockRunner) -> BlockRunner:
+    def run(num_blocks, passes, apply_block):
+        def apply_or_skip(i, p):
+            return p.x if p.name == name and i in layers else apply_block(i, p)
 
-        return run
+        runner(num_blocks, passes, apply_or_skip)
 
-    return around
+    return run
 
 
 @dataclass(frozen=True)

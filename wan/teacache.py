@@ -9,6 +9,8 @@ plan for all passes, as Wan2GP does it since May 2025.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from .dit import BlockRunner
 from .memory import StepSize
 from .option import Around, Call, EditCall, EmbedTime, Option, Run, SampleRecord
 from .refusal import Refusal
+from .run_state import state_of
 
 PROFILES = ("auto", "i2v_480p", "i2v_720p", "t2v_14b", "t2v_1.3b", "measured")
 
@@ -182,22 +185,40 @@ def _walk(changes: list[float], threshold: float, start_step: int) -> Iterator[b
 
 
 class Residuals:
-    """What the blocks added in the last computed step of a run, by pass name; dropped with the run."""
+    """What the blocks added in the last computed step of a run, by pass name; dropped with the run.
 
-    def __init__(self, plan: Plan):
+    Args:
+        key: of this run's in all processes that make its calls, each with residuals of its own tokens.
+    """
+
+    def __init__(self, plan: Plan, key: str | None = None):
         self.plan = plan
+        self.key = uuid4().hex if key is None else key
         self.residuals: dict[str, Tensor | None] = {}
+
+    def __reduce__(self):
+        return state_of, (self.key, Residuals, self.plan, self.key)
 
     def around(self, step: int) -> Around:
         """A runner around the runner for this step: computes and remembers, or reuses."""
-        reused_next = step + 1 < len(self.plan.compute) and not self.plan.compute[step + 1]
-        if not self.plan.compute[step]:
-            return lambda runner: self._reuse
-        return self._remember if reused_next else lambda runner: runner
+        return partial(_cached, self, step)
 
-    def _reuse(self, num_blocks, passes, apply_block) -> None:
-        for p in passes:
-            p.x = p.x + self.residuals[p.name]  # a 16-bit residual is added in the stream's float32
+    def of_step(self, step: int, runner: BlockRunner) -> BlockRunner:
+        """That runner around `runner`."""
+        reused_next = step + 1 < len(self.plan.compute) and not self.plan.compute[step + 1]
+        computing = self._remember(runner) if reused_next else runner
+        return computing if self.plan.compute[step] else self._reuse_or(computing)
+
+    def _reuse_or(self, computing: BlockRunner) -> BlockRunner:
+        def run(num_blocks, passes, apply_block):
+            residuals = [self.residuals.get(p.name) for p in passes]
+            if any(r is None for r in residuals):  # lost with another process, which had them
+                computing(num_blocks, passes, apply_block)
+                return
+            for p, residual in zip(passes, residuals):
+                p.x = p.x + residual  # a 16-bit residual is added in the stream's float32
+
+        return run
 
     def _remember(self, runner: BlockRunner) -> BlockRunner:
         def run(num_blocks, passes, apply_block):
@@ -211,6 +232,11 @@ class Residuals:
                 self.residuals[p.name] = residual.to(dtype)
 
         return run
+
+
+def _cached(residuals: Residuals, step: int, runner: BlockRunner) -> BlockRunner:
+    """`Residuals.of_step`; a function, because a method of what is pickled by key could not be."""
+    return residuals.of_step(step, runner)
 
 
 @dataclass(frozen=True)

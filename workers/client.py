@@ -81,17 +81,18 @@ class Client:
         self.told: list[tuple[str, int, str]] = []
         self.notes: list[str] = []
         self.unwanted: list[str] = []  # keys of models that nobody holds any more
-        self.starts = 0
+        self.generation = 0  # of the workers: models are loaded anew in another one
+        self.has_lost = False  # a worker since the last load
         self._stop = weakref.finalize(self, lambda: None)
 
     def start(self, check: Check) -> int:
-        """Starts the engine if there is none; how often it was started so far."""
+        """Starts the engine if there is none. Gives the generation of its workers."""
         with self.lock:
             if self.process is not None and self.process.poll() is None and self.told:
-                return self.starts
+                return self.generation
             self.close()
             ours, theirs = socket.socketpair()
-            self.log: Any = tempfile.TemporaryFile()
+            self.log: Any = tempfile.TemporaryFile()  # noqa: SIM115 (read when the engine has ended)
             environment = {k: v for k, v in os.environ.items() if k not in NOT_FOR_WORKERS}
             environment |= {
                 "RAY_AUTH_MODE": "token",
@@ -120,8 +121,8 @@ class Client:
             packed = tuple(Packer().pack(settings))
             self._send((str(ROOT), count, gpus, (packed, paths, threads), self.hung_seconds))
             self.told = self._answer(check)
-            self.starts += 1
-            return self.starts
+            self.generation += 1
+            return self.generation
 
     def close(self) -> None:
         """Ends the engine and its workers."""
@@ -165,6 +166,7 @@ class Client:
         except (EOFError, OSError) as error:
             raise _EngineGone(self._last_words()) from error
         self.notes += notes
+        self.has_lost |= bool(notes)
         if kind == "lost":
             raise WorkersLost(value)
         if kind == "failed":
@@ -252,7 +254,7 @@ class RemoteModel:
         self.count = count
         self.key = secrets.token_hex(8)
         self.packer = Packer()
-        self.loaded_in = 0  # which start of the engine
+        self.loaded_in = 0  # which generation
         self.counts = Counts()
         weakref.finalize(self, client.unwanted.append, self.key)
 
@@ -286,7 +288,7 @@ class RemoteModel:
             f"{name} {_mean([s for call in counts.workers for n, s in call if n == name]):.2f} s"
             for name in sorted(names)
         )
-        splits = dict.fromkeys(tuple(map(tuple, groups)) for groups in counts.groups)
+        splits = dict.fromkeys(tuple(groups) for groups in counts.groups)
         return [
             f"workers: {len(names)}, split {self.split}: {'; '.join(map(_split, splits))}",
             f"workers: {_mean(steady):.2f} s a call of the model, of which {shares}; "
@@ -298,11 +300,14 @@ class RemoteModel:
         """Lets the workers drop what belongs to the run that has ended."""
         self.packer.forget()
         self.counts = Counts()
-        if self.client.told and self.loaded_in == self.client.starts:
+        if self.client.told and self.loaded_in == self.client.generation:
             try:
                 self.client.request(lambda: None, "ask", self.key, "end")
             except (_EngineGone, WorkersLost):
                 self.client.close()  # the next run starts another
+        if self.client.has_lost:  # the next run has them replaced
+            self.client.has_lost = False
+            self.client.generation += 1
 
     def _called(self, asked: object, passes: int, check: Check) -> dict[str, Any]:
         message = self.packer.pack(asked)
@@ -327,9 +332,9 @@ class RemoteModel:
                 self.client.notes = []
 
     def _load(self, check: Check) -> None:
-        start = self.client.start(check)
-        if start != self.loaded_in:
+        generation = self.client.start(check)
+        if generation != self.loaded_in:
             self.packer.forget()
             message = Packer().pack(self.made_by)
             self.client.request(check, "load", self.key, message)
-            self.loaded_in = start
+            self.loaded_in = generation

@@ -1,9 +1,10 @@
-"""The engine process: the driver of Ray. It gives calls to workers, watches them, and does lost calls again.
+"""The engine process: the driver of Ray. It gives calls to workers, watches them, and repeats lost calls.
 
-Requests come through a pipe as (name, *arguments), one at a time; while one is under way ("cancel",) may come.
+Requests come through a pipe as (name, *arguments), one at a time; while one is under way, ("cancel",) may.
 Answers are (kind, value). When the pipe ends, whoever asked is gone, and the workers go too.
 """
 
+import logging
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import ray  # pyright: ignore[reportMissingImports] (optional; named in nodes where it is missing)
+import ray
+from ray import cloudpickle  # pyright: ignore[reportAttributeAccessIssue]
+from ray.exceptions import RayError
 
 from ..wan.shard import groups
 from . import actor
@@ -21,6 +24,7 @@ POLL_SECONDS = 0.05  # for a cancel, between looks at the workers
 HEARTBEAT_SECONDS = 1.0  # between questions whether a worker lives
 COME_BACK_SECONDS = 10.0  # for a worker to leave a call that is not wanted; then it is killed
 OBJECT_STORE_BYTES = 512 * 2**20  # of messages: a latent with its image is 43 MB at 720p
+START_SECONDS = 300.0  # for a worker to be there: it imports PyTorch and the host's modules
 TRIES = 6  # of one call
 
 
@@ -102,22 +106,25 @@ class Engine:
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,
             configure_logging=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
             _temp_dir=str(Path(folder) / "r"),
         )
-        ray.cloudpickle.register_pickle_by_value(actor)
-        options = dict(num_cpus=1, num_gpus=int(gpus), max_restarts=0, concurrency_groups={"control": 1})
-        kind: Any = ray.remote(**options)(actor.Worker)
-        self.workers = [Worker(i, kind.remote(root, *settings)) for i in range(count)]
-        asked = {worker.control("where"): worker for worker in self.workers}
-        for ref, worker in asked.items():
-            worker.pid, _, worker.device = ray.get(ref, timeout=180)
+        cloudpickle.register_pickle_by_value(actor)
+        remote: Any = ray.remote  # its stubs do not know concurrency groups
+        self.kind = remote(
+            num_cpus=1, num_gpus=int(gpus), max_restarts=0, concurrency_groups={"control": 1}
+        )(actor.Worker)
+        self.arguments = (root, *settings)
+        self.count, self.started = count, 0
+        self.workers: list[Worker] = []
+        self._fill()
 
     # --- requests -------------------------------------------------------------------------------------
 
     def load(self, key: str, message: Message) -> None:
-        """Makes a model in every worker that does not have it."""
+        """Makes a model in every worker that does not have it; first, workers in the place of lost ones."""
+        self._fill()
         parts = ray.put(message.parts)
         refs = {w.do("load", key, message._replace(parts={}), parts): w for w in self.workers}
         for worker, answer in self._gathered(refs):
@@ -154,6 +161,15 @@ class Engine:
             except Lost as lost:
                 self.notes.append(str(lost))
         raise Lost(self.notes[-1] if self.notes else "no worker is left")
+
+    def _fill(self) -> None:
+        missing = range(self.started, self.started + self.count - len(self.workers))
+        new = [Worker(number, self.kind.remote(*self.arguments)) for number in missing]
+        self.started = missing.stop
+        asked = {worker.control("where"): worker for worker in new}
+        for ref, worker in asked.items():
+            worker.pid, _, worker.device = ray.get(ref, timeout=START_SECONDS)
+        self.workers += new
 
     # --- one call -------------------------------------------------------------------------------------
 
@@ -218,7 +234,7 @@ class Engine:
             for ref in ready:
                 try:
                     answers[ref] = ray.get(ref)
-                except ray.exceptions.RayError as error:
+                except RayError as error:
                     dead.append(self._drop(refs[ref], f"died ({type(error).__name__})"))
             if self._is_cancelled():
                 self._call_back(pending, refs, dead)
@@ -231,6 +247,8 @@ class Engine:
                 break
         if dead:
             self._new_groups()
+            for worker in self.workers:
+                worker.do("forget")
             raise Lost(f"{' and '.join(dead)}; {len(self.workers)} left")
         if any("failed" in answer for answer in answers.values()):
             self._new_groups()
@@ -301,7 +319,8 @@ def serve(pipe: Connection) -> None:
     """Answers requests until the pipe ends. The first is that of an `Engine`."""
     with tempfile.TemporaryDirectory(prefix="wan21-", ignore_cleanup_errors=True) as folder:
         try:
-            engine = Engine(pipe, *pipe.recv(), folder)
+            root, count, gpus, settings, hung_seconds = pipe.recv()
+            engine = Engine(pipe, root, count, gpus, settings, hung_seconds, folder)
             told = [(worker.name, worker.pid, worker.device) for worker in engine.workers]
             pipe.send(("ok", told, []))
             while True:

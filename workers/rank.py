@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ..wan.out_of_memory import is_out_of_memory
 from ..wan.refusal import Refusal
+from ..wan.run_state import forget_states
 from ..wan.shard import WHOLE, Shard, Ulysses
 from .wire import Message, Part, unpack
 
-MEET_SECONDS = 20  # for all of a group to come to it
+MEET_SECONDS = 60  # for all of a group to come to it
+EXCHANGE_SECONDS = 1800  # for the slowest to come to an exchange; who hangs is noticed by the engine
 
 Answer = dict[str, Any]  # plain data and numpy arrays: {"value": ...}, or {"failed": kind, "why": ...}
 
@@ -123,10 +125,8 @@ class Rank:
             return {"velocity": value, "sent": sent, "seconds": time.perf_counter() - begin}
 
         answer = self._answered(computed)
-        if answer.get("failed") == "error" and attempt <= self.stopped:
+        if answer.get("failed") in ("error", "peer") and attempt <= self.stopped:
             answer["failed"] = "stopped"
-        if "failed" in answer and place[3] > 1:
-            self.leave()
         return answer
 
     def _answered(self, do: Callable, *args: Any) -> Answer:
@@ -144,6 +144,10 @@ class Rank:
             if isinstance(error, PeerLost):
                 kind = "peer"
             return {"failed": kind, "why": f"{type(error).__name__}: {error}"}
+
+    def forget(self) -> None:
+        """Drops what options keep from step to step: a pass, or some of its tokens, will be elsewhere."""
+        forget_states()
 
     def leave(self) -> None:
         """Out of all groups. They are kept: one whose exchange never ended waits for it when it is freed."""
@@ -197,11 +201,15 @@ def _device_name() -> str:
 
 
 def _meet(meeting: str, name: str, rank: int, size: int) -> Any:
-    """A group of this machine's processes, which find each other by a file: no port but those of the group."""
-    store = dist.PrefixStore(name, dist.FileStore(meeting, size))
+    """A group of processes of this machine, which find each other by a file: no port but the group's."""
+    c10d: Any = dist.distributed_c10d
+    store = c10d.PrefixStore(name, c10d.FileStore(meeting, size))
+    store.set_timeout(timedelta(seconds=MEET_SECONDS))
     if torch.cuda.is_available():
-        return dist.ProcessGroupNCCL(store, rank, size, timedelta(seconds=MEET_SECONDS))
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-    options._timeout = timedelta(seconds=MEET_SECONDS)
-    return dist.ProcessGroupGloo(store, rank, size, options)
+        options = c10d.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=EXCHANGE_SECONDS)
+        return c10d.ProcessGroupNCCL(store, rank, size, options)
+    options = c10d.ProcessGroupGloo._Options()
+    options._devices = [c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._timeout = timedelta(seconds=EXCHANGE_SECONDS)
+    return c10d.ProcessGroupGloo(store, rank, size, options)

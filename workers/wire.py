@@ -1,8 +1,8 @@
 """Values between processes that hold this package under different names, with their tensors beside them.
 
-A value is pickled, and a tensor in it is a number that stands for a part: its bytes, which Ray keeps in memory
-that all processes of a machine read. What equals a part of the last message is not sent again: context and
-image latent go once in a run, and both passes share one noisy latent.
+A value is pickled, and a tensor in it is a number that stands for a part: its bytes, which Ray keeps in
+memory that all processes of a machine read. What equals a part of the last message is not sent again: context
+and image latent go once in a run, and both passes share one noisy latent.
 """
 
 import io
@@ -68,10 +68,9 @@ class Packer:
                 if not isinstance(obj, Tensor) or obj.nbytes < SMALL:
                     return None
                 tensor = obj.detach().cpu().contiguous()
-                for number, other in (*used.items(), *self._last.items()):
-                    if _equal(tensor, other):
-                        break
-                else:
+                known = (*used.items(), *self._last.items())
+                number = next((n for n, other in known if _equal(tensor, other)), None)
+                if number is None:
                     number = next(self._numbers)
                     new[number] = _part(tensor)
                 used[number] = tensor

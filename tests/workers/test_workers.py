@@ -1,0 +1,243 @@
+"""Real Ray with two workers on the CPU: the latents of one process, and what happens when things go wrong.
+
+One engine serves all; tests that end it stand last. On two quiet cores all of it takes about a minute.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import comfy.model_management as management
+import comfy.sample
+import psutil
+import pytest
+import torch
+from helpers_host import in_inference_mode  # noqa: F401
+from helpers_workers import Faulty
+from lib.pack import ROOT
+from wan21 import host, workers
+from wan21.nodes import workers as node
+from wan21.wan.refusal import Refusal
+
+pytestmark = [
+    pytest.mark.xdist_group("workers"),  # one engine for all of them
+    pytest.mark.skipif(workers.cannot_run() is not None, reason=str(workers.cannot_run())),
+]
+
+# An instance of ComfyUI that is to be killed: its engine alone, without the host.
+ALONE = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "scripts")!r})
+from lib.pack import load_pack
+load_pack()
+from wan21.workers import Client, Setup
+client = Client(Setup(1, False, {{}}, (), 1))
+client.start(lambda: None)
+print(client.process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """A process with an engine, started beside the other; gives it and the line that it will print."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ALONE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def client():
+    """The engine's handle, which the node takes for its own."""
+    settings, paths = host.process_settings()
+    here = str(Path(__file__).parent)
+    client = workers.Client(workers.Setup(2, False, settings, (*paths, here), 1), hung_seconds=3)
+    node._engines[2, False] = client
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def job(models, prompts):
+    return (models["t2v"], *prompts, {"samples": torch.zeros(1, 16, 3, 6, 10)})
+
+
+def shared(model, split="auto", devices=2):
+    """A MODEL after the node."""
+    return node.Wan21Workers.execute(model, devices, split).result[0]
+
+
+@pytest.fixture
+def faulty(client, tmp_path):
+    """Gives a MODEL whose workers do as files in a folder say, by process."""
+
+    def make(model, split="auto"):
+        _, arguments = host.recipe_of(model)
+        remote = workers.RemoteModel(client, (Faulty, (*arguments, str(tmp_path))), split, 2)
+        return host.remote_model(model, remote)
+
+    return make
+
+
+def same(a, b):
+    """As between devices: other shapes of the same products may round in another way."""
+    torch.testing.assert_close(a["samples"], b["samples"], rtol=1e-5, atol=1e-6)
+
+
+OPTIONS = {
+    "plain": {},
+    "no guidance": {"guidance_scale": 1.0},
+    "everything": {
+        "cache__multiplier": 2.0, "cache__profile": "t2v_1.3b", "steps": 6, "cfg_star": True,
+        "skip_layers__layers": "1", "skip_layers__start_percent": 0, "nag": True, "solver": "dpm++",
+    },
+    "apart": {"execution__joint_pass": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("split", ["guidance", "sequence"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_our_sampler_gives_the_latents_of_one_process(client, job, sample, split, options):
+    model, *rest = job
+    whole, _ = sample(model, *rest, **options)
+    remote, report = sample(shared(model, split), *rest, **options)
+    same(remote, whole)
+    assert f"workers: 2, split {split}: " in report
+    assert " s a call of the model, of which worker 0 " in report
+
+
+def test_an_image_model_with_the_hosts_sampler(client, models, image_to_video):
+    positive, negative, latent = image_to_video()
+    noise = comfy.sample.prepare_noise(latent["samples"], 3)
+    steps = []
+
+    def run(model):
+        return comfy.sample.sample(
+            model, noise, 3, 4.0, "euler", "simple", positive, negative, latent["samples"], seed=3,
+            callback=lambda step, x0, x, total: steps.append(step), disable_pbar=True,
+        )  # fmt: skip
+
+    same({"samples": run(shared(models["i2v"], "sequence"))}, {"samples": run(models["i2v"])})
+    assert steps == [0, 1, 2] * 2
+
+
+def test_what_does_not_change_is_sent_once(client, job, sample):
+    model = shared(job[0])
+    sent = []
+    request = client.request
+
+    def watch(check, name, *args):
+        if name == "call":
+            sent.append(sum(part.data.nbytes for part in args[1].parts.values()))
+        return request(check, name, *args)
+
+    client.request = watch
+    try:
+        sample(model, *job[1:])
+    finally:
+        del client.request
+    latent = job[3]["samples"].nbytes
+    assert len(sent) == 3 and sent[0] > latent and sent[1:] == [latent] * 2
+
+
+def test_out_of_memory_in_one_worker(client, faulty, job, sample, tmp_path):
+    model, *rest = job
+    whole, _ = sample(model, *rest)
+    for split in ("guidance", "sequence"):
+        (tmp_path / str(client.told[1][1])).write_text("memory")
+        began = time.monotonic()
+        remote, report = sample(faulty(model, split), *rest)
+        assert time.monotonic() - began < 20
+        same(remote, whole)
+        assert "out of memory on worker 1 in step 1, which was done again" in report
+
+
+def test_cancel_and_run_again(client, faulty, job, sample, tmp_path):
+    model, *rest = job
+    remote = faulty(model, "sequence")
+    whole, _ = sample(model, *rest)
+    sample(remote, *rest)  # loaded
+    for _, pid, _ in client.told:
+        (tmp_path / str(pid)).write_text("slow")
+    cancelled = []
+
+    def cancel():
+        cancelled.append(time.monotonic())
+        management.interrupt_current_processing(True)
+
+    threading.Timer(0.3, cancel).start()
+    with pytest.raises(management.InterruptProcessingException):
+        sample(remote, *rest, steps=100)
+    assert time.monotonic() - cancelled[0] < 5
+    for _, pid, _ in client.told:
+        (tmp_path / str(pid)).unlink()
+    same(sample(remote, *rest)[0], whole)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_a_lost_worker(client, faulty, job, sample, tmp_path, kind):
+    model, *rest = job
+    whole, _ = sample(model, *rest)
+    remote = faulty(model, "sequence")
+    sample(remote, *rest)  # in this generation of workers
+    pids = [pid for _, pid, _ in client.told if psutil.pid_exists(pid)]
+    for pid in pids:
+        (tmp_path / str(pid)).write_text("slow")
+    threading.Timer(0.2, os.kill, (pids[0], kind)).start()
+    began = time.monotonic()
+    result, report = sample(remote, *rest)
+    assert time.monotonic() - began < 20
+    same(result, whole)
+    assert f"process {pids[0]}) " in report and "; 1 left" in report
+
+
+def test_refusals(client, models):
+    remote = shared(models["t2v"])
+    with pytest.raises(Refusal, match="Put this node before Wan21Workers"):
+        remote.clone().add_patches({})
+    changed = models["t2v"].clone()
+    changed.set_model_patch_replace(lambda *_: None, "dit", "double_block", 0)
+    with pytest.raises(Refusal, match="Wan21Workers: another node put replaced blocks"):
+        shared(changed)
+    with pytest.raises(Refusal, match="comes from a Wan21Workers already"):
+        shared(remote)
+
+
+def test_one_device_or_no_ray_hand_the_model_on(models, monkeypatch):
+    said = []
+    monkeypatch.setattr(host, "tell", said.append)
+    assert shared(models["t2v"], devices=0) is models["t2v"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert shared(models["t2v"]) is models["t2v"]
+    assert "one device" in said[0] and "pip install ray" in said[1]
+
+
+def test_a_killed_process_leaves_no_ray_behind(alone):
+    engine = psutil.Process(int(alone.stdout.readline()))
+    left = [engine, *engine.children(recursive=True)]
+    assert any("raylet" in process.name() for process in left)
+    alone.kill()
+    _, alive = psutil.wait_procs(left, timeout=30)
+    assert alive == []
+
+
+def test_a_killed_engine(client, faulty, job, sample):
+    model, *rest = job
+    remote = shared(model)
+    whole, _ = sample(model, *rest)
+    sample(remote, *rest)
+    engine = psutil.Process(client.process.pid)
+    left = [engine, *engine.children(recursive=True)]
+    engine.kill()
+    result, report = sample(remote, *rest)
+    same(result, whole)
+    assert "the engine of the workers was started again" in report
+    _, alive = psutil.wait_procs(left, timeout=30)
+    assert alive == []
