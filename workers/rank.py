@@ -202,7 +202,7 @@ def _device_name() -> str:
 
 def _meet(meeting: str, name: str, rank: int, size: int) -> Any:
     """A group of processes of this machine, which find each other by a file: no port but the group's."""
-    c10d: Any = dist.distributed_c10d
+    c10d: Any = dist
     store = c10d.PrefixStore(name, c10d.FileStore(meeting, size))
     store.set_timeout(timedelta(seconds=MEET_SECONDS))
     if torch.cuda.is_available():
