@@ -2,6 +2,7 @@
 #
 #   make demo                                  a still image becomes demo.mp4, through a real ComfyUI
 #   make demo IMAGE=cat.jpg PROMPT="zoom in"   your own picture; also SEED, STEPS, WIDTH, HEIGHT, FRAMES
+#   make demo WORKERS=2                        each step shared by two processes, on any Linux machine
 #   make test                                  all tests, the real host included; ARGS="-k vae" picks,
 #                                              ARGS="-n 0" runs them one after the other
 #   make bench                                 our model and VAE beside the host's and diffusers'

@@ -30,11 +30,13 @@ class Recipe:
         path: of the checkpoint.
         weight_dtype: as of `load_model`.
         changes: what stands on it beside the file's weights.
+        hosts_gpu: the GPU that the host computes on, by `gpu_of`.
     """
 
     path: Path
     weight_dtype: str
     changes: Changes
+    hosts_gpu: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,30 @@ class Asked:
     attention: str | None
 
 
-class LoadedModel:
-    """A MODEL in a worker; see `workers.rank.Model`."""
+def gpu_of(device: torch.device) -> str:
+    """What names a GPU in every process; empty for the CPU."""
+    if device.type != "cuda":
+        return ""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
 
-    def __init__(self, recipe: Recipe):
-        self.patcher: ModelPatcher = with_changes(
-            load_model(recipe.path, recipe.weight_dtype), recipe.changes
-        )
+
+def load_recipe(recipe: Recipe) -> "LoadedModel":
+    """The MODEL in a worker."""
+    model = with_changes(load_model(recipe.path, recipe.weight_dtype), recipe.changes)
+    device = gpu_of(model.load_device)
+    return LoadedModel(model, bool(device) and device == recipe.hosts_gpu)
+
+
+class LoadedModel:
+    """A MODEL in a worker, or in its place in the host's process; see `workers.rank.Model`.
+
+    Args:
+        gives_back: whether its device is the host's, where others need room between the runs.
+    """
+
+    def __init__(self, patcher: ModelPatcher, gives_back: bool = False):
+        self.patcher = patcher
+        self.gives_back = gives_back
         self.is_running = False
 
     def call(self, asked: Asked, passes: Sequence[int], shard: Shard, watch: Callable[[], None]) -> Tensor:
@@ -105,6 +124,9 @@ class LoadedModel:
         """Takes off what a run put on the model."""
         if self.is_running:
             self.patcher.cleanup()
+        if self.gives_back:
+            comfy.model_management.unload_all_models()
+            comfy.model_management.soft_empty_cache()
         forget_states()
         self.is_running = False
 

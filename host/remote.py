@@ -7,6 +7,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
 import comfy.cli_args
+import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import torch
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from ..wan.config import LATENT_CHANNELS, WanConfig
 from ..wan.refusal import Refusal
+from ..wan.shard import WHOLE
 from .changes import changes_of
 from .devices import KEY as MULTIGPU
 from .lora import KEY as LORAS
 from .model import CALL, IN_CONTEXT, TEXTS, HostWanModel, Wan21
 from .progress import check_cancelled, tell
-from .rank import Asked, LoadedModel, Recipe
+from .rank import Asked, LoadedModel, Recipe, gpu_of, load_recipe
 from .runner import untraced
 
 # Of transformer_options what is plain data and says something to our DiT.
@@ -56,9 +58,12 @@ class RemoteDiT(HostWanModel):
 
     Attributes:
         elsewhere: where.
+        here: the MODEL with its weights, for the rest of a run that has lost all workers.
     """
 
     elsewhere: Elsewhere
+    here: LoadedModel
+    is_here: bool = False
 
     def __init__(
         self,
@@ -78,8 +83,17 @@ class RemoteDiT(HostWanModel):
 
     def embed_time(self, timestep: Tensor) -> Tensor:
         """As of `WanModel`."""
-        told = self.elsewhere.ask(check_cancelled, "embed_time", timestep.tolist())
+        try:
+            told = self.elsewhere.ask(check_cancelled, "embed_time", timestep.tolist())
+        except ConnectionError as error:
+            self.go_on_here(error)
+            return self.here.embed_time(timestep.tolist()).to(timestep.device)
         return torch.from_numpy(told[0]).to(timestep.device)
+
+    def go_on_here(self, error: ConnectionError) -> None:
+        """Says that the rest of the run is computed in this process."""
+        self.is_here = True
+        tell(f"{error}. This run goes on without workers, on {self.here.patcher.load_device}")
 
     @untraced
     def _forward(self, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
@@ -107,7 +121,12 @@ class RemoteDiT(HostWanModel):
             None if call is None else replace(call, attention=None),
             attention,
         )
-        return self.elsewhere.call(asked, count, check_cancelled).to(x.device)
+        if not self.is_here:
+            try:
+                return self.elsewhere.call(asked, count, check_cancelled).to(x.device)
+            except ConnectionError as error:
+                self.go_on_here(error)
+        return self.here.call(asked, range(count), WHOLE, check_cancelled)
 
 
 def _rest(x: Tensor) -> list[int]:
@@ -163,7 +182,8 @@ def functions_in(transformer_options: Mapping[str, Any]) -> Refusal | None:
             fix = "Remove that node, or Wan21Workers"
             if key == "optimized_attention_override":
                 fix += "; attention on Wan21Sampler (execution custom) is chosen in each worker"
-            return Refusal(f"another node put {what} ({key}) on the MODEL: which are functions", fix)
+            problem = f"another node put {what} ({key}) on the MODEL, and workers can be sent data only"
+            return Refusal(problem, fix)
     return None
 
 
@@ -188,7 +208,7 @@ def functions_on(model: ModelPatcher) -> Refusal | None:
     return None
 
 
-def recipe_of(model: ModelPatcher) -> tuple[type[LoadedModel], tuple[Recipe]]:
+def recipe_of(model: ModelPatcher) -> tuple[Callable[[Recipe], LoadedModel], tuple[Recipe]]:
     """(factory, arguments) by which a worker makes a MODEL of ours.
 
     Raises:
@@ -198,7 +218,8 @@ def recipe_of(model: ModelPatcher) -> tuple[type[LoadedModel], tuple[Recipe]]:
         raise refusal
     assert model.cached_patcher_init is not None
     path, weight_dtype, *_ = model.cached_patcher_init[1]
-    return LoadedModel, (Recipe(Path(path).resolve(), weight_dtype, changes_of(model)),)
+    gpu = gpu_of(model.load_device)
+    return load_recipe, (Recipe(Path(path).resolve(), weight_dtype, changes_of(model), gpu),)
 
 
 def remote_model(model: ModelPatcher, elsewhere: Elsewhere) -> ModelPatcher:
@@ -209,6 +230,7 @@ def remote_model(model: ModelPatcher, elsewhere: Elsewhere) -> ModelPatcher:
     )
     remote.device, remote.file_notes = model.offload_device, base.file_notes
     remote.diffusion_model.elsewhere = elsewhere
+    remote.diffusion_model.here = LoadedModel(model)
     patcher = RemotePatcher(remote, model.load_device, model.offload_device)
     options: Any = comfy.utils.deepcopy_list_dict(model.model_options)
     patcher.model_options = options
@@ -223,18 +245,25 @@ def remote_model(model: ModelPatcher, elsewhere: Elsewhere) -> ModelPatcher:
 
 
 def _refuse_functions(executor: Any, model: ModelPatcher, *args: Any, **kwargs: Any) -> Any:
-    """A wrapper of the host's preparation of a run: what was put on the MODEL after Wan21Workers."""
+    """A wrapper of the host's preparation of a run: refuses what was put on the MODEL after Wan21Workers,
+    and leaves the GPU to the worker on it."""
     if refusal := functions_on(model):
         raise refusal
+    if model.load_device.type == "cuda":
+        comfy.model_management.free_memory(1e30, model.load_device)
+        comfy.model_management.soft_empty_cache()
     return executor(model, *args, **kwargs)
 
 
 def _end(model: ModelPatcher) -> None:
     """A run has ended: says what it took, and lets the workers drop what belongs to it."""
-    elsewhere: Elsewhere = model.model.diffusion_model.elsewhere
-    for sentence in elsewhere.report():
+    dit: RemoteDiT = model.model.diffusion_model
+    for sentence in dit.elsewhere.report():
         tell(sentence)
-    elsewhere.end()
+    dit.elsewhere.end()
+    if dit.is_here:
+        dit.here.end()
+        dit.is_here = False
 
 
 def process_settings() -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:

@@ -58,6 +58,7 @@ def arguments():
     option("width", int, 96, "width of the video in pixels, a multiple of 16")
     option("height", int, 96, "height of the video in pixels, a multiple of 16")
     option("frames", int, 17, "number of frames, 4n + 1")
+    option("workers", int, 1, "processes that share each step, one a GPU or all on the CPU; needs Ray")
     return parser.parse_args()
 
 
@@ -77,7 +78,9 @@ def _run_on_server(options):
     shutil.rmtree(WORK_FOLDER, ignore_errors=True)
     print("Starting ComfyUI")
     with HostServer(WORK_FOLDER) as server:
-        return make_video(server.client, options)
+        video = make_video(server.client, options)
+        print(*(line for line in server.log().splitlines() if "workers: " in line), sep="\n")
+        return video
 
 
 def make_video(client, options):
@@ -100,7 +103,16 @@ def _filled_graph(options, image):
     graph = fill(graph, "Positive prompt", text=options.prompt)
     size = {"width": options.width, "height": options.height, "num_frames": options.frames}
     graph = fill(graph, "Wan21ImageToVideo", **size)
-    return fill(graph, "Wan21Sampler", seed=options.seed, steps=options.steps)
+    graph = fill(graph, "Wan21Sampler", seed=options.seed, steps=options.steps)
+    return graph if options.workers == 1 else with_workers(graph, options.workers)
+
+
+def with_workers(graph, count):
+    """The graph with Wan2.1 Workers before its sampler."""
+    key, sampler = next((k, node) for k, node in graph.items() if node["class_type"] == "Wan21Sampler")
+    inputs = {"model": sampler["inputs"]["model"], "devices": count, "split": "auto"}
+    sampler = sampler | {"inputs": sampler["inputs"] | {"model": ["workers", 0]}}
+    return graph | {key: sampler, "workers": {"class_type": "Wan21Workers", "inputs": inputs}}
 
 
 class _ProgressBars:

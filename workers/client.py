@@ -31,7 +31,7 @@ NOT_FOR_WORKERS = ("RAY_ADDRESS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF
 Check = Callable[[], object]  # raises when the user has cancelled
 
 
-class WorkersLost(RuntimeError):
+class WorkersLost(ConnectionError):
     """No worker is left, and a new engine did not mend it."""
 
 
@@ -322,7 +322,7 @@ class RemoteModel:
             except (_EngineGone, WorkersLost) as error:
                 self.client.close()
                 if is_last:
-                    raise WorkersLost(str(error)) from error
+                    raise WorkersLost(f"the workers are lost ({error})") from error
                 self.counts.notes.append(f"the engine of the workers was started again ({error})")
             except BaseException:
                 self.packer.forget()  # it may not have come

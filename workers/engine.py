@@ -112,9 +112,9 @@ class Engine:
         )
         cloudpickle.register_pickle_by_value(actor)
         remote: Any = ray.remote  # its stubs do not know concurrency groups
-        self.kind = remote(
-            num_cpus=1, num_gpus=int(gpus), max_restarts=0, concurrency_groups={"control": 1}
-        )(actor.Worker)
+        self.kind = remote(num_cpus=1, num_gpus=int(gpus), max_restarts=0, concurrency_groups={"control": 1})(
+            actor.Worker
+        )
         self.arguments = (root, *settings)
         self.count, self.started = count, 0
         self.workers: list[Worker] = []

@@ -5,14 +5,14 @@ import time
 from pathlib import Path
 
 import torch
-from wan21.host.rank import LoadedModel
+from wan21.host.rank import LoadedModel, load_recipe
 
 
 class Faulty(LoadedModel):
     """Does in each block what a file says that is named by this process: `memory` once, or `slow`."""
 
     def __init__(self, recipe, folder):
-        super().__init__(recipe)
+        super().__init__(load_recipe(recipe).patcher)
         self.file = Path(folder) / str(os.getpid())
 
     def call(self, asked, passes, shard, watch):
