@@ -54,6 +54,8 @@ def plan_memory(
     Returns:
         The plans left for all its devices, bytes of a step, and one sentence for the report.
     """
+    if model.model.diffusion_model.elsewhere is not None:
+        return plans, 0, f"{plans[0]}; weights and steps are in the workers"
     size = model.model.step_size(tuple(latent_shape), passes)
     for option in options:
         size = option.sized(size)

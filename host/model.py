@@ -69,7 +69,12 @@ class HostWanModel(WanModel):
         operations: namespace of layer classes, such as `torch.nn` or one of the host's.
         dtype: in which parameters are stored.
         stored: dtype by key, where a parameter is to be stored otherwise.
+
+    Attributes:
+        elsewhere: where its calls are made, if not here: see `host.remote`.
     """
+
+    elsewhere: Any = None
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from .devices import OnDevices
 from .memory import make_room, tell_out_of_memory
 from .model import CALL, NEED, TEXTS
 from .patches import refuse_compiled_fp8
+from .progress import check_cancelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,8 @@ class HostDenoiser:
 
     def make_room(self) -> bool:
         """Lets go of what the device holds beside a step; False: there was nothing left."""
-        return make_room(self.patcher)
+        elsewhere = self.model.diffusion_model.elsewhere
+        return make_room(self.patcher) if elsewhere is None else elsewhere.make_room(check_cancelled)
 
     def predict(self, x: Tensor, timestep: float, call: Call) -> dict[str, Tensor]:
         """The velocity of each pass: jointly where that is asked for and their contexts have equal shapes."""

@@ -277,6 +277,13 @@ class RemoteModel:
         """What a method of the model gives, of each worker."""
         return self._tried(check, lambda: self.client.request(check, "ask", self.key, name, *args))
 
+    def make_room(self, check: Check) -> bool:
+        """Lets go of what the devices hold beside a step; False: nothing was left on any."""
+        try:
+            return any(self.ask(check, "make_room"))
+        except WorkersLost:  # the step itself finds it out
+            return False
+
     def report(self) -> list[str]:
         """Sentences on the calls of the run so far."""
         counts = self.counts

@@ -16,9 +16,11 @@ import comfy.sample
 import psutil
 import pytest
 import torch
-from helpers_host import in_inference_mode  # noqa: F401
+from helpers import relative
 from helpers_workers import Faulty
 from lib.pack import ROOT
+from safetensors.torch import save_file
+from test_lora import first_lora
 from wan21 import host, workers
 from wan21.nodes import workers as node
 from wan21.wan.refusal import Refusal
@@ -111,6 +113,19 @@ def test_our_sampler_gives_the_latents_of_one_process(client, job, sample, split
     same(remote, whole)
     assert f"workers: 2, split {split}: " in report
     assert " s a call of the model, of which worker 0 " in report
+
+
+@pytest.mark.parametrize("dtype, schedule", [("default", ()), ("default", (1, 0.2)), ("fp8_e4m3fn", ())])
+def test_loras(client, files, prompts, sample, tmp_path, dtype, schedule):
+    """Merged, at the strengths of a schedule, and worked into weights of 8 bits."""
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+    save_file(first_lora(), tmp_path / "lora.safetensors")
+    plain = host.load_model(files["t2v"], dtype)
+    lora = host.read_lora(tmp_path / "lora.safetensors", plain)
+    model = host.add_lora(plain, lora, 0.8, schedule)
+    without, whole = (sample(one, *prompts, latent)[0] for one in (plain, model))
+    assert relative(whole["samples"], without["samples"]) > 1e-4
+    same(sample(shared(model), *prompts, latent)[0], whole)
 
 
 def test_an_image_model_with_the_hosts_sampler(client, models, image_to_video):
@@ -226,6 +241,17 @@ def test_a_killed_process_leaves_no_ray_behind(alone):
     alone.kill()
     _, alive = psutil.wait_procs(left, timeout=30)
     assert alive == []
+
+
+def test_without_workers_a_run_goes_on_here(client, job, sample, monkeypatch):
+    def lost(check):
+        raise workers.WorkersLost("no worker is left")
+
+    model, *rest = job
+    whole, _ = sample(model, *rest)
+    remote = shared(model)
+    monkeypatch.setattr(client, "start", lost)
+    same(sample(remote, *rest, cache__multiplier=1.0)[0], whole)
 
 
 def test_a_killed_engine(client, faulty, job, sample):
