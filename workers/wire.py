@@ -76,6 +76,12 @@ class Packer:
                 used[number] = tensor
                 return number
 
+            def reducer_override(self, obj: Any) -> Any:
+                if not isinstance(obj, Tensor):
+                    return NotImplemented
+                dtype, shape, data = _part(obj.detach().cpu().contiguous())
+                return tensor_of, (dtype, shape, data)
+
         Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
         # Copies: somebody may write to what he gave us, before the next message.
         self._last = {n: self._last[n] if n in self._last else tensor.clone() for n, tensor in used.items()}
@@ -89,6 +95,11 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def _part(tensor: Tensor) -> Part:
     data = tensor.flatten().view(torch.uint8).numpy().copy()
     return Part(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
+
+
+def tensor_of(dtype: str, shape: tuple[int, ...], data: Any) -> Tensor:
+    """The tensor of a `Part`, with memory of its own."""
+    return torch.from_numpy(data.copy()).view(getattr(torch, dtype)).view(shape)
 
 
 def unpack(message: Message, parts: Mapping[int, Part]) -> Any:
@@ -105,7 +116,6 @@ def unpack(message: Message, parts: Mapping[int, Part]) -> Any:
             return super().find_class(module, name)
 
         def persistent_load(self, pid: Any) -> Tensor:
-            dtype, shape, data = parts[pid]
-            return torch.from_numpy(data.copy()).view(getattr(torch, dtype)).view(shape)
+            return tensor_of(*parts[pid])
 
     return Unpickler(io.BytesIO(message.data)).load()
