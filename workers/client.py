@@ -118,7 +118,7 @@ class Client:
             self._stop.detach()
             self._stop = weakref.finalize(self, _end, self.pipe, self.process)
             count, gpus, settings, paths, threads = self.setup
-            packed = tuple(Packer().pack(settings))
+            packed = Packer().pack(settings).plain()
             self._send((str(ROOT), count, gpus, (packed, paths, threads), self.hung_seconds))
             self.told = self._answer(check)
             self.generation += 1
@@ -317,7 +317,7 @@ class RemoteModel:
             self.client.generation += 1
 
     def _called(self, asked: object, passes: int, check: Check) -> dict[str, Any]:
-        message = self.packer.pack(asked)
+        message = self.packer.pack(asked).plain()
         return self.client.request(check, "call", self.key, message, passes, self.split, self.count)
 
     def _tried(self, check: Check, do: Callable[[], Any]) -> Any:
@@ -342,6 +342,6 @@ class RemoteModel:
         generation = self.client.start(check)
         if generation != self.loaded_in:
             self.packer.forget()
-            message = Packer().pack(self.made_by)
+            message = Packer().pack(self.made_by).plain()
             self.client.request(check, "load", self.key, message)
             self.loaded_in = generation

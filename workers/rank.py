@@ -16,7 +16,7 @@ from ..wan.out_of_memory import is_out_of_memory
 from ..wan.refusal import Refusal
 from ..wan.run_state import forget_states
 from ..wan.shard import WHOLE, Shard, Ulysses
-from .wire import Message, Part, unpack
+from .wire import Message, Part, message_of, unpack
 
 MEET_SECONDS = 60  # for all of a group to come to it
 EXCHANGE_SECONDS = 1800  # for the slowest to come to an exchange; who hangs is noticed by the engine
@@ -61,7 +61,7 @@ class Rank:
         sys.path[:0] = paths
         if threads is not None:
             torch.set_num_threads(threads)
-        message = Message(*settings)
+        message = message_of(settings)
         for place, values in unpack(message, message.parts).items():
             module, _, name = place.partition(":")
             vars(getattr(import_module(module), name)).update(values)

@@ -47,6 +47,16 @@ class Message(NamedTuple):
     uses: tuple[int, ...]
     parts: dict[int, Part]
 
+    def plain(self) -> tuple:
+        """Without the names of this package's classes, which another process knows by another."""
+        return (*self[:3], {number: tuple(part) for number, part in self.parts.items()})
+
+
+def message_of(plain: tuple) -> Message:
+    """The message that was made `plain`."""
+    *rest, parts = plain
+    return Message(*rest, {number: Part(*part) for number, part in parts.items()})
+
 
 class Packer:
     """Makes messages, and knows the parts of the last one."""
