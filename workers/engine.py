@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from ..wan.shard import groups
 from . import actor
-from .wire import Message
+from .wire import Message, message_of
 
 POLL_SECONDS = 0.05  # for a cancel, between looks at the workers
 HEARTBEAT_SECONDS = 1.0  # between questions whether a worker lives
@@ -122,9 +122,14 @@ class Engine:
 
     # --- requests -------------------------------------------------------------------------------------
 
-    def load(self, key: str, message: Message) -> None:
-        """Makes a model in every worker that does not have it; first, workers in the place of lost ones."""
+    def load(self, key: str, plain: tuple) -> None:
+        """Makes a model in every worker that does not have it; first, workers in the place of lost ones.
+
+        Args:
+            plain: message of `(factory, arguments)`.
+        """
         self._fill()
+        message = message_of(plain)
         parts = ray.put(message.parts)
         refs = {w.do("load", key, message._replace(parts={}), parts): w for w in self.workers}
         for worker, answer in self._gathered(refs):
@@ -149,8 +154,9 @@ class Engine:
                 raise Failed(answer)
         return [answer["value"] for answer in answers]
 
-    def call(self, key: str, message: Message, passes: int, split: str, count: int) -> dict[str, Any]:
+    def call(self, key: str, plain: tuple, passes: int, split: str, count: int) -> dict[str, Any]:
         """The velocity of all passes of a call, done again while workers are lost."""
+        message = message_of(plain)
         self._keep(message)
         message = message._replace(parts={})
         for _ in range(TRIES):

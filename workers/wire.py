@@ -54,8 +54,8 @@ class Message(NamedTuple):
 
 def message_of(plain: tuple) -> Message:
     """The message that was made `plain`."""
-    *rest, parts = plain
-    return Message(*rest, {number: Part(*part) for number, part in parts.items()})
+    sender, data, uses, parts = plain
+    return Message(sender, data, uses, {number: Part(*part) for number, part in parts.items()})
 
 
 class Packer:

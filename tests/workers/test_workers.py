@@ -30,6 +30,8 @@ pytestmark = [
     pytest.mark.skipif(workers.cannot_run() is not None, reason=str(workers.cannot_run())),
 ]
 
+LONG = pytest.mark.skipif("LOST_ENGINE" not in os.environ, reason="LOST_ENGINE=1 starts Ray once more")
+
 # An instance of ComfyUI that is to be killed: its engine alone, without the host.
 ALONE = f"""
 import sys
@@ -150,7 +152,7 @@ def test_what_does_not_change_is_sent_once(client, job, sample):
 
     def watch(check, name, *args):
         if name == "call":
-            sent.append(sum(part.data.nbytes for part in args[1].parts.values()))
+            sent.append(sum(data.nbytes for _, _, data in args[1][3].values()))
         return request(check, name, *args)
 
     client.request = watch
@@ -243,18 +245,13 @@ def test_a_killed_process_leaves_no_ray_behind(alone):
     assert alive == []
 
 
-def test_without_workers_a_run_goes_on_here(client, job, sample, monkeypatch):
-    def lost(check):
-        raise workers.WorkersLost("no worker is left")
-
-    model, *rest = job
-    whole, _ = sample(model, *rest)
-    remote = shared(model)
-    monkeypatch.setattr(client, "start", lost)
-    same(sample(remote, *rest, cache__multiplier=1.0)[0], whole)
+def lost(check):
+    raise workers.WorkersLost("no worker is left")
 
 
-def test_a_killed_engine(client, faulty, job, sample):
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=LONG)], ids=["once", "and another"])
+def test_a_killed_engine(client, job, sample, monkeypatch, again):
+    """Another is started, and where that fails the run goes on here."""
     model, *rest = job
     remote = shared(model)
     whole, _ = sample(model, *rest)
@@ -262,8 +259,11 @@ def test_a_killed_engine(client, faulty, job, sample):
     engine = psutil.Process(client.process.pid)
     left = [engine, *engine.children(recursive=True)]
     engine.kill()
+    if not again:
+        monkeypatch.setattr(client, "start", lost)
     result, report = sample(remote, *rest)
     same(result, whole)
+    assert (" worker 1 " in report) == again
     assert "the engine of the workers was started again" in report
     _, alive = psutil.wait_procs(left, timeout=30)
     assert alive == []
