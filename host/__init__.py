@@ -26,7 +26,7 @@ from .memory import MemoryWatch, frame_device, need_host_bytes, plan_memory
 from .model import checkpoint_name, config_of, is_ours
 from .patches import changed_in_host, ignored_patches, refused_patch
 from .progress import Progress, StepProgress, check_cancelled, speaking_as, tell
-from .remote import is_remote, process_settings, recipe_of, remote_model, workers_report
+from .remote import WITHOUT_WEIGHTS, is_remote, process_settings, recipe_of, remote_model, workers_report
 from .sampling import Prepared, as_video_latent, fresh_noise, run_sampling, sigma_below_one
 from .stored import spoilt_weight
 from .text_encoder import load_text_encoder
@@ -44,6 +44,7 @@ __all__ = [
     "GUIDE",
     "VAE",
     "WEIGHT_DTYPES",
+    "WITHOUT_WEIGHTS",
     "Conditioning",
     "KeptLatent",
     "MemoryWatch",

@@ -85,6 +85,8 @@ class Wan21LoraLoader(io.ComfyNode):
         path = _path(lora_name, lora_url)
         if path is None:
             return io.NodeOutput(model, "no LoRA chosen")
+        if host.is_remote(model):
+            raise host.WITHOUT_WEIGHTS
         if family := host.other_family(model):
             raise Refusal(f"the MODEL is a {family}, not a Wan2.1 model", "Load one with Wan21ModelLoader")
         if host.packed_by_another_pack(model):

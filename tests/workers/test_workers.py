@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from test_lora import first_lora
 from wan21 import host, workers
 from wan21.nodes import workers as node
+from wan21.nodes.lora import Wan21LoraLoader
 from wan21.wan.refusal import Refusal
 
 pytestmark = [
@@ -36,12 +37,21 @@ LONG = pytest.mark.skipif("LOST_ENGINE" not in os.environ, reason="LOST_ENGINE=1
 ALONE = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "scripts")!r})
+import importlib
+from types import SimpleNamespace
+import torch
 from lib.pack import load_pack
-load_pack()
-from wan21.workers import Client, Setup
-client = Client(Setup(1, False, {{}}, (), 1))
-client.start(lambda: None)
-print(client.process.pid, flush=True)
+load_pack("custom_nodes/wan21-i2v")  # a name of ComfyUI's kind
+pack = importlib.import_module("custom_nodes/wan21-i2v.workers")
+client = pack.Client(pack.Setup(1, False, {{}}, (), 1))
+model = pack.RemoteModel(client, (SimpleNamespace, ()), "auto", 1)
+said = []
+for ask in (lambda: model.ask(int, "end"), lambda: model.call(torch.zeros(9999), 1, int)):
+    try:
+        ask()
+    except RuntimeError as error:
+        said.append(str(error))
+print(client.process.pid, *said, flush=True)
 sys.stdin.read()
 """
 
@@ -215,7 +225,7 @@ def test_a_lost_worker(client, faulty, job, sample, tmp_path, kind):
     assert f"process {pids[0]}) " in report and "; 1 left" in report
 
 
-def test_refusals(client, models):
+def test_refusals(client, models, prompts, sample):
     remote = shared(models["t2v"])
     with pytest.raises(Refusal, match="Put this node before Wan21Workers"):
         remote.clone().add_patches({})
@@ -225,6 +235,16 @@ def test_refusals(client, models):
         shared(changed)
     with pytest.raises(Refusal, match="comes from a Wan21Workers already"):
         shared(remote)
+    with pytest.raises(Refusal, match="Wan21LoraLoader: the MODEL comes from Wan21Workers"):
+        Wan21LoraLoader.execute(remote, "a.safetensors", 1.0, "", "", False)
+    merged = models["t2v"].clone()
+    merged.add_patches(models["t2v"].get_key_patches("diffusion_model."), 0.5, 0.5)
+    with pytest.raises(Refusal, match="another MODEL is merged into this one"):
+        shared(merged)
+    after = remote.clone()
+    after.model_options["transformer_options"]["optimized_attention_override"] = lambda *_: None
+    with pytest.raises(Refusal, match="an attention of its own .* workers can be sent data only"):
+        sample(after, *prompts, {"samples": torch.zeros(1, 16, 1, 4, 4)})
 
 
 def test_one_device_or_no_ray_hand_the_model_on(models, monkeypatch):
@@ -237,7 +257,9 @@ def test_one_device_or_no_ray_hand_the_model_on(models, monkeypatch):
 
 
 def test_a_killed_process_leaves_no_ray_behind(alone):
-    engine = psutil.Process(int(alone.stdout.readline()))
+    pid, *said = alone.stdout.readline().split(" ", 1)
+    assert said[0].count("'types.SimpleNamespace' object has no attribute") == 2
+    engine = psutil.Process(int(pid))
     left = [engine, *engine.children(recursive=True)]
     assert any("raylet" in process.name() for process in left)
     alone.kill()
