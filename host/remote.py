@@ -22,10 +22,11 @@ from ..wan.shard import WHOLE
 from .changes import changes_of
 from .devices import KEY as MULTIGPU
 from .lora import KEY as LORAS
-from .model import CALL, IN_CONTEXT, TEXTS, HostWanModel, Wan21
+from .model import CALL, IN_CONTEXT, TEXTS, TRAINED_ON, HostWanModel, Wan21
+from .patches import written_in_call
 from .progress import check_cancelled, tell
 from .rank import Asked, LoadedModel, Recipe, gpu_of, load_recipe
-from .runner import untraced
+from .untraced import untraced
 
 # Of transformer_options what is plain data and says something to our DiT.
 DATA = ("cond_or_uncond", "sigmas", "sample_sigmas", "rope_options")
@@ -99,9 +100,11 @@ class RemoteDiT(HostWanModel):
 
     @untraced
     def _forward(self, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
-        if kwargs.get("context_latents") is not None:
+        if kwargs.get("context_latents"):
             raise IN_CONTEXT
-        if refusal := functions_in(transformer_options):
+        if x.requires_grad:
+            raise TRAINED_ON
+        if refusal := functions_in(transformer_options) or written_in_call(self):
             raise refusal
         chunks = transformer_options.get("cond_or_uncond") or [0]
         count = len(chunks)
