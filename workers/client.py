@@ -9,12 +9,14 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -195,6 +197,11 @@ def _end(pipe: Any, process: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    # Of an engine that was killed, Ray's agents would stay for a minute; all are in its session.
+    for other in psutil.process_iter():
+        with suppress(OSError, psutil.Error):
+            if os.getsid(other.pid) == process.pid:
+                other.kill()
 
 
 def _error_of(answer: dict[str, Any]) -> Exception:
@@ -330,7 +337,7 @@ class RemoteModel:
                 self.client.close()
                 if is_last:
                     raise WorkersLost(f"the workers are lost ({error})") from error
-                self.counts.notes.append(f"the engine of the workers was started again ({error})")
+                self.counts.notes.append(f"the workers were lost and are started again ({error})")
             except BaseException:
                 self.packer.forget()  # it may not have come
                 raise

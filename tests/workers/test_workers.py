@@ -225,7 +225,7 @@ def test_a_lost_worker(client, faulty, job, sample, tmp_path, kind):
     assert f"process {pids[0]}) " in report and "; 1 left" in report
 
 
-def test_refusals(client, models, prompts, sample):
+def test_refusals(client, models, prompts, sample, monkeypatch):
     remote = shared(models["t2v"])
     with pytest.raises(Refusal, match="Put this node before Wan21Workers"):
         remote.clone().add_patches({})
@@ -235,6 +235,7 @@ def test_refusals(client, models, prompts, sample):
         shared(changed)
     with pytest.raises(Refusal, match="comes from a Wan21Workers already"):
         shared(remote)
+    monkeypatch.setattr("wan21.nodes.lora._path", lambda *_: Path("a.safetensors"))
     with pytest.raises(Refusal, match="Wan21LoraLoader: the MODEL comes from Wan21Workers"):
         Wan21LoraLoader.execute(remote, "a.safetensors", 1.0, "", "", False)
     merged = models["t2v"].clone()
@@ -286,6 +287,6 @@ def test_a_killed_engine(client, job, sample, monkeypatch, again):
     result, report = sample(remote, *rest)
     same(result, whole)
     assert (" worker 1 " in report) == again
-    assert "the engine of the workers was started again" in report
+    assert "the workers were lost and are started again" in report
     _, alive = psutil.wait_procs(left, timeout=30)
     assert alive == []
