@@ -13,7 +13,7 @@ from lib.host_server import HostServer
 from lib.pack import LINK_NAME, ROOT, comfyui_path
 from PIL import Image
 
-NEEDED = {"nodes", "host", "wan", "server", "frames", "net", "web", "models", "workflows", "docs"}
+NEEDED = {"nodes", "host", "wan", "server", "workers", "frames", "net", "web", "models", "workflows", "docs"}
 OPTIONAL = {"locales", "subgraphs"}
 FILES = {"__init__.py", "extension.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
 SCRIPTS = {"calibrate_teacache.py", "lib/__init__.py", "lib/local_job.py", "lib/pack.py"}

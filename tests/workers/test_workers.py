@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(workers.cannot_run() is not None, reason=str(workers.cannot_run())),
 ]
 
-LONG = pytest.mark.skipif("LOST_ENGINE" not in os.environ, reason="LOST_ENGINE=1 starts Ray once more")
+LONG = pytest.mark.skipif("WORKERS_LONG" not in os.environ, reason="half a minute: WORKERS_LONG=1 runs it")
 
 # An instance of ComfyUI that is to be killed: its engine alone, without the host.
 ALONE = f"""
@@ -208,7 +208,9 @@ def test_cancel_and_run_again(client, faulty, job, sample, tmp_path):
     same(sample(remote, *rest)[0], whole)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+@pytest.mark.parametrize(
+    "kind", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=LONG)], ids=["killed", "hung"]
+)
 def test_a_lost_worker(client, faulty, job, sample, tmp_path, kind):
     model, *rest = job
     whole, _ = sample(model, *rest)
