@@ -26,7 +26,7 @@ from .wire import Packer
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.05  # between looks whether the user has cancelled
-CANCEL_SECONDS = 30.0  # for the engine to answer a cancel; it kills who does not come back sooner
+CANCEL_SECONDS = 60.0  # for the engine to answer a cancel; it kills who does not come back sooner
 HUNG_SECONDS = 20.0  # see `engine.Engine`
 NOT_FOR_WORKERS = ("RAY_ADDRESS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 

@@ -22,7 +22,7 @@ from .wire import Message, message_of
 
 POLL_SECONDS = 0.05  # for a cancel, between looks at the workers
 HEARTBEAT_SECONDS = 1.0  # between questions whether a worker lives
-COME_BACK_SECONDS = 10.0  # for a worker to leave a call that is not wanted; then it is killed
+COME_BACK_SECONDS = 25.0  # for a worker to leave a call, or a meeting; then it is killed
 OBJECT_STORE_BYTES = 512 * 2**20  # of messages: a latent with its image is 43 MB at 720p
 START_SECONDS = 300.0  # for a worker to be there: it imports PyTorch and the host's modules
 TRIES = 6  # of one call
@@ -268,7 +268,12 @@ class Engine:
         if stops:
             ray.wait(stops, num_returns=len(stops), timeout=COME_BACK_SECONDS)
         if pending:
-            _, stuck = ray.wait(pending, num_returns=len(pending), timeout=COME_BACK_SECONDS)
+            back, stuck = ray.wait(pending, num_returns=len(pending), timeout=COME_BACK_SECONDS)
+            for ref in back:  # a dead one may be known by its peers before Ray tells
+                try:
+                    ray.get(ref)
+                except RayError as error:
+                    dead.append(self._drop(refs[ref], f"died ({type(error).__name__})"))
             for ref in stuck:
                 if refs[ref] in self.workers:
                     ray.kill(refs[ref].handle)

@@ -18,7 +18,7 @@ from ..wan.run_state import forget_states
 from ..wan.shard import WHOLE, Shard, Ulysses
 from .wire import Message, Part, message_of, unpack
 
-MEET_SECONDS = 60  # for all of a group to come to it
+MEET_SECONDS = 15  # for all of a group to come to it; less than the engine waits for who is called back
 EXCHANGE_SECONDS = 1800  # for the slowest to come to an exchange; who hangs is noticed by the engine
 
 Answer = dict[str, Any]  # plain data and numpy arrays: {"value": ...}, or {"failed": kind, "why": ...}
