@@ -1,5 +1,7 @@
 """The kernels of `wan.kernels` in PyTorch, called as the Triton ones are: to test what is around them."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from wan21.wan.rope import apply_rope
@@ -23,6 +25,17 @@ def gelu_product(x, weight, bias):
 
 
 ALL = {"residual_norm": residual_norm, "rms_rope": rms_rope, "gelu_product": gelu_product}
+
+
+def counting():
+    """({name: how often it has run}, {name: kernel})"""
+    ran = dict.fromkeys(ALL, 0)
+
+    def count(name, *args):
+        ran[name] += 1
+        return ALL[name](*args)
+
+    return ran, {name: partial(count, name) for name in ALL}
 
 
 # What they take, for tensors without data.

@@ -1,12 +1,10 @@
 """Kernels on the host's layers: norms give them their numbers as stored, patched and fetched."""
 
-from functools import partial
-
 import pytest
 import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from helpers import relative
-from helpers_kernels import ALL
+from helpers_kernels import ALL, counting
 from safetensors.torch import load_file, save_file
 from test_gguf import pair  # noqa: F401
 from wan21 import host
@@ -28,15 +26,11 @@ NORMS = [
 @pytest.fixture
 def switch(monkeypatch):
     """`switch(on)` turns the kernels on, in PyTorch and in any dtype, or off. Gives how often each ran."""
-    ran = dict.fromkeys(ALL, 0)
-
-    def count(name, *args):
-        ran[name] += 1
-        return ALL[name](*args)
+    ran, counted = counting()
 
     def run(on):
         ran.update(dict.fromkeys(ALL, 0))
-        choices = {name: kernels.Choice(partial(count, name) if on else None) for name in ALL}
+        choices = {name: kernels.Choice(counted[name] if on else None) for name in ALL}
         monkeypatch.setattr(kernels, "choose", lambda name, *_: choices[name])
         return ran
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import relative
-from helpers_kernels import ALL, ROOM
+from helpers_kernels import ROOM, counting
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -121,13 +121,8 @@ def block():
 @pytest.fixture
 def called(monkeypatch):
     """Turns the kernels on, in PyTorch; how often each has been called."""
-    counts = dict.fromkeys(ALL, 0)
-
-    def count(name, *args):
-        counts[name] += 1
-        return ALL[name](*args)
-
-    choices = {name: kernels.Choice(partial(count, name)) for name in ALL}
+    counts, counted = counting()
+    choices = {name: kernels.Choice(kernel) for name, kernel in counted.items()}
     monkeypatch.setattr(kernels, "choose", lambda name, *_: choices[name])
     return counts
 
