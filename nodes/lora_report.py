@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ..wan.files.bad_file import AGAIN, listed
+from ..wan.files.lora_keys import split_lora_key
 from ..wan.lora import DAMAGED, OTHER_SIZE, Lora
 from ..wan.refusal import Refusal
 
@@ -57,13 +58,20 @@ def lora_report(lora: Lora) -> list[str]:
 
 def notes(lora: Lora) -> list[str]:
     """What differs from the host's own loader."""
+    found = []
     magnitudes = [patch.magnitude for _, patch in lora.patches if patch.magnitude is not None]
-    if not any(magnitude.shape[0] > 1 for magnitude in magnitudes):
-        return []
-    return [
-        "dora: each output is divided by its norm in the changed weight, as in the paper and in PEFT; the "
-        "host's LoraLoaderModelOnly divides by that in the plain weight"
-    ]
+    if any(magnitude.shape[0] > 1 for magnitude in magnitudes):
+        found.append(
+            "dora: each output is divided by its norm in the changed weight, as in the paper and in PEFT; "
+            "the host's LoraLoaderModelOnly divides by that in the plain weight"
+        )
+    biases = [key for key in lora.matched if (split_lora_key(key) or ("", ""))[1] == "up_bias"]
+    if biases:
+        found.append(
+            f"biases of factors ({len(biases)}) act, as in PEFT; the host's LoraLoaderModelOnly leaves them "
+            f"out: {listed(biases)}"
+        )
+    return found
 
 
 def left_out(lora: Lora) -> list[str]:

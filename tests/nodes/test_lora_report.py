@@ -1,5 +1,6 @@
 """What of a LoRA is used and what is left out, in the sentences of the loader's report and refusals."""
 
+import comfy.lora
 import pytest
 import torch
 from wan21.nodes.lora_report import check_lora, lora_report
@@ -83,3 +84,17 @@ def test_a_dora_says_how_it_differs_from_the_hosts_loader():
     for sides, differs in (((rows, 1), True), ((rows,), True), ((1, columns), False)):
         file = plain | {"blocks.0.self_attn.q.dora_scale": torch.ones(sides)}
         assert ("LoraLoaderModelOnly divides" in "\n".join(lora_report(match_lora(file, T2V)))) == differs
+
+
+@pytest.mark.parametrize("form", ["lora_{}.weight", "lora_{}.default.weight"])
+def test_biases_of_factors_which_the_hosts_loader_leaves_out_are_said(form):
+    """The host's list of patches is asked what it would do."""
+    name = "diffusion_model.blocks.0.self_attn.q"
+    file = {f"{name}.{form.format(side)}": torch.ones(size) for side, size in (("A", (2, 8)), ("B", (8, 2)))}
+    bias = f"{name}.{form.format('B')}".replace("weight", "bias")
+    said = "biases of factors (1) act, as in PEFT; the host's LoraLoaderModelOnly leaves them out"
+    assert said not in "\n".join(lora_report(match_lora(file, T2V)))
+    assert f"{said}: {bias}" in "\n".join(lora_report(match_lora(file | {bias: torch.ones(8)}, T2V)))
+    to_load = {name: f"{name}.weight", f"{name}.bias": f"{name}.bias"}
+    patched = comfy.lora.load_lora(file | {bias: torch.ones(8)}, to_load, log_missing=False)
+    assert f"{name}.bias" not in patched
