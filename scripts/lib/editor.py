@@ -22,9 +22,8 @@ BROWSER_ARGS = [
     "--disable-quic",
     "--no-first-run",
 ]
-# A fresh user folder would open the template browser over the page; and on a busy machine the two clicks of a
-# double click may lie further apart than the editor's 300 ms.
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.Pointer.DoubleClickTime": 1000}
+# A fresh user folder would open the template browser over the page.
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en"}
 NODES_2 = {"Comfy.VueNodes.Enabled": True}  # the renderer of new Desktop and Cloud installations
 CLASSIC = {"Comfy.VueNodes.Enabled": False}
 VIEWPORT = {"width": 1920, "height": 1080}
