@@ -29,12 +29,12 @@ class _Lends(comfy.ops.CastWeightBiasOp):
 
 
 def lending(operations: ModuleType | type) -> ModuleType | type:
-    """The host's layers, those that lend their numbers to `wan.glue` which cast them and no more."""
+    """The host's layers, those that lend their numbers to `wan` which cast them and no more."""
     plain = comfy.ops.disable_weight_init
     if not isinstance(operations, type) or not issubclass(operations, plain):
         return operations
     layers = {}
-    for name in ("LayerNorm", "RMSNorm", "Linear"):
+    for name in ("LayerNorm", "RMSNorm", "Linear", "Conv2d", "Conv3d"):
         layer, casting = getattr(operations, name), "forward_comfy_cast_weights"
         if getattr(layer, casting, None) is getattr(getattr(plain, name), casting):
             layers[name] = type(name, (_Lends, layer), {})

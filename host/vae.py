@@ -23,6 +23,7 @@ from ..wan.vae.layers import AttendFrame, AttentionBlock, attend_frame
 from ..wan.vae.memory import choose_tile, decode_bytes, encode_bytes
 from .load import DTYPES
 from .memory import need_host_bytes
+from .operations import lending
 from .progress import Progress, check_cancelled, tell, tell_left_out
 from .reader import read_checkpoint
 from .stored import spoilt_weight
@@ -48,7 +49,7 @@ class HostWanVAE(WanVAE):
         decode_dtype: torch.dtype,
         attend: AttendFrame = attend_frame,
     ):
-        super().__init__(dim, operations=comfy.ops.disable_weight_init, dtype=decode_dtype)
+        super().__init__(dim, operations=lending(comfy.ops.disable_weight_init), dtype=decode_dtype)
         for part in self.modules():
             if isinstance(part, AttentionBlock):
                 part.attend = attend

@@ -10,7 +10,6 @@ may be changed in place, nothing is being compiled, and the kernel has been foun
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
-from .changed import is_changed
+from .changed import is_changed, lent
 from .inplace import may_overwrite
 from .rope import apply_rope, axis_frequencies, rope_table
 
@@ -62,8 +61,8 @@ def added_then_normed(
 ) -> tuple[Tensor, Tensor]:
     """`added`, and a layer `norm` of that, in float32 and then `dtype`."""
     kernel = _residual_norm(x, y, dtype)
-    if kernel and (lent := _lent(norm, x)):
-        with lent as (weight, bias):
+    if kernel and (lends := lent(norm, x)):
+        with lends as (weight, bias):
             return x, kernel(x, y, gate, (weight, bias), norm.eps, dtype)
     x = _added(x, y, gate)
     del y
@@ -79,8 +78,8 @@ def normed_heads(x: Tensor, norm: nn.Module, heads: int, rope: Tensor | None = N
         rope: from `rope_table`, the rows of these tokens; None turns nothing.
     """
     kernel = _rms_rope(x, heads)
-    if kernel and (lent := _lent(norm, x)):
-        with lent as (weight, _):
+    if kernel and (lends := lent(norm, x)):
+        with lends as (weight, _):
             return kernel(x, weight, norm.eps, heads, rope)
     x = norm(x).unflatten(-1, (heads, -1))
     return x if rope is None else apply_rope(x, rope)
@@ -100,8 +99,8 @@ def activated(x: Tensor, linear: nn.Module, activation: nn.Module) -> Tensor:
     """`activation` of a product: [B, L, D] -> [B, L, hidden]. A GELU rides on the product where it can."""
     rides = _takes_kernels(x) and type(activation) is GELU and not is_changed(activation)
     kernel = _choice("gelu_product", x.device, x.dtype, x.shape[-1]).function if rides else None
-    if kernel and (lent := _lent(linear, x)):
-        with lent as (weight, bias):
+    if kernel and (lends := lent(linear, x)):
+        with lends as (weight, bias):
             return kernel(x, weight, bias)
     return activation(linear(x))
 
@@ -148,19 +147,6 @@ def _takes_kernels(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or not may_overwrite() or type(x) is not Tensor:
         return False
     return x.ndim == 3 and x.stride()[1:] == (x.shape[-1], 1)
-
-
-def _lent(layer: nn.Module, x: Tensor) -> AbstractContextManager[tuple[Tensor, Tensor | None]] | None:
-    """Weight and bias of a layer as it uses them on x; None where it does something of its own.
-
-    A host's layer that casts, patches or fetches them has a method `lend` for that.
-    """
-    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    if is_changed(layer) or weight is None or (bias is None and not isinstance(layer, nn.RMSNorm)):
-        return None
-    if lend := getattr(layer, "lend", None):
-        return lend(x)
-    return nullcontext((weight, bias)) if type(layer) in (nn.LayerNorm, nn.RMSNorm, nn.Linear) else None
 
 
 def _choice(name: str, device: torch.device, dtype: torch.dtype, *sizes: int) -> kernels.Choice:

@@ -289,7 +289,7 @@ def allocated_at_most(call, *args, **options):
 
 @pytest.mark.parametrize("way", ["decode", "encode"])
 def test_columns_are_counted_where_cudnn_is_off(vae, way, monkeypatch):
-    monkeypatch.setattr("wan21.wan.vae.new_past", lambda device, check, is_plain: Past(check))
+    monkeypatch.setattr("wan21.wan.vae.new_past", lambda device, dtype, check, is_plain: Past(check))
     monkeypatch.setattr(torch.nn.functional, "conv3d", convolved_by_columns)
     monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
     estimate = (

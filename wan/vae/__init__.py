@@ -212,7 +212,8 @@ class WanVAE(nn.Module):
         """
         shape = (z.shape[0], self.decoder.conv1.out_channels, *z.shape[2:])
         out = z.new_empty(shape, device=device)
-        size, past = frames_per_chunk(None, z.device), new_past(z.device, check, self.is_plain)
+        size = frames_per_chunk(None, z.device)
+        past = new_past(z.device, z.dtype, check, self.is_plain)
         t = 0
         for chunk in stream(self._decode_stages()[:1], [z], size, past):
             out[:, :, t : t + chunk.shape[2]] = chunk
@@ -240,7 +241,8 @@ class WanVAE(nn.Module):
         Yields:
             (frame index, pixels [B, 3, f, rows * 8, columns * 8])
         """
-        size, past = frames_per_chunk(chunk_frames, z.device), new_past(z.device, check, self.is_plain)
+        size = frames_per_chunk(chunk_frames, z.device)
+        past = new_past(z.device, z.dtype, check, self.is_plain)
         stages = self._decode_stages()
         if window is None:
             skipped, drops = frames_left_out(stages, first)
@@ -268,7 +270,8 @@ class WanVAE(nn.Module):
             (latent frame index, means [B, z_dim, t, H/8, W/8])
         """
         device = x.device if device is None else device
-        size, past = frames_per_chunk(chunk_frames, device), new_past(device, check, self.is_plain)
+        size = frames_per_chunk(chunk_frames, device)
+        past = new_past(device, x.dtype, check, self.is_plain)
         stages = self.encoder.stages()
         stages[-1].append(conv_layer(self.conv1))
         frames = (chunk.to(device) for chunk in regroup([x], size))

@@ -3,8 +3,7 @@
 - Causal 3x3x3: Winograd's minimal filtering F(m, 3) along time (Lavin and Gray, arXiv:1509.09308). m output
   frames from m + 2 input frames cost m + 2 planar 3x3 convolutions instead of 3m. Only the time axis is
   transformed, so the planes go through the library's convolution, and float32 stays as exact as before.
-- Nearest upsampling, then 3x3: each of the four output phases sees 2x2 input pixels only, so it is one
-  convolution with four times the channels and 4/9 of the multiplications.
+- Nearest upsampling, then 3x3: as four phases (phases.py).
 
 Nothing else in the VAE depends on this file but the choice of a `Past` in stream.py.
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from .norm import RMSNorm
 from .past import Check, Past, batch_to_frames, frames_to_batch
+from .phases import phase_filters
 
 POINTS = (0.0, 1.0, -1.0, 2.0, -0.5)  # of interpolation, for small errors; the point at infinity comes last
 MOST_FRAMES = len(POINTS) - 1  # m: F(m, 3) takes m + 1 finite points
@@ -224,10 +224,7 @@ def upsample_conv(conv: nn.Conv2d, x: Tensor, check: Check = lambda: None) -> Te
     `check` is called before each of the N; may raise.
     """
     n, _, h, w = x.shape
-    # [phase, tap of two, tap of three]: which rows (columns) of the kernel fall on one input pixel
-    fold = x.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
-    taps = torch.einsum("puk,qvl,dckl->pqdcuv", fold, fold, conv.weight).flatten(0, 2)
-    taps = taps.contiguous(memory_format=torch.channels_last)  # [4D, C, 2, 2]
+    taps = phase_filters(conv.weight)
     bias = None if conv.bias is None else conv.bias.repeat(4)
     y = x.new_empty(n, 2 * h, 2 * w, conv.out_channels).permute(0, 3, 1, 2)
     for frame, out in zip(x.split(1), y.split(1)):

@@ -81,8 +81,13 @@ class ResidualBlock(Block):
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
-        h = past.causal_conv(conv1, x, norm1)
-        return past.causal_conv(conv2, h, norm2, overwrite=True, add_to=self.shortcut(x))
+        return past.causal_conv(
+            conv2,
+            past.causal_conv(conv1, x, norm1),  # not kept here: it may be free before the second result
+            norm2,
+            overwrite=True,
+            add_to=self.shortcut(x),
+        )
 
 
 # How the pixels of a frame attend to each other: q, k, v -> what they found, all [1, 1, H W, C].

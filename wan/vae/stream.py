@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from . import cuda
 from .cpu import CpuPast
 from .layers import Layer, Stage
 from .past import Check, Past, RecordedPast
@@ -27,10 +28,14 @@ def frames_per_chunk(chunk_frames: int | None, device: torch.device) -> int:
     return chunk_frames
 
 
-def new_past(device: torch.device, check: Check | None, is_plain: Callable[[nn.Module], bool]) -> Past:
-    """The `Past` for a stream on `device`; `is_plain` as for `CpuPast`."""
+def new_past(
+    device: torch.device, dtype: torch.dtype, check: Check | None, is_plain: Callable[[nn.Module], bool]
+) -> Past:
+    """The `Past` for a stream of `dtype` on `device`; `is_plain` as for `CpuPast`."""
     if torch.is_grad_enabled():
         return RecordedPast(check)
+    if cuda.suits(device, dtype.itemsize):
+        return cuda.CudaPast(check)
     return CpuPast(check, is_plain) if device.type == "cpu" else Past(check)
 
 

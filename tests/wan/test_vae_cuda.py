@@ -1,0 +1,106 @@
+"""The VAE's way on NVIDIA GPUs, on the CPU: the numbers of the plain one, and channels last throughout."""
+
+import pytest
+import torch
+from helpers import relative
+from helpers_vae import latents, pixels
+from lib.random_weights import randomise
+from wan21.wan.vae import WanVAE, cuda
+from wan21.wan.vae.past import Past
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return randomise(WanVAE(dim=16))
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """`on_gpu(True)` takes the GPU's way on every device, `on_gpu(False)` the plain one."""
+
+    def switch(on):
+        made = cuda.CudaPast if on else Past
+        monkeypatch.setattr("wan21.wan.vae.new_past", lambda device, dtype, check, is_plain: made(check))
+
+    return switch
+
+
+def both_ways(vae, on_gpu, batch=1, **options):
+    """(ours, plain) of a decode and an encode."""
+    z, x = latents(5, 5, 7, batch), pixels(17, 40, 56, batch)
+    found = []
+    for on in (True, False):
+        on_gpu(on)
+        found.append((vae.decode(z, **options), vae.encode(x, **options)))
+    return zip(*found)
+
+
+@pytest.mark.parametrize("batch, chunk_frames", [(1, 1), (1, 2), (2, 4), (1, 100)])
+def test_numbers_are_those_of_the_plain_way(vae, on_gpu, batch, chunk_frames):
+    for ours, plain in both_ways(vae, on_gpu, batch, chunk_frames=chunk_frames):
+        assert 0 < relative(ours, plain) <= 5e-6
+
+
+def test_every_convolution_reads_channels_last(vae, on_gpu, monkeypatch):
+    convolved, seen = cuda.convolved, []
+
+    def watch(conv, x, weight):
+        layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        seen.append(x.is_contiguous(memory_format=layout))
+        return convolved(conv, x, weight)
+
+    monkeypatch.setattr(cuda, "convolved", watch)
+    list(both_ways(vae, on_gpu, chunk_frames=4))
+    assert len(seen) > 200 and all(seen)
+
+
+def doubled(layer):
+    layer.forward = lambda x: type(layer).forward(layer, x) * 2
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda layer, inputs, output: output * 2)
+
+
+@pytest.mark.parametrize("change", [doubled, hooked])
+def test_a_changed_convolution_is_called(on_gpu, change):
+    vae = randomise(WanVAE(dim=8))
+    on_gpu(True)
+    plain = vae.decode(latents(3))
+    for layer in (vae.decoder.upsamples[3].resample[1], vae.decoder.upsamples[4].residual[2]):
+        change(layer)
+    (ours, expected), _ = both_ways(vae, on_gpu)
+    assert relative(ours, expected) <= 5e-6
+    on_gpu(True)
+    assert relative(vae.decode(latents(3)), plain) > 1e-3
+
+
+SUITS = [
+    ({}, 2, True),
+    ({}, 4, True),
+    ({}, 8, False),
+    ({"device": "cpu"}, 2, False),
+    ({"hip": "6.4"}, 2, False),  # the same name of the device on AMD
+    ({"cudnn": False}, 2, False),
+    ({"capability": (7, 5)}, 2, True),
+    ({"capability": (7, 5)}, 4, False),  # no TF32
+    ({"tf32": False}, 4, False),
+]
+
+
+@pytest.mark.parametrize("case, itemsize, expected", SUITS)
+def test_where_it_is_taken(monkeypatch, case, itemsize, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case.get("capability", (9, 0)))
+    monkeypatch.setattr(torch.version, "hip", case.get("hip"))
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", case.get("cudnn", True))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", case.get("tf32", True))
+    assert cuda.suits(torch.device(case.get("device", CUDA)), itemsize) == expected

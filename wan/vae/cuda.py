@@ -1,0 +1,106 @@
+"""The VAE's convolutions on NVIDIA GPUs: channels last in memory, as their tensor cores read them.
+
+The library's convolutions read channels side by side and would reorder every tensor, there and back; with
+them as they want them, nothing is reordered but the weights, which it does at each call. What lies around a
+convolution (norm and SiLU, the join with the frames before, bias, residual step) is done in few passes over
+memory, since that took as long as the convolutions.
+
+    B batch    C D input, output channels    f frames of a chunk    H W height and width    k kernel frames
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..changed import lent
+from .norm import RMSNorm, norm_silu
+from .past import Past, batch_to_frames, frames_to_batch
+
+CHANNELS_LAST = torch.channels_last_3d
+TENSOR_CORES = (8, 0)  # least compute capability of those that multiply float32, as TF32
+
+
+def suits(device: torch.device, itemsize: int) -> bool:
+    """Whether convolutions of numbers of so many bytes run on tensor cores there, and so channels last."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.backends.cudnn.enabled:
+        return False
+    if itemsize != 4:
+        return itemsize == 2
+    capable = torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= TENSOR_CORES
+    return capable and torch.backends.cudnn.allow_tf32
+
+
+class CudaPast(Past):
+    """A `Past` with the convolutions of this file; where somebody changed one, it is called as elsewhere."""
+
+    def arrange(self, chunk: Tensor) -> Tensor:
+        """Channels side by side."""
+        return chunk.contiguous(memory_format=CHANNELS_LAST)
+
+    def causal_conv(
+        self,
+        conv: nn.Conv3d,
+        x: Tensor,
+        norm: RMSNorm | None = None,
+        overwrite: bool = False,
+        add_to: Tensor | None = None,
+    ) -> Tensor:
+        lends = lent(conv, x)
+        if lends is None:
+            return super().causal_conv(conv, x, norm, overwrite, add_to)
+        window = self.normed_window(conv, x, norm)
+        del x  # free before the result takes room, where the caller kept no name for it
+        with lends as (weight, bias):
+            y = convolved(conv, window, weight)
+            del window
+            return add_bias(y, bias, None if add_to is None else self.arrange(add_to))
+
+    def normed_window(self, conv: nn.Conv3d, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        """`window` of silu(norm(x)), or of x; the frames go to their place in it as they are normed."""
+        x, look_back = self.arrange(x), conv.kernel_size[0] - 1
+        if norm is None and not look_back:
+            return x
+        b, c, f, h, w = x.shape
+        window = torch.empty(
+            (b, c, look_back + f, h, w), device=x.device, dtype=x.dtype, memory_format=CHANNELS_LAST
+        )
+        before = self.frames.pop(conv, x[:, :, :0])
+        known = before.shape[2]
+        window[:, :, : look_back - known] = 0  # before frame 0
+        window[:, :, look_back - known : look_back] = before
+        del before
+        fresh = window[:, :, look_back:]
+        if norm is None:
+            fresh.copy_(x)
+        else:
+            norm_silu_into(fresh, x, norm)
+        if look_back:
+            self.keep(conv, window[:, :, -look_back:])
+        return window
+
+    def upsample_conv(self, upsample: nn.Module, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        lends = lent(conv, x)
+        if lends is None:
+            return super().upsample_conv(upsample, conv, x)
+        frames = frames_to_batch(self.arrange(x))
+        with lends as (weight, bias):
+            doubled = upsample(frames).contiguous(memory_format=torch.channels_last)
+            y = convolved(conv, doubled, weight)
+            return batch_to_frames(add_bias(y, bias), x.shape[0])
+
+
+def convolved(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """`conv` without its bias, which PyTorch would add in a slow pass of its own."""
+    return conv._conv_forward(x, weight, None)
+
+
+def norm_silu_into(out: Tensor, x: Tensor, norm: RMSNorm) -> None:
+    """Writes silu(norm(x)) into `out`, both [B, C, f, H, W]."""
+    norm_silu(norm, out.copy_(x), in_place=True)
+
+
+def add_bias(y: Tensor, bias: Tensor, add_to: Tensor | None = None) -> Tensor:
+    """y + bias + add_to, in the memory of y: [B, D, ...]; the bias is [D]."""
+    y.add_(bias.view(-1, *[1] * (y.ndim - 2)))
+    return y if add_to is None else y.add_(add_to)
