@@ -8,7 +8,6 @@ PyTorch's own operations are the reference. `wan.kernels` has the same in fewer 
 may be changed in place, nothing is being compiled, and the kernel has been found to agree on the device.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from . import kernels
 from .changed import is_changed, lent
 from .inplace import may_overwrite
+from .kernels import relative
 from .rope import apply_rope, axis_frequencies, rope_table
 
 CHECK_TOKENS = 64  # on which a kernel is compared; a square, and so a grid
@@ -163,7 +163,7 @@ def _residual_norm_distance(device: torch.device, dtype: torch.dtype, width: int
     gate, shift, scale = (0.3 * torch.randn(2, 1, width, generator=g).to(device) for _ in range(3))
     eps = 1e-6
     differences = [
-        _relative(
+        relative(
             kernel(x, None, None, (1 + scale, shift), eps, dtype), _modulated(x, shift, scale, eps, dtype)
         )
     ]
@@ -172,8 +172,8 @@ def _residual_norm_distance(device: torch.device, dtype: torch.dtype, width: int
         normed = kernel(ours, y, factor, (1 + scale, shift), eps, dtype)
         kernel(alone, y, factor, None, eps, dtype)
         expected = _added(x.clone(), y, factor)
-        differences += [_relative(ours, expected), _relative(alone, expected)]
-        differences.append(_relative(normed, _modulated(expected, shift, scale, eps, dtype)))
+        differences += [relative(ours, expected), relative(alone, expected)]
+        differences.append(relative(normed, _modulated(expected, shift, scale, eps, dtype)))
     return max(differences)
 
 
@@ -189,8 +189,8 @@ def _rms_rope_distance(
     table = rope_table(axis_frequencies(head_dim), (1, side, side), device)
     heads = width // head_dim
     normed = F.rms_norm(x, (width,), weight, 1e-6).unflatten(-1, (heads, -1))
-    plain = _relative(kernel(x, weight, 1e-6, heads, None), normed)
-    return max(plain, _relative(kernel(x, weight, 1e-6, heads, table), apply_rope(normed, table)))
+    plain = relative(kernel(x, weight, 1e-6, heads, None), normed)
+    return max(plain, relative(kernel(x, weight, 1e-6, heads, table), apply_rope(normed, table)))
 
 
 @torch.no_grad()
@@ -199,13 +199,7 @@ def _gelu_product_distance(device: torch.device, dtype: torch.dtype, width: int,
     g = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(2, CHECK_TOKENS, width, generator=g).to(device, dtype) for _ in range(2))
     weight, bias = weight[0] / width**0.5, x[0, 0, :CHECK_TOKENS].contiguous()
-    return _relative(kernel(x, weight, bias), F.gelu(F.linear(x, weight, bias), approximate="tanh"))
-
-
-def _relative(ours: Tensor, expected: Tensor) -> float:
-    ours, expected = ours.float(), expected.float()
-    off = float((ours - expected).norm() / expected.norm())
-    return off if math.isfinite(off) else math.inf  # `max` would lose a NaN
+    return relative(kernel(x, weight, bias), F.gelu(F.linear(x, weight, bias), approximate="tanh"))
 
 
 _DISTANCES: dict[str, Callable[..., float]] = {

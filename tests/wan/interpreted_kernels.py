@@ -18,9 +18,13 @@ from wan21.wan.attention import sdpa
 from wan21.wan.chunked import block_executor
 from wan21.wan.config import WanConfig
 from wan21.wan.dit import WanAttentionBlock
+from wan21.wan.kernels.add_bias import add_bias
+from wan21.wan.kernels.norm_silu import norm_silu
 from wan21.wan.kernels.residual_norm import residual_norm
 from wan21.wan.kernels.rms_rope import rms_rope
 from wan21.wan.rope import apply_rope, axis_frequencies, rope_table
+from wan21.wan.vae import cuda
+from wan21.wan.vae.norm import RMSNorm
 
 EPS = 1e-6
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -96,6 +100,44 @@ def rope_cases(dtype, batch, rows, heads, head_dim):
     assert torch.equal(x, before)
 
 
+def channels_last(*shape, dtype):
+    return rand(*shape).to(dtype).contiguous(memory_format=cuda.CHANNELS_LAST)
+
+
+def vae_cases(dtype, width):
+    """On two samples of more pixels than a program has, and not a multiple of them."""
+    shape = 2, width, 3, 5, 7
+    x, residual = channels_last(*shape, dtype=dtype), channels_last(*shape, dtype=dtype)
+    x[0, :, 0, 0, 0], x[1, :, 0, 0, 0] = 0, 6e-8  # the smallest number of float16
+    norm = RMSNorm(width, 3, dtype=dtype)
+    norm.gamma.copy_(1 + 0.1 * rand(*norm.gamma.shape))
+    window = torch.full((2, width, 5, 5, 7), 9.0, dtype=dtype).contiguous(memory_format=cuda.CHANNELS_LAST)
+    norm_silu(x, norm.gamma.flatten(), norm.scale, window[:, :, 2:])
+    assert (window[:, :, :2] == 9).all()  # what is before keeps its numbers
+    wide = x.double()
+    factor = (norm.scale / wide.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(torch.finfo(dtype).max)
+    normed = wide * factor * norm.gamma.double()
+    yield "norm and SiLU", compared(window[:, :, 2:], F.silu(normed).to(dtype), normed)
+    bias = rand(width).to(dtype)
+    for name, add_to in (("bias", None), ("bias and residual", residual)):
+        ours, expected = x.clone(), x + bias.view(-1, 1, 1, 1)
+        size = x.abs() + bias.abs().view(-1, 1, 1, 1)
+        add_bias(ours, bias, add_to)
+        if add_to is not None:
+            expected, size = expected + add_to, size + add_to.abs()
+        yield name, compared(ours, expected, size)
+    yield "off", cuda_distances(dtype, width)
+
+
+def cuda_distances(dtype, width):
+    """What the check of a first use finds."""
+    device = torch.device("cpu")
+    return {
+        "norm_silu": cuda._norm_silu_distance(device, dtype, width, norm_silu),
+        "add_bias": cuda._add_bias_distance(device, dtype, width, add_bias),
+    }
+
+
 def traffic():
     """Bytes that each kernel loads and stores for one token of the 14B model."""
     moved = []
@@ -114,7 +156,10 @@ def traffic():
     half, width = torch.float16, 5120
     x, y, vector = rand(1, 1, width), rand(1, 1, width).half(), rand(1, 1, width)
     q, table = rand(1, 1, width).half(), rand(1, 1, 64, 2)
+    pixel, gamma = channels_last(1, 96, 1, 1, 1, dtype=half), rand(96).half()
     calls = {
+        "norm and SiLU of a pixel": lambda: norm_silu(pixel, gamma, 9.8, torch.empty_like(pixel)),
+        "bias and residual of a pixel": lambda: add_bias(pixel, gamma, pixel.clone()),
         "norm": lambda: residual_norm(x, None, None, (vector, vector), EPS, half),
         "gated step and norm": lambda: residual_norm(x, y, vector, (vector, vector), EPS, half),
         "step and norm": lambda: residual_norm(x, y, None, (vector, vector), EPS, half),
@@ -155,7 +200,7 @@ def blocks():
         ran.clear()
         ours = block_executor(parts)(block, x.clone(), *inputs)
         assert not torch.equal(ours, expected)
-        yield f"batch {batch}, parts {parts}", {"off": glue._relative(ours, expected), "ran": len(ran)}
+        yield f"batch {batch}, parts {parts}", {"off": kernels.relative(ours, expected), "ran": len(ran)}
     yield "taken", {str(key[0]): choice.function is not None for key, choice in kernels._chosen.items()}
 
 
@@ -169,7 +214,14 @@ def main():
             numbers[f"{where}: {what}"] = found
         for what, found in rope_cases(dtype, batch, rows, heads, head_dim):
             numbers[f"{where}: {what}"] = found
-    print(json.dumps({"numbers": numbers, "blocks": dict(blocks()), "traffic": dict(traffic())}))
+    vae = {
+        f"{name}, width {width}: {what}": found
+        for name, dtype in {**DTYPES, "float32": torch.float32}.items()
+        for width in (96, 8)
+        for what, found in vae_cases(dtype, width)
+    }
+    found = {"numbers": numbers, "vae": vae, "blocks": dict(blocks()), "traffic": dict(traffic())}
+    print(json.dumps(found))
 
 
 main()

@@ -53,6 +53,20 @@ def test_the_interpreter_gives_the_numbers_of_pytorch(interpreted):
 
 
 @needs_triton
+def test_the_interpreter_gives_the_numbers_of_the_vaes_layers(interpreted):
+    """Norm and SiLU within one unit of the exact, rounded once; in float32 by what its sums round."""
+    found = dict(interpreted["vae"])
+    checks = {name: found.pop(name) for name in [*found] if name.endswith("off")}
+    assert len(found) == 18 and len(checks) == 6
+    for name, numbers in found.items():
+        assert numbers["units"] <= (8 if name.startswith("float32") else 1), (name, numbers)
+        if not name.endswith("SiLU"):
+            assert numbers["equal"] == numbers["of"] > 0, (name, numbers)
+    for name, off in checks.items():
+        assert off["norm_silu"] < (1e-6 if name.startswith("float32") else 0.006) and off["add_bias"] == 0
+
+
+@needs_triton
 def test_a_block_on_kernels_is_the_block(interpreted):
     blocks = interpreted["blocks"]
     assert blocks.pop("taken") == {
@@ -70,7 +84,10 @@ def test_a_kernel_reads_and_writes_each_number_once(interpreted):
     """Bytes of a token of width 5120: its own, and the vectors and the row of the table that go with it."""
     wide, half, vector = 4 * 5120, 2 * 5120, 4 * 5120
     turns = 4 * 8192  # of one row of 128 numbers, from the cache
+    pixel = 2 * 96
     assert interpreted["traffic"] == {
+        "norm and SiLU of a pixel": 2 * pixel + pixel,  # and gamma, once for 16 pixels
+        "bias and residual of a pixel": 3 * pixel + pixel,
         "norm": wide + half + 2 * vector,
         "gated step and norm": 2 * wide + half + half + 3 * vector,
         "step and norm": 2 * wide + half + half + 2 * vector,
@@ -86,21 +103,27 @@ POINTERS = {
         "out_ptr": "*bf16",
     },
     "rms_rope": {"x_ptr": "*bf16", "weight_ptr": "*bf16", "table_ptr": "*fp32", "out_ptr": "*bf16"},
+    "norm_silu": {"x_ptr": "*bf16", "gamma_ptr": "*bf16", "out_ptr": "*bf16"},
+    "add_bias": {"y_ptr": "*bf16", "bias_ptr": "*bf16", "add_to_ptr": "*bf16"},
 }  # fmt: skip
 WAYS = {
     "residual_norm": {"HAS_Y": True, "HAS_GATE": True, "HAS_NORM": True, "BLOCK": 8192},
     "rms_rope": {"HEAD": 128, "HAS_TABLE": True, "BLOCK": 8192},
+    "norm_silu": {"PIXELS": 16, "BLOCK": 128},
+    "add_bias": {"HAS_RESIDUAL": True, "PIXELS": 16, "BLOCK": 128},
 }
+SCALARS = {"width": "i32", "pixels": "i32", "eps": "fp32", "scale": "fp32", "largest": "fp32"}
 
 
 def compiled(name, capability, folder):
-    """A kernel as for the 14B model: (registers, bytes on the stack, its memory instructions)."""
+    """A kernel as for the 14B model or the VAE's last level: (registers, bytes on the stack, memory
+    instructions)."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     module = importlib.import_module(f"wan21.wan.kernels.{name}")
     constants, pointers = WAYS[name], POINTERS[name]
-    types = {**pointers, "width": "i32", "eps": "fp32"} | dict.fromkeys(constants, "constexpr")
+    types = pointers | SCALARS | dict.fromkeys(constants, "constexpr")
     place = {argument: (i,) for i, argument in enumerate(module._kernel.arg_names)}
     source = ASTSource(
         fn=module._kernel,
@@ -126,9 +149,11 @@ def test_code_for_a_gpu_spills_nothing_and_moves_128_bits_at_a_time(name, capabi
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     registers, stack, moves = compiled(name, capability, tmp_path)
     assert registers <= 128 and stack == 0, (registers, stack)
-    # Of each program of 8 warps: every thread has 32 of the 8192 numbers.
-    least = {"residual_norm": 36 + 12, "rms_rope": 8 + 4}[name]
-    assert len(moves) >= least and all(".128" in move for move in moves), moves
+    # Of each program of 8 warps: every thread has 32 of the 8192 numbers; of the VAE's of 4, 16 of 2048.
+    least = {"residual_norm": 36 + 12, "rms_rope": 8 + 4, "norm_silu": 3 + 2, "add_bias": 5 + 2}[name]
+    narrow = [move for move in moves if ".128" not in move]
+    vectors = ["LDG.E.U16"] if name in ("norm_silu", "add_bias") else []  # of 96 numbers, one a thread
+    assert len(moves) >= least and narrow == vectors, moves
 
 
 @pytest.fixture
@@ -210,6 +235,7 @@ REFUSED = [
     ({"device": "cpu"}, "they are for NVIDIA GPUs"),
     ({"cuda": None}, "they are for NVIDIA GPUs"),
     ({"dtype": torch.float32}, "they work in 16 bits and the model in float32"),
+    ({"name": "norm_silu", "dtype": torch.float64}, "they work in 16 bits and the model in float64"),
     ({"width": 8320}, "they take a width of up to 8192 and the model has 8320"),
     ({"capability": (7, 5)}, "they need compute capability 8.0 and the device has 7.5"),
     ({"triton": "raise ModuleNotFoundError"}, "Triton is not installed"),

@@ -1,11 +1,13 @@
-"""Kernels of `wan.glue`, in Triton but for one, and where they are taken.
+"""Kernels of `wan.glue` and of the VAE, in Triton but for one, and where they are taken.
 
-They are for NVIDIA GPUs and 16 bits. Each is run on a few tokens at its first use on a device and compared
-with PyTorch's own operations; where it differs, cannot be built or cannot run, those stay for the process.
+They are for NVIDIA GPUs and 16 bits, the VAE's for float32 too. Each is run on a few tokens
+or pixels at its first use on a device and compared with PyTorch's own operations; where it differs, cannot be
+built or cannot run, those stay for the process.
 With WAN21_KERNELS=0 in the environment none is taken.
 """
 
 import importlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from threading import Lock
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..out_of_memory import is_out_of_memory
 
@@ -21,8 +24,10 @@ SWITCH = "WAN21_KERNELS"
 CAPABILITY = (8, 0)  # least; bfloat16 needs it
 NEWEST = {"gelu_product": (9, 0)}  # on 12.0 product and GELU apart are faster (SGLang, pull request 34350)
 WITHOUT_TRITON = {"gelu_product"}
+IN_FLOAT32 = {"norm_silu", "add_bias"}  # too: the VAE's encoder computes in it
 MAX_WIDTH = 8192  # of a token that stays in the registers of one program
 TOLERANCE = 0.01  # of the relative difference; bfloat16 rounds by up to 0.004
+TOLERANCE_IN_FLOAT32 = 1e-5
 
 Distance = Callable[[Callable], float]
 
@@ -78,6 +83,13 @@ def describe(choices: Mapping[str, Choice]) -> str:
     )
 
 
+def relative(ours: Tensor, expected: Tensor) -> float:
+    """The norm of the difference over the norm, infinite for NaN, which `max` would lose."""
+    ours, expected = ours.float(), expected.float()
+    off = float((ours - expected).norm() / expected.norm())
+    return off if math.isfinite(off) else math.inf
+
+
 def _decide(name: str, device: torch.device, dtype: torch.dtype, width: int, distance: Distance) -> Choice:
     if why := obstacle(name, device, dtype, width):
         return Choice(None, why)
@@ -88,7 +100,7 @@ def _decide(name: str, device: torch.device, dtype: torch.dtype, width: int, dis
         if is_out_of_memory(error):  # nothing is known of the kernel
             raise
         return Choice(None, f"cannot be built or run here ({_first_line(error)})")
-    if off > TOLERANCE:
+    if off > (TOLERANCE if dtype.itemsize == 2 else TOLERANCE_IN_FLOAT32):
         return Choice(None, f"differs from PyTorch's own by {off:.1e} on this device")
     return Choice(function)
 
@@ -99,7 +111,7 @@ def obstacle(name: str, device: torch.device, dtype: torch.dtype, width: int) ->
         return f"{SWITCH} is 0"
     if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
         return "they are for NVIDIA GPUs"
-    if dtype.itemsize != 2:
+    if dtype.itemsize != 2 and not (name in IN_FLOAT32 and dtype == torch.float32):
         return f"they work in 16 bits and the model in {str(dtype).removeprefix('torch.')}"
     capability = torch.cuda.get_device_capability(device)
     least, newest = CAPABILITY, NEWEST.get(name, capability)

@@ -3,21 +3,26 @@
 The library's convolutions read channels side by side and would reorder every tensor, there and back; with
 them as they want them, nothing is reordered but the weights, which it does at each call. What lies around a
 convolution (norm and SiLU, the join with the frames before, bias, residual step) is done in few passes over
-memory, since that took as long as the convolutions.
+memory, since that took as long as the convolutions. PyTorch's own operations are the reference; `wan.kernels`
+has the same in one pass each, taken where it has been found to agree on the device.
 
     B batch    C D input, output channels    f frames of a chunk    H W height and width    k kernel frames
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..changed import lent
 from .norm import RMSNorm, norm_silu
 from .past import Past, batch_to_frames, frames_to_batch
 
 CHANNELS_LAST = torch.channels_last_3d
+CHECK_SHAPE = 2, 3, 5, 7  # B, f, H, W on which a kernel is compared
 TENSOR_CORES = (8, 0)  # least compute capability of those that multiply float32, as TF32
 
 
@@ -86,8 +91,8 @@ class CudaPast(Past):
         frames = frames_to_batch(self.arrange(x))
         with lends as (weight, bias):
             doubled = upsample(frames).contiguous(memory_format=torch.channels_last)
-            y = convolved(conv, doubled, weight)
-            return batch_to_frames(add_bias(y, bias), x.shape[0])
+            y = batch_to_frames(convolved(conv, doubled, weight), x.shape[0])
+            return add_bias(y, bias)
 
 
 def convolved(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -97,10 +102,78 @@ def convolved(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 def norm_silu_into(out: Tensor, x: Tensor, norm: RMSNorm) -> None:
     """Writes silu(norm(x)) into `out`, both [B, C, f, H, W]."""
-    norm_silu(norm, out.copy_(x), in_place=True)
+    if kernel := _kernel("norm_silu", x, out):
+        kernel(x, norm.gamma.to(x).flatten(), norm.scale, out)
+    else:
+        norm_silu(norm, out.copy_(x), in_place=True)
 
 
 def add_bias(y: Tensor, bias: Tensor, add_to: Tensor | None = None) -> Tensor:
-    """y + bias + add_to, in the memory of y: [B, D, ...]; the bias is [D]."""
-    y.add_(bias.view(-1, *[1] * (y.ndim - 2)))
+    """y + bias + add_to, in the memory of y: [B, D, f, H, W]; the bias is [D]."""
+    if kernel := _kernel("add_bias", y, *([] if add_to is None else [add_to])):
+        kernel(y, bias, add_to)
+        return y
+    y.add_(bias.view(-1, 1, 1, 1))
     return y if add_to is None else y.add_(add_to)
+
+
+def kernel_choices(device: torch.device, dtype: torch.dtype, dim: int) -> dict[str, kernels.Choice]:
+    """Which kernels a VAE of this many channels at its first level takes, by name."""
+    found = {}
+    for name in _DISTANCES:
+        of_widths = [_choice(name, device, dtype, width * dim) for width in (1, 2, 4)]
+        found[name] = next((choice for choice in of_widths if choice.function is None), of_widths[0])
+    return found
+
+
+def _kernel(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
+    """A kernel for tensors [B, C, f, H, W], where they lie as it needs them."""
+    if torch.compiler.is_compiling() or not all(_lies_flat(t) for t in tensors):
+        return None
+    x = tensors[0]
+    return _choice(name, x.device, x.dtype, x.shape[1]).function
+
+
+def _lies_flat(x: Tensor) -> bool:
+    """Whether each sample is a row of pixels, and a pixel a row of channels."""
+    return type(x) is Tensor and x[:1].is_contiguous(memory_format=CHANNELS_LAST)
+
+
+def _choice(name: str, device: torch.device, dtype: torch.dtype, width: int) -> kernels.Choice:
+    return kernels.choose(name, device, dtype, (width,), partial(_DISTANCES[name], device, dtype, width))
+
+
+def _random(device: torch.device, dtype: torch.dtype, *widths: int) -> list[Tensor]:
+    """Small frames of so many channels each, as the layers see them."""
+    g = torch.Generator().manual_seed(0)
+    made = [torch.randn(CHECK_SHAPE[0], width, *CHECK_SHAPE[1:], generator=g) for width in widths]
+    return [x.to(device, dtype).contiguous(memory_format=CHANNELS_LAST) for x in made]
+
+
+@torch.no_grad()
+def _norm_silu_distance(device: torch.device, dtype: torch.dtype, width: int, kernel: Callable) -> float:
+    """The relative difference of the kernel `norm_silu`."""
+    x, out = _random(device, dtype, width, width)
+    norm = RMSNorm(width, 3, device, dtype)
+    norm.gamma.add_(0.1 * x[0, :, :1, :1, :1])
+    kernel(x, norm.gamma.flatten(), norm.scale, out)
+    return kernels.relative(out, norm_silu(norm, x))
+
+
+@torch.no_grad()
+def _add_bias_distance(device: torch.device, dtype: torch.dtype, width: int, kernel: Callable) -> float:
+    """The relative difference of the kernel `add_bias`, with and without a residual."""
+    y, add_to = _random(device, dtype, width, width)
+    bias = add_to[0, :, 0, 0, 0].contiguous()
+    differences = []
+    for residual in (add_to, None):
+        ours, expected = y.clone(), y + bias.view(-1, 1, 1, 1)
+        kernel(ours, bias, residual)
+        differences.append(kernels.relative(ours, expected if residual is None else expected + residual))
+    return max(differences)
+
+
+_DISTANCES: dict[str, Callable[..., float]] = {
+    "norm_silu": _norm_silu_distance,
+    "add_bias": _add_bias_distance,
+}
