@@ -4,22 +4,26 @@ The library's convolutions read channels side by side and would reorder every te
 them as they want them, nothing is reordered but the weights, which it does at each call. What lies around a
 convolution (norm and SiLU, the join with the frames before, bias, residual step) is done in few passes over
 memory, since that took as long as the convolutions. PyTorch's own operations are the reference; `wan.kernels`
-has the same in one pass each, taken where it has been found to agree on the device.
+has the same in one pass each, taken where it has been found to agree on the device. Upsampling goes by phases
+(phases.py).
 
     B batch    C D input, output channels    f frames of a chunk    H W height and width    k kernel frames
 """
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
 from ..changed import lent
 from .norm import RMSNorm, norm_silu
 from .past import Past, batch_to_frames, frames_to_batch
+from .phases import phase_filters
 
 CHANNELS_LAST = torch.channels_last_3d
 CHECK_SHAPE = 2, 3, 5, 7  # B, f, H, W on which a kernel is compared
@@ -88,11 +92,25 @@ class CudaPast(Past):
         lends = lent(conv, x)
         if lends is None:
             return super().upsample_conv(upsample, conv, x)
-        frames = frames_to_batch(self.arrange(x))
         with lends as (weight, bias):
-            doubled = upsample(frames).contiguous(memory_format=torch.channels_last)
-            y = batch_to_frames(convolved(conv, doubled, weight), x.shape[0])
-            return add_bias(y, bias)
+            return batch_to_frames(
+                doubled_and_convolved(frames_to_batch(self.arrange(x)), weight, bias), x.shape[0]
+            )
+
+
+def doubled_and_convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """3x3 convolution, padded by 1, of x doubled in height and width: [N, C, H, W] -> [N, D, 2H, 2W].
+
+    By phases; the filters are folded at each call, which costs little beside the convolution, so that they
+    may come from anywhere. The bias is added where each phase goes to its place.
+    """
+    n, _, h, w = x.shape
+    filters = phase_filters(weight.float()).to(weight)
+    phases = F.conv2d(x, filters, padding=1).chunk(4, 1)  # 4 of [N, D, H + 1, W + 1]
+    y = x.new_empty(n, 2 * h, 2 * w, len(weight)).permute(0, 3, 1, 2)
+    for phase, (p, q) in zip(phases, product(range(2), repeat=2)):
+        torch.add(phase[:, :, p : p + h, q : q + w], bias.view(-1, 1, 1), out=y[:, :, p::2, q::2])
+    return y
 
 
 def convolved(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
