@@ -7,7 +7,7 @@ sampler the host's life cycle: device memory, model patches, progress, preview a
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 
-from .attention import choose_attention_for, retry_of, unused_override
+from .attention import attention_to_get, choose_attention_for, retry_of, unused_override
 from .coefficients import measured_coefficients
 from .conditioning import (
     Conditioning,
@@ -54,6 +54,7 @@ __all__ = [
     "StepProgress",
     "add_lora",
     "as_video_latent",
+    "attention_to_get",
     "changed_in_host",
     "check_cancelled",
     "check_upscale_model",

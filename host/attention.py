@@ -1,16 +1,19 @@
 """The host's attention as an `AttentionFn`, and the choice between it and the backends of `wan/`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import comfy.model_management
+import torch
 from comfy.cli_args import args
 from comfy.ldm.modules import attention as host_attention
 from comfy.ldm.wan import model as host_wan
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..wan.attention import SDPA, Attention, AttentionFn, choose_attention, sdpa
+from ..wan.attention import SDPA, Attention, AttentionFn, AttentionSize, sdpa
+from ..wan.backends import attentions_to_get, choose_attention, named_attention
 from .devices import devices_of
 from .untraced import untraced
 
@@ -25,6 +28,7 @@ EXACT = (  # of the host's
     host_attention.attention_flash,
 )
 SUB_QUADRATIC = "the host's sub-quadratic attention"
+_told: set[torch.device] = set()  # of which a report has said what a missing package would give
 
 
 def has_own_attention(transformer_options: dict) -> bool:
@@ -59,12 +63,13 @@ def _of_the_host(function: Callable, **options: Any) -> AttentionFn:
     return attention
 
 
-def choose_attention_for(model: ModelPatcher, name: str) -> Attention | None:
+def choose_attention_for(model: ModelPatcher, name: str, tokens: int) -> Attention | None:
     """The sampler's attention for a MODEL of ours, on all its devices; None for the host's own choice.
 
     Args:
-        name: of `wan.attention.CHOICES`; auto keeps to what the host was started with, and is sdpa where
+        name: of `wan.backends.CHOICES`; auto keeps to what the host was started with, and is sdpa where
             another would serve some of the devices only.
+        tokens: of a sample, in a pass of the run.
 
     Raises:
         Refusal: an explicit choice cannot be had.
@@ -72,11 +77,32 @@ def choose_attention_for(model: ModelPatcher, name: str) -> Attention | None:
     if name == "auto" and has_own_attention(model.model_options["transformer_options"]):
         return None
     if name == "auto" and args.use_pytorch_cross_attention:
-        return SDPA
-    dtype = model.model.get_dtype_inference()
+        name = "sdpa"
+    if model.model.diffusion_model.elsewhere is not None:  # the GPU here may be a worker's
+        return SDPA if name == "auto" else attention_named(model, name)
+    config, dtype = model.model.diffusion_model.config, model.model.get_dtype_inference()
+    size = AttentionSize(tokens, config.num_heads, config.head_dim)
+    chosen = [
+        choose_attention(name, device, dtype, size, _barred(), partial(_make_room, device))
+        for device in devices_of(model)
+    ]
+    return chosen[0] if len({(one.name, one.kernel) for one in chosen}) == 1 else SDPA
+
+
+def _make_room(device: torch.device, need: float) -> None:
+    comfy.model_management.free_memory(need, device)
+
+
+def attention_to_get(model: ModelPatcher, chosen: Attention | None) -> str:
+    """What an attention that is not installed would give on a MODEL's device; told once a process."""
+    device = model.load_device
+    if chosen is None or device in _told:
+        return ""
     head_dim = model.model.diffusion_model.config.head_dim
-    chosen = [choose_attention(name, device, dtype, head_dim, _barred()) for device in devices_of(model)]
-    return chosen[0] if len({attention.name for attention in chosen}) == 1 else SDPA
+    told = attentions_to_get(chosen, device, model.model.get_dtype_inference(), head_dim, _barred())
+    if told:
+        _told.add(device)
+    return told
 
 
 def attention_named(model: ModelPatcher, name: str) -> Attention:
@@ -87,8 +113,8 @@ def attention_named(model: ModelPatcher, name: str) -> Attention:
     """
     if name == SUB_QUADRATIC:
         return Attention(name, _of_the_host(host_attention.attention_sub_quad))
-    head_dim = model.model.diffusion_model.config.head_dim
-    return choose_attention(name, model.load_device, model.model.get_dtype_inference(), head_dim, _barred())
+    dtype, head_dim = model.model.get_dtype_inference(), model.model.diffusion_model.config.head_dim
+    return named_attention(name, model.load_device, dtype, head_dim, _barred())
 
 
 def _barred() -> dict[str, str]:

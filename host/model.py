@@ -171,7 +171,7 @@ class HostWanModel(WanModel):
         names = tuple(pass_name(chunk) for chunk in chunks)
         call = transformer_options.get(CALL) or Call(names)
         attention = attention_of(transformer_options) if call.attention is None else call.attention.function
-        with best_kernels(x.device):
+        with best_kernels(x.device, None if call.attention is None else call.attention.kernel):
             v = untraced(super().forward)(
                 x,
                 timestep,

@@ -14,7 +14,7 @@ from .. import host
 from ..wan.attention import Attention
 from ..wan.config import CLIP_TOKENS, WanConfig
 from ..wan.execution import Execution
-from ..wan.memory import MemoryPlan, plans_from
+from ..wan.memory import MemoryPlan, StepSize, plans_from
 from ..wan.option import Run
 from ..wan.refusal import Refusal
 from ..wan.retry import FiniteOrExact, NotFinite, WithinMemory
@@ -345,13 +345,15 @@ def prepare(
         warnings.append(
             "execution.joint_pass has no effect: MultiGPU CFG Split gives each pass to a device of its own"
         )
-    chosen = host.choose_attention_for(model, attention)
+    walked = (*shape[:2], shape[2] + beside, *shape[3:])
+    chosen = host.choose_attention_for(model, attention, StepSize(config, (1, *walked[1:])).tokens)
     if unused := host.unused_override(model, chosen):
         warnings.append(unused)
-    job = replace(job, options=(*job.options, Execution(joint, chosen, host.kernels_of(model))))
+    to_get = host.attention_to_get(model, chosen) if attention == "auto" else ""
+    execution_option = Execution(joint, chosen, host.kernels_of(model), to_get)
+    job = replace(job, options=(*job.options, execution_option))
     passes = -(-len(leg.pass_names) // devices)
     plans = plans_from(joint, passes, devices > 1)
-    walked = (*shape[:2], shape[2] + beside, *shape[3:])
     plans, need, memory = host.plan_memory(model, walked, plans, passes, job.active(run))
     return Prepared(
         model=model,

@@ -6,7 +6,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .. import host
-from ..wan.attention import CHOICES
+from ..wan.backends import CHOICES
 from ..wan.config import VAE_STRIDE
 from ..wan.guidance import CfgZeroStar, ZeroInit
 from ..wan.nag import Nag
@@ -191,8 +191,8 @@ def option_inputs() -> list[Any]:
                     options=list(CHOICES),
                     default="auto",
                     optional=True,
-                    tooltip="auto takes an installed exact one (flash, xformers) that is 15 % faster than "
-                    "sdpa here. sage is quantised, and taken when named.",
+                    tooltip="auto takes an installed exact one (flash, flash3, flash4, xformers) that is "
+                    "15 % faster than sdpa here. sage and kitchen are quantised, and taken when named.",
                 ),
             ],
         ),

@@ -34,8 +34,10 @@ SOURCES = {
     for path in (folder.glob("*.py") if folder == ROOT else folder.rglob("*.py"))
     if path.name != "conftest.py"
 }
-# Keys that files carry, and an ending of file names.
-KEYS = re.compile(r"comfy_quant|comfy\.gguf\.orig_shape|(?<!\w)_comfyui(?!\w)")
+# Keys that files carry, an ending of file names, and a package of kernels, which needs no host.
+KEYS = re.compile(
+    r"comfy_kitchen\.\w+|comfy-kitchen|comfy_quant|comfy\.gguf\.orig_shape|(?<!\w)_comfyui(?!\w)"
+)
 HOSTS_WORDS = re.compile(r"\w*comfy\w*|\bWan21[A-Z]\w*", re.IGNORECASE)
 
 

@@ -24,8 +24,8 @@ PARTS = 4  # from here on self-attention is the peak: more parts refetch streame
 LATENT_COPIES = 6  # noise, start and the history of the solver (UniPC keeps most)
 
 # What a backend takes besides q, k, v and its output, in copies of q at 2 bytes a number. SageAttention keeps
-# q and k in 8 bit, v in 8 bit and transposed, and a k without its mean.
-ATTENTION_COPIES = {"sage": 3.0}
+# q and k in 8 bit, v in 8 bit and transposed, and a k without its mean; comfy-kitchen's q, k and v in 8 bit.
+ATTENTION_COPIES = {"sage": 3.0, "kitchen": 1.5}
 # Before, RMSNorm is a product after the other: the input in float32, that normed, and that times the weight.
 FUSED_NORM = TorchVersion(torch.__version__) >= "2.9"
 

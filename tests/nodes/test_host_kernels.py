@@ -1,5 +1,7 @@
 """Kernels on the host's layers: norms give them their numbers as stored, patched and fetched."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
@@ -10,6 +12,7 @@ from test_gguf import pair  # noqa: F401
 from wan21 import host
 from wan21.host import kernels as host_kernels
 from wan21.wan import glue, kernels
+from wan21.wan.attention import SDPA, AttentionSize
 
 METADATA = {"config": '{"transformer": {"text_dim": 128}}'}
 LATENT = {"samples": torch.zeros(1, 16, 2, 4, 4)}
@@ -93,3 +96,29 @@ def test_the_report_says_which_kernels_a_gpu_runs(models, prompts, sample, monke
     compiled = model.clone()
     compiled.model_options[TORCH_COMPILE_KWARGS] = {"backend": "inductor"}
     assert "the MODEL is compiled" in host.kernels_of(compiled)
+
+
+def test_the_report_says_which_attention_a_gpu_runs(models, prompts, sample, monkeypatch):
+    """It was tried at the tokens of the run; what a missing package would give is told once a process."""
+    model, tried = models["t2v"], []
+    # Of PyTorch's kernels the CPU has this one.
+    expected = "" if model.load_device.type == "cpu" else "attention: sdpa by flash\n"
+    report = sample(model, *prompts, LATENT, steps=1)[1]
+    assert expected in report and ("attention:" in report) == bool(expected)
+
+    def choose(name, device, dtype, size, *_):
+        tried.append(size)
+        return replace(SDPA, kernel="cuDNN", seconds=(("sdpa cuDNN", 0.012), ("sdpa flash", 0.0344)))
+
+    monkeypatch.setattr(host.attention, "choose_attention", choose)
+    monkeypatch.setattr(host.attention, "attentions_to_get", lambda *_: "much")
+    monkeypatch.setattr(host.attention, "_told", set())
+    reports = [sample(model, *prompts, LATENT, steps=1)[1] for _ in range(2)]
+    said = "attention: sdpa by cuDNN; one self-attention of this run: sdpa cuDNN 12 ms, sdpa flash 34.4 ms\n"
+    assert all(said in report for report in reports)
+    assert ["attention to install, by published figures: much" in r for r in reports] == [True, False]
+    config = model.model.diffusion_model.config
+    assert tried == 2 * [AttentionSize(2 * 2 * 2, config.num_heads, config.head_dim)]
+    monkeypatch.setattr(host.attention, "_told", set())
+    named = sample(model, *prompts, LATENT, steps=1, execution__attention="sdpa")[1]
+    assert said in named and "attention to install" not in named

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from wan21 import host
 from wan21.host.attention import choose_attention_for, has_own_attention, retry_of
 from wan21.nodes.sampler import Wan21Sampler
-from wan21.wan import attention
-from wan21.wan.attention import SDPA, Attention
+from wan21.wan import backends
+from wan21.wan.attention import SDPA, Attention, AttentionSize
 from wan21.wan.solvers import SOLVERS
 
 STEPS = 6
@@ -243,6 +243,7 @@ BAD = [
     ({"execution__attention": "flash"}, "flash, and flash_attn is not installed; get it with pip install"),
     ({"execution__attention": "sage"}, "sage, and sageattention is not installed.*can be used here: sdpa"),
     ({"execution__attention": "xformers"}, "attention is xformers, and xformers is not installed"),
+    ({"execution__attention": "flash4"}, "attention is flash4, and flash_attn.cute is not installed"),
 ]  # fmt: skip
 
 
@@ -257,12 +258,12 @@ def test_an_installed_backend_is_refused_on_the_cpu(run, monkeypatch):
     fake = types.ModuleType("flash_attn")
     fake.flash_attn_func = lambda q, k, v: q
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
-    attention._import.cache_clear()
+    backends._import.cache_clear()
     try:
         with pytest.raises(ValueError, match="flash, and it needs a CUDA device and the model runs on cpu"):
             run(execution__attention="flash")
     finally:
-        attention._import.cache_clear()
+        backends._import.cache_clear()
 
 
 # --- attention of the host ---------------------------------------------------------------------------
@@ -296,19 +297,32 @@ def test_sdpa_replaces_the_hosts_own_choice_on_the_cpu_only(monkeypatch):
 
 
 def test_auto_keeps_to_what_the_host_was_started_with(models, monkeypatch):
-    """Both flags, with xformers and flash there and faster."""
-    asked = []
-    monkeypatch.setattr(attention, "fastest", lambda *a: asked.append(a[-1]) or SDPA)
+    """Both flags. PyTorch's attention by a flag may be any of its kernels."""
+    asked, config = [], models["t2v"].model.diffusion_model.config
+
+    def choose(name, device, dtype, size, barred, make_room):
+        asked.append((name, size, dict(barred)))
+        return SDPA
+
+    def ask(name="auto"):
+        assert choose_attention_for(models["t2v"], name, 5) is SDPA
+        asked_for, size, barred = asked.pop()
+        assert size == AttentionSize(5, config.num_heads, config.head_dim)
+        return asked_for, barred
+
+    barred = {"xformers": "ComfyUI was started with --disable-xformers"}
+    monkeypatch.setattr(host.attention, "choose_attention", choose)
     monkeypatch.setattr(args, "use_pytorch_cross_attention", False)
-    choose_attention_for(models["t2v"], "auto")
-    assert asked.pop() == ("flash", "sage", "xformers")
+    assert ask() == ("auto", {})
     monkeypatch.setattr(args, "disable_xformers", True)
-    choose_attention_for(models["t2v"], "auto")
-    assert asked.pop() == ("flash", "sage")
-    with pytest.raises(ValueError, match="attention is xformers, and ComfyUI was started with --disable-xf"):
-        choose_attention_for(models["t2v"], "xformers")
+    assert ask() == ("auto", barred)
     monkeypatch.setattr(args, "use_pytorch_cross_attention", True)
-    assert choose_attention_for(models["t2v"], "auto") is SDPA and asked == []
+    assert ask() == ("sdpa", barred)
+    assert ask("flash3") == ("flash3", barred)
+    monkeypatch.undo()
+    monkeypatch.setattr(args, "disable_xformers", True)
+    with pytest.raises(ValueError, match="attention is xformers, and ComfyUI was started with --disable-xf"):
+        choose_attention_for(models["t2v"], "xformers", 5)
 
 
 def test_nan_is_done_again_after_a_quantised_attention_only(models, monkeypatch):

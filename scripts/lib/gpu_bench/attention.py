@@ -1,6 +1,5 @@
 """Self-attention and cross-attention of one pass in every way that this machine has."""
 
-import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -15,25 +14,19 @@ SDPA = {
     "sdpa cuDNN": SDPBackend.CUDNN_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-# (module, function, whether it wants [B, N, L, D]); left out where wan/attention.py has a row for the module.
-OTHERS = {
-    "FlashAttention 3": ("flash_attn_interface", "flash_attn_func", False),
-    "FlashAttention 4": ("flash_attn.cute", "flash_attn_func", False),
-    "comfy-kitchen int8": ("comfy_kitchen.sage_attention", "int8_attention", True),
-}
 QUERIES_COMPARED = 64  # over the whole length
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def usable_backends(bench: Bench) -> dict[str, AttentionFn]:
-    """Backends of wan/attention.py that can be called here, less sdpa."""
-    from wan21.wan.attention import BACKENDS, choose_attention
+    """Backends of wan/backends.py that can be called here, less sdpa."""
+    from wan21.wan.backends import BACKENDS, named_attention
     from wan21.wan.refusal import Refusal
 
     found = {}
     for name in BACKENDS:
         try:
-            found[name] = choose_attention(name, bench.device, bench.dtype, bench.size.config.head_dim)
+            found[name] = named_attention(name, bench.device, bench.dtype, bench.size.config.head_dim)
         except Refusal:
             continue
     return {name: attention.function for name, attention in found.items()}
@@ -88,7 +81,8 @@ def _cross(make, q, contexts):
 
 def _calls(bench: Bench) -> dict[str, Callable[[], AttentionFn]]:
     """By name, what gives the function or raises `Missing`."""
-    from wan21.wan.attention import BACKENDS, best_kernels, choose_attention, sdpa
+    from wan21.wan.attention import best_kernels, sdpa
+    from wan21.wan.backends import BACKENDS, named_attention
     from wan21.wan.refusal import Refusal
 
     def in_our_order(q, k, v):
@@ -107,30 +101,11 @@ def _calls(bench: Bench) -> dict[str, Callable[[], AttentionFn]]:
     def of_the_pack(name):
         try:
             head_dim = bench.size.config.head_dim
-            return choose_attention(name, bench.device, bench.dtype, head_dim).function
+            return named_attention(name, bench.device, bench.dtype, head_dim).function
         except Refusal as refusal:
             raise Missing(refusal.problem) from refusal
 
     calls: dict[str, Callable[[], AttentionFn]] = {"ours, sdpa": lambda: in_our_order}
     calls |= {name: partial(with_kernel, kernel) for name, kernel in SDPA.items()}
     calls |= {name: partial(of_the_pack, name) for name in BACKENDS}
-    known = {backend.module for backend in BACKENDS.values()}
-    calls |= {name: partial(_other, bench, *how) for name, how in OTHERS.items() if how[0] not in known}
     return calls
-
-
-def _other(bench, module, function, heads_first):
-    if not bench.on_cuda:
-        raise Missing("it needs a CUDA device")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise Missing(f"{module} is not installed, or has no {function} ({error})") from error
-
-    def call(q, k, v):
-        if heads_first:
-            return found(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
-        out = found(q, k, v)
-        return out[0] if isinstance(out, tuple) else out
-
-    return call
