@@ -121,7 +121,7 @@ def install(monkeypatch):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A CUDA device that is not there: its capability, and tensors that stay on the CPU. Gives the kernels tried."""
+    """A CUDA device that is not there, whose tensors stay on the CPU. Gives the kernels that were tried."""
     to, tried = torch.Tensor.to, []
 
     def to_cpu(tensor, *args, **kwargs):
