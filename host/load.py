@@ -25,6 +25,7 @@ from ..wan.dit import WanModel
 from ..wan.files.gguf import BLOCKS, dequantize, read_gguf
 from ..wan.files.marks import check_scales, unpacked_shapes
 from ..wan.refusal import Refusal
+from .eight_bits import EIGHT_BITS, quantised
 from .guide import sample_with_guide
 from .lora import work_in_at_use
 from .model import Wan21, refuse_replaced, refuse_unread
@@ -36,11 +37,12 @@ from .stored import PackedPatcher, kept_dtype
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FP8_FAST = "fp8_e4m3fn_fast"
-WEIGHT_DTYPES = DTYPES | {
+STORED_AS = DTYPES | {
     "fp8_e4m3fn": torch.float8_e4m3fn,
     FP8_FAST: torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+WEIGHT_DTYPES = (*STORED_AS, *EIGHT_BITS)
 IN_BF16 = "computed in bf16, which this CPU multiplies itself; weight_dtype fp32 is the exact and slower way"
 PLAIN = ("F32", "F16", "BF16")  # GGUF types that are unpacked when read
 
@@ -70,6 +72,7 @@ def load_model(
     notes = [tell_left_out(path.name, left_out)]
     for key in left_out:
         file.leave_out(key)
+    file.quantise()
     # Without the file's metadata, of which the host would believe any size, and which `config` is read from.
     host_config = comfy.model_detection.model_config_from_unet(file.detected, "")
     if host_config is None:  # as of 16 channels with an image branch
@@ -80,7 +83,7 @@ def load_model(
     host_config.unet_config |= {"num_heads": config.num_heads, "text_dim": config.text_dim}
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
-    notes.append(_choose_dtype(host_config, file.detected, load_device, weight_dtype))
+    notes.append(_choose_dtype(host_config, file, load_device, weight_dtype))
     if operations := file.operations(load_device):
         host_config.custom_operations = operations  # pyright: ignore[reportAttributeAccessIssue]
     model = Wan21(host_config, config, path, file.metadata, file.built_on, file.stored(host_config))
@@ -115,7 +118,7 @@ def notes_on_file(model: ModelPatcher) -> list[str]:
 
 
 def _choose_dtype(
-    host_config: BASE, state_dict: dict[str, Tensor], load_device: torch.device, weight_dtype: str
+    host_config: BASE, file: "_Safetensors | _GGUFFile", load_device: torch.device, weight_dtype: str
 ) -> str:
     """Sets storage and compute dtype; gives what is to be said of it, or nothing.
 
@@ -125,7 +128,7 @@ def _choose_dtype(
     products in bf16, who asks for bf16 gets them.
     """
     management = comfy.model_management
-    dtype = WEIGHT_DTYPES.get(weight_dtype)
+    dtype = STORED_AS.get(weight_dtype)
     quantised = host_config.quant_config is not None
     if quantised and dtype is not None:
         raise Refusal(
@@ -134,16 +137,16 @@ def _choose_dtype(
             "Set weight_dtype to default",
         )
     supported = list(host_config.supported_inference_dtypes)
-    stored = None if quantised else comfy.utils.weight_dtype(state_dict)
+    stored = file.dtype
     if stored == torch.bfloat16:
         supported.sort(key=lambda dtype: dtype != stored)
     chosen = dtype or management.unet_dtype(
-        model_params=comfy.utils.calculate_parameters(state_dict),
+        model_params=comfy.utils.calculate_parameters(file.detected),
         supported_dtypes=supported,
         weight_dtype=stored,
     )
     cast = management.unet_manual_cast(None if quantised else chosen, load_device, supported)
-    if dtype is None and stored is not None and _keeps(load_device, stored, chosen):
+    if dtype is None and stored is not None and not quantised and _keeps(load_device, stored, chosen):
         chosen, cast = stored, cast or chosen
     note = ""
     asked = weight_dtype == "bf16" or (weight_dtype == "default" and args.bf16_unet and not quantised)
@@ -172,6 +175,7 @@ class _Safetensors:
         shapes: the same with the shapes of the numbers that packed ones stand for.
         metadata: the file's, by key.
         formats: of the host's quantised layers, by layer.
+        dtype: of its weights, before any were quantised here; None for a file that is quantised.
         built_on: device the model is built on; None is the host's choice.
     """
 
@@ -180,6 +184,7 @@ class _Safetensors:
         self.detected, self.metadata = with_formats(files.to_wan_dit_keys(state_dict), metadata)
         files.refuse_loose_scales(self.detected)
         self.formats = quantised_layers(self.detected)
+        self.dtype = None if self.formats else comfy.utils.weight_dtype(self.detected)
         check_scales(self.detected, self.formats)
         self.shapes = unpacked_shapes(self.detected, self.formats)
         self.weight_dtype = weight_dtype
@@ -190,6 +195,12 @@ class _Safetensors:
         """Forgets a tensor that the model has no place for."""
         self.detected.pop(key)
         self.shapes.pop(key)
+
+    def quantise(self) -> None:
+        """Makes it as a file of 8 bits would be, where `weight_dtype` asks for that."""
+        if self.weight_dtype in EIGHT_BITS:
+            self.detected = quantised(self.detected, self.weight_dtype)
+            self.formats, self.built_on = quantised_layers(self.detected), None
 
     def operations(self, load_device: torch.device) -> type | None:
         """The classes of the layers; None for those the host has for its quantised formats."""
@@ -254,11 +265,15 @@ class _GGUFFile:
         by_tensor = {id(named[key]): packed[key] for key in packed}
         self.detected = self.shapes = files.to_wan_dit_keys(named)
         self.packed = {key: by_tensor[id(tensor)] for key, tensor in self.shapes.items()}
+        self.dtype = comfy.utils.weight_dtype(self.detected)
 
     def leave_out(self, key: str) -> None:
         """As of `_Safetensors`."""
         self.detected.pop(key)
         self.packed.pop(key)
+
+    def quantise(self) -> None:
+        """Nothing to do: another `weight_dtype` was refused."""
 
     def operations(self, load_device: torch.device) -> type:
         """The classes of layers that hold packed matrices."""

@@ -84,7 +84,7 @@ def plan_memory(
 
 
 def frame_device(need: float) -> torch.device:
-    """The device on which frames are worked on, with room made on it for so many bytes."""
+    """The device for work outside a MODEL, with room made on it for so many bytes."""
     device = comfy.model_management.get_torch_device()
     comfy.model_management.free_memory(need, device)
     return device

@@ -110,7 +110,9 @@ class Wan21ModelLoader(io.ComfyNode):
                     options=["default", *host.WEIGHT_DTYPES],
                     default="default",
                     tooltip="How weights are kept. default: as in the file. fp8 halves the memory of the "
-                    "blocks; _fast also multiplies in fp8, on NVIDIA GPUs from RTX 40 on.",
+                    "blocks; _fast also multiplies in fp8, on NVIDIA GPUs from RTX 40 on. int8_convrot and "
+                    "fp8_e4m3fn_rows multiply the feed-forward alone in 8 bits: int8 from RTX 20 on, fp8 "
+                    "from RTX 40 on.",
                 ),
             ],
             outputs=[io.Model.Output()],

@@ -1,0 +1,111 @@
+"""weight_dtype of 8 bits: a file of 16 or 32 bits made into the host's formats while it is loaded."""
+
+import json
+
+import comfy.model_management
+import comfy.quant_ops
+import comfy.sd
+import pytest
+import torch
+from helpers import relative
+from helpers_nodes import host_euler
+from safetensors.torch import load_file, save_file
+from test_gguf import pair  # noqa: F401
+from test_weights import METADATA, quantise, save, store_in
+from wan21 import host
+from wan21.host.eight_bits import EIGHT_BITS, FP8_ROWS, INT8, quantised
+
+LATENT = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+FEED_FORWARD = {f"blocks.{block}.ffn.{layer}" for block in (0, 1) for layer in (0, 2)}
+STORAGE = {INT8: torch.int8, FP8_ROWS: torch.float8_e4m3fn}
+
+
+@pytest.fixture(scope="module")
+def loaded(files):
+    """MODELs by weight_dtype."""
+    with torch.inference_mode():
+        return {name: host.load_model(files["t2v"], name) for name in EIGHT_BITS}
+
+
+@pytest.mark.parametrize("name, least, most", [(INT8, 1e-3, 0.03), (FP8_ROWS, 1e-3, 0.05)])
+def test_the_feed_forward_is_in_8_bits(loaded, models, prompts, sample, name, least, most):
+    layers = loaded[name].model.diffusion_model.named_modules()
+    found = {k: x.weight for k, x in layers if isinstance(getattr(x, "weight", None), torch.Tensor)}
+    in_8_bits = {k: w for k, w in found.items() if isinstance(w, comfy.quant_ops.QuantizedTensor)}
+    assert in_8_bits.keys() == FEED_FORWARD
+    assert {w._qdata.dtype for w in in_8_bits.values()} == {STORAGE[name]}
+    ours, exact = (sample(m, *prompts, LATENT)[0]["samples"] for m in (loaded[name], models["t2v"]))
+    assert least < relative(ours, exact) < most
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_what_is_saved_the_hosts_loader_reads(loaded, prompts, tmp_path, name):
+    path = tmp_path / "saved.safetensors"
+    comfy.sd.save_checkpoint(str(path), loaded[name], metadata={})
+    saved = load_file(path)
+    marks = {k: json.loads(v.numpy().tobytes()) for k, v in saved.items() if k.endswith("comfy_quant")}
+    assert len(marks) == 4 and {mark["format"] for mark in marks.values()} == {EIGHT_BITS[name]}
+    if name == INT8:
+        assert all(mark["convrot"] and mark["convrot_groupsize"] == 256 for mark in marks.values())
+    prefix = "model.diffusion_model."
+    alone = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
+    save_file(alone, path, metadata=METADATA)
+    native, again = comfy.sd.load_diffusion_model(str(path)), host.load_model(path)
+    ours, *others = (
+        host_euler(m, *prompts, LATENT, [1.0, 0.5, 0.0], 1.0, 0) for m in (loaded[name], native, again)
+    )
+    assert all(relative(ours, other) < 1e-5 for other in others)
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+@pytest.mark.parametrize(
+    "width, group", [(512, 256), (192, 64), (48, 16), (40, None)], ids=["256", "64", "16", "none"]
+)
+def test_columns_are_rotated_in_groups_that_divide_them(name, width, group):
+    torch.manual_seed(0)
+    weight = torch.randn(24, width)
+    weight[:, 5] *= 30  # one loud column: what rotation is for
+    key = "blocks.0.ffn.0"
+    found = quantised({f"{key}.weight": weight.bfloat16(), f"{key}.bias": torch.zeros(24)}, name)
+    mark = json.loads(found[f"{key}.comfy_quant"].numpy().tobytes())
+    assert mark.get("convrot_groupsize") == (group if name == INT8 else None)
+    layout = comfy.quant_ops.get_layout_class(
+        comfy.quant_ops.QUANT_ALGOS[mark["format"]]["comfy_tensor_layout"]
+    )
+    rest = {k: v for k, v in mark.items() if k != "format"}
+    params = layout.Params(
+        scale=found[f"{key}.weight_scale"], orig_dtype=torch.float32, orig_shape=(24, width), **rest
+    )
+    back = layout.dequantize(found[f"{key}.weight"], params)
+    assert relative(back, weight) < (0.03 if group or name == FP8_ROWS else 0.2)
+
+
+def test_a_file_in_bf16_is_computed_in_bf16(files, tmp_path, monkeypatch):
+    """As without 8 bits: the host, told nothing of the file, would take fp16."""
+    management = comfy.model_management
+    for kind in ("fp16", "bf16"):
+        monkeypatch.setattr(management, f"should_use_{kind}", lambda *args, **kwargs: True)
+    path = save(store_in(load_file(files["t2v"]), torch.bfloat16), tmp_path / "stored.safetensors")
+    for name in EIGHT_BITS:
+        assert host.load_model(path, name).model.get_dtype_inference() == torch.bfloat16
+
+
+@pytest.mark.parametrize("stored", ["float8_e4m3fn", "int8_tensorwise", "plain fp8", "gguf"])
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_what_has_8_bits_is_refused(files, tmp_path, request, name, stored):
+    path = tmp_path / "stored.safetensors"
+    if stored == "gguf":
+        path = request.getfixturevalue("pair")[0]
+    elif stored == "plain fp8":
+        save(store_in(load_file(files["t2v"]), torch.float8_e4m3fn), path)
+    else:
+        save(quantise(load_file(files["t2v"]), stored)[0], path)
+    with pytest.raises(ValueError, match=rf"weight_dtype is {name}, and .*Set weight_dtype to default"):
+        host.load_model(path, name)
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_a_host_without_the_format_is_named(files, monkeypatch, name):
+    monkeypatch.delitem(comfy.quant_ops.QUANT_ALGOS, EIGHT_BITS[name])
+    with pytest.raises(ValueError, match=rf"does not have its format {EIGHT_BITS[name]}.*Update ComfyUI"):
+        host.load_model(files["t2v"], name)
