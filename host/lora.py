@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..wan.lora import Lora, Patch, UnreadKind, apply_patch, match_lora
 from ..wan.refusal import Refusal
-from .lora_run import PREFIX, LoraRun, ScheduledLora, is_bare
+from .lora_run import PREFIX, LoraRun, ScheduledLora, beside_products, is_bare
 from .reader import read_checkpoint
 from .stored import kept_dtype, kept_shapes
 
@@ -137,9 +137,10 @@ def scheduled_loras(model: ModelPatcher) -> tuple[ScheduledLora, ...]:
 
 
 def changes_weights_at_use(model: ModelPatcher) -> bool:
-    """Whether a LoRA on this MODEL is worked into matrices as they are used."""
-    keys = [key for lora in _loras_at_use(model) for key, _ in lora.patches]
-    return not all(is_bare(model.model, key) for key in keys)
+    """Whether a LoRA on this MODEL is worked into matrices as they are used, not beside their products."""
+    patches = [patch for lora in _loras_at_use(model) for patch in lora.patches]
+    beside = beside_products(model.model, patches)
+    return not all(is_bare(model.model, key) or key.rpartition(".")[0] in beside for key, _ in patches)
 
 
 def factor_bytes(model: ModelPatcher) -> int:

@@ -1,6 +1,6 @@
 """LoRAs on the model while a run lasts: worked into each parameter at its use, at the strength of a step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,9 +11,11 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ..wan.inplace import may_overwrite
 from ..wan.lora import Patch, apply_patch, scheduled, step_at
 from ..wan.refusal import Refusal
 from .model import CALL
+from .products import add_low_rank, takes_additions
 
 PREFIX = "diffusion_model."
 
@@ -70,8 +72,35 @@ class ActiveLora:
     strength: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
+def beside_products(model: nn.Module, patches: Iterable[tuple[str, Patch]]) -> set[str]:
+    """Layers in 8 bits whose changes can all be added to their products, which stay in 8 bits.
+
+    Of a block; the few layers outside read float32 and are unpacked at each use anyway.
+
+    Args:
+        patches: (parameter of the model, Patch), of all LoRAs.
+    """
+    layers: dict[str, bool] = {}
+    for key, patch in patches:
+        owner, _, name = key.rpartition(".")
+        if owner not in layers:
+            takes = key.startswith("blocks.") and not is_bare(model, key)
+            layers[owner] = takes and takes_additions(comfy.utils.get_attr(model, PREFIX + owner))
+        layers[owner] = layers[owner] and _is_added(patch, name)
+    return {owner for owner, beside in layers.items() if beside}
+
+
+def _is_added(patch: Patch, name: str) -> bool:
+    """Whether a change of a weight or bias is a sum to the product: no DoRA, no product of others."""
+    if name == "bias":
+        return patch.kind == "difference"
+    no_core = len(patch.factors) == 3 and patch.factors[2] is None
+    return patch.kind == "low_rank" and patch.magnitude is None and no_core
+
+
 class HookedWeights:
-    """LoRAs on the weights and biases of layers: worked into each as its layer fetches it.
+    """LoRAs on the weights and biases of layers: worked into each as its layer fetches it, or, where the
+    layer multiplies in 8 bits, added beside its product.
 
     Args:
         device: where layers compute. Factors are brought there once, not at each use.
@@ -84,17 +113,28 @@ class HookedWeights:
         self.functions: list[tuple[nn.Module, str, Callable]] = []  # layer, name of its list, function
 
     def attach(self) -> None:
-        """Gives each layer the functions that change what it fetches."""
+        """Gives each layer the functions that change what it fetches or what it gives."""
+        beside = beside_products(self.model, (patch for lora in self.loras for patch in lora.patches))
         for lora in self.loras:
             for key, patch in lora.patches:
                 if is_bare(self.model, key):
                     continue
-                owner, _, name = (PREFIX + key).rpartition(".")
-                layer, name = comfy.utils.get_attr(self.model, owner), f"{name}_function"
-                function = partial(_patched, lora, _brought(patch, self.device))
+                owner, _, name = key.rpartition(".")
+                layer: Any = comfy.utils.get_attr(self.model, PREFIX + owner)
+                if owner in beside:
+                    change, patch, name = _added, self._narrow(patch), "beside"
+                else:
+                    change, name = _patched, f"{name}_function"
+                function = partial(change, lora, _brought(patch, self.device))
                 # A new list: the host's default one is shared by all layers.
                 setattr(layer, name, [*getattr(layer, name), function])
                 self.functions.append((layer, name, function))
+
+    def _narrow(self, patch: Patch) -> Patch:
+        """A patch in the dtype of the products, its scale in its last factor."""
+        dtype: torch.dtype = self.model.get_dtype_inference()  # pyright: ignore[reportCallIssue]
+        *others, last = (t.float().flatten(min(1, t.ndim - 1)) for t in patch.factors if t is not None)
+        return patch._replace(factors=tuple(t.to(dtype) for t in (*others, last * patch.scale)), scale=1.0)
 
     def set(self) -> None:
         """Nothing to do: the functions read each strength when they are called."""
@@ -122,6 +162,16 @@ def _patched(lora: ActiveLora, patch: Patch, weight: Tensor) -> Tensor:
     if not lora.is_known:
         raise _UNKNOWN_STEP
     return apply_patch(patch, weight.clone(), lora.strength, weight.dtype)
+
+
+def _added(lora: ActiveLora, patch: Patch, x: Tensor, y: Tensor) -> Tensor:
+    if not lora.is_known:
+        raise _UNKNOWN_STEP
+    factors: Any = patch.factors
+    if patch.kind == "low_rank":
+        return add_low_rank(x, y, *factors, strength=lora.strength)
+    change = factors[0].to(y) * lora.strength  # of a bias
+    return y.add_(change) if may_overwrite() else y + change
 
 
 class BareParameters:

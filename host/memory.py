@@ -62,7 +62,7 @@ def plan_memory(
     if changes_weights_at_use(model):
         itemsize = model.model.get_dtype_inference().itemsize
         size = replace(size, matrix_bytes=max(model.model.matrix_bytes(itemsize), LORA_COPIES * itemsize))
-        size = replace(size, lora_bytes=factor_bytes(model))
+    size = replace(size, lora_bytes=factor_bytes(model))
     weights = weight_bytes(model)
     needs = [step_bytes(size, plan) for plan in plans]
     budgets = {device: usable_bytes(device) for device in devices_of(model)}

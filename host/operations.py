@@ -13,6 +13,7 @@ from torch import Tensor
 from ..wan.files.gguf import dequantize
 from ..wan.linear_cpu import linear
 from ..wan.refusal import Refusal
+from .products import with_additions
 
 
 class _Lends(comfy.ops.CastWeightBiasOp):
@@ -29,7 +30,8 @@ class _Lends(comfy.ops.CastWeightBiasOp):
 
 
 def lending(operations: ModuleType | type) -> ModuleType | type:
-    """The host's layers, those that lend their numbers to `wan` which cast them and no more."""
+    """The host's layers: those which cast their numbers and no more lend them to `wan`, and those that
+    multiply in 8 bits let others add to their products."""
     plain = comfy.ops.disable_weight_init
     if not isinstance(operations, type) or not issubclass(operations, plain):
         return operations
@@ -38,6 +40,8 @@ def lending(operations: ModuleType | type) -> ModuleType | type:
         layer, casting = getattr(operations, name), "forward_comfy_cast_weights"
         if getattr(layer, casting, None) is getattr(getattr(plain, name), casting):
             layers[name] = type(name, (_Lends, layer), {})
+    if linear := with_additions(operations.Linear):
+        layers["Linear"] = linear
     return type(operations.__name__, (operations,), layers)
 
 

@@ -1,6 +1,7 @@
 """weight_dtype of 8 bits: a file of 16 or 32 bits made into the host's formats while it is loaded."""
 
 import json
+from contextlib import contextmanager
 
 import comfy.model_management
 import comfy.quant_ops
@@ -14,6 +15,7 @@ from test_gguf import pair  # noqa: F401
 from test_weights import METADATA, quantise, save, store_in
 from wan21 import host
 from wan21.host.eight_bits import EIGHT_BITS, FP8_ROWS, INT8, quantised
+from wan21.host.lora import _detach, changes_weights_at_use, run_of
 
 LATENT = {"samples": torch.zeros(1, 16, 2, 4, 4)}
 FEED_FORWARD = {f"blocks.{block}.ffn.{layer}" for block in (0, 1) for layer in (0, 2)}
@@ -109,3 +111,110 @@ def test_a_host_without_the_format_is_named(files, monkeypatch, name):
     monkeypatch.delitem(comfy.quant_ops.QUANT_ALGOS, EIGHT_BITS[name])
     with pytest.raises(ValueError, match=rf"does not have its format {EIGHT_BITS[name]}.*Update ComfyUI"):
         host.load_model(files["t2v"], name)
+
+
+# --- LoRAs on them -------------------------------------------------------------------------------------
+
+
+def low_rank(g, name, out, width, rank=4):
+    down, up = torch.randn(rank, width, generator=g) / 10, torch.randn(out, rank, generator=g) / 10
+    return {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": up}
+
+
+@pytest.fixture
+def lora_of(tmp_path):
+    """Puts a LoRA of these tensors on a MODEL."""
+
+    def make(model, file, strength=1.0, schedule=()):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
+        save_file(file, path)
+        return host.add_lora(model, host.read_lora(path, model), strength, schedule)
+
+    return make
+
+
+@contextmanager
+def running(model):
+    """The first layer of a feed-forward while a run of this MODEL lasts."""
+    run_of(model)
+    try:
+        yield model.model.diffusion_model.blocks[0].ffn[0]
+    finally:
+        _detach(model)
+
+
+KINDS = [*EIGHT_BITS, *sorted(comfy.quant_ops.QUANT_ALGOS)]
+
+
+@pytest.fixture(params=KINDS)
+def any_model(request, loaded, files, tmp_path):
+    """In 8 bits and fewer: by weight_dtype, and from a file."""
+    if request.param in loaded:
+        return loaded[request.param]
+    return host.load_model(
+        save(quantise(load_file(files["t2v"]), request.param)[0], tmp_path / "q.safetensors")
+    )
+
+
+def test_a_lora_is_added_beside_the_product(any_model, lora_of):
+    """None of it is rounded to 8 bits, and the rest of the product is what it was without."""
+    g = torch.Generator().manual_seed(1)
+    file = low_rank(g, "blocks.0.ffn.0", 512, 256)
+    down, up = file.values()
+    file["diffusion_model.blocks.0.ffn.0.alpha"] = torch.tensor(2.0)
+    x = torch.randn(1, 9, 256, generator=g)
+    changes = {}
+    for strength in (1e-4, 0.5):
+        model = lora_of(lora_of(any_model, file, strength), file, 2 * strength)
+        with running(any_model) as layer:
+            plain = layer(x.clone())
+        with running(model) as layer:
+            assert len(layer.beside) == 2 and not layer.weight_function and not layer.bias_function
+            changes[strength] = layer(x.clone()) - plain
+        assert not layer.beside
+    exact = x @ down.T @ up.T * 2 / 4
+    assert relative(changes[0.5], 1.5 * exact) < 1e-5
+    assert relative(changes[1e-4], 3e-4 * exact) < 0.01  # of float32, beside numbers 10^4 times as large
+
+
+def test_what_is_no_sum_to_the_product_is_worked_into_the_weight(loaded, lora_of, prompts, sample):
+    """A DoRA, a LoHa and a whole difference; what else changes that layer goes with it, in its order."""
+    g = torch.Generator().manual_seed(1)
+    base, name = loaded[INT8], "diffusion_model.blocks.0.ffn.0"
+    plain = low_rank(g, "blocks.0.ffn.0", 512, 256)
+    others = {
+        "DoRA": plain | {f"{name}.dora_scale": torch.rand(512, 1, generator=g)},
+        "difference": {f"{name}.diff": torch.randn(512, 256, generator=g) / 100},
+        "LoHa": {
+            f"{name}.hada_w{i}_{side}": torch.randn(shape, generator=g) / 5
+            for i in (1, 2)
+            for side, shape in (("a", (512, 2)), ("b", (2, 256)))
+        },
+    }
+    for kind, file in others.items():
+        model = lora_of(lora_of(base, plain), file)
+        with running(model) as layer:
+            assert len(layer.weight_function) == 2 and not layer.beside, kind
+        assert changes_weights_at_use(model) and not changes_weights_at_use(lora_of(base, plain)), kind
+        ours, without = (sample(m, *prompts, LATENT, steps=1)[0]["samples"] for m in (model, base))
+        assert relative(ours, without) > 1e-4, kind
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_a_lora_acts_as_on_exact_weights(loaded, models, lora_of, prompts, sample, name):
+    """Over the steps too: the strength of each, and on biases, which else are merged."""
+    g = torch.Generator().manual_seed(1)
+    file = {}
+    for block in (0, 1):
+        file |= low_rank(g, f"blocks.{block}.ffn.0", 512, 256)
+        file |= low_rank(g, f"blocks.{block}.ffn.2", 256, 512)
+        file[f"diffusion_model.blocks.{block}.ffn.2.diff_b"] = torch.randn(256, generator=g)
+
+    def sampled(model):
+        return sample(model, *prompts, LATENT, steps=2)[0]["samples"]
+
+    plain = sampled(models["t2v"])
+    for schedule in ((), (1.0, 0.2)):
+        ours, exact = (sampled(lora_of(m, file, 1.0, schedule)) for m in (loaded[name], models["t2v"]))
+        whole = relative(exact, plain)
+        assert whole > 0.05 and relative(ours, exact) < 0.3 * whole, (schedule, whole)

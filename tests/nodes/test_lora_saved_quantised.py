@@ -21,5 +21,6 @@ def test_saved_and_read_again(files, prompts, sample, loras, tmp_path, name):  #
     with torch.inference_mode():
         comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), patched)
     read = sample(host.load_model(tmp_path / "saved.safetensors"), *rest)[0]["samples"]
-    # Saved weights are rounded to 8 bits again, most coarsely in int8; without the LoRA it would be 1.
-    assert relative(read, changed) < 0.6 * relative(changed, plain)
+    # Saved weights are rounded to 8 bits again, most coarsely in int8, whose products also round their input
+    # in another way for each weight; without the LoRA it would be 1.
+    assert relative(read, changed) < 0.75 * relative(changed, plain)
