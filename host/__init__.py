@@ -17,6 +17,7 @@ from .conditioning import (
     trim_clip_vision,
 )
 from .devices import devices_of, gpu_count, spread
+from .fp16_sums import OVERFLOWED
 from .guide import GUIDE, has_guide, with_guide
 from .kernels import kernels_of
 from .latent_file import KeptLatent
@@ -42,6 +43,7 @@ from .vae import decode_video, encode_video, latent_device, load_vae, vae_shape,
 __all__ = [
     "DTYPES",
     "GUIDE",
+    "OVERFLOWED",
     "VAE",
     "WEIGHT_DTYPES",
     "WITHOUT_WEIGHTS",

@@ -26,6 +26,7 @@ from ..wan.files.gguf import BLOCKS, dequantize, read_gguf
 from ..wan.files.marks import check_scales, unpacked_shapes
 from ..wan.refusal import Refusal
 from .eight_bits import EIGHT_BITS, quantised
+from .fp16_sums import FP16_FAST, IN_FP16_SUMS, check_fp16_sums
 from .guide import sample_with_guide
 from .lora import work_in_at_use
 from .model import Wan21, refuse_replaced, refuse_unread
@@ -41,6 +42,7 @@ STORED_AS = DTYPES | {
     "fp8_e4m3fn": torch.float8_e4m3fn,
     FP8_FAST: torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
+    FP16_FAST: torch.float16,
 }
 WEIGHT_DTYPES = (*STORED_AS, *EIGHT_BITS)
 IN_BF16 = "computed in bf16, which this CPU multiplies itself; weight_dtype fp32 is the exact and slower way"
@@ -87,6 +89,7 @@ def load_model(
     if operations := file.operations(load_device):
         host_config.custom_operations = operations  # pyright: ignore[reportAttributeAccessIssue]
     model = Wan21(host_config, config, path, file.metadata, file.built_on, file.stored(host_config))
+    model.diffusion_model.sums_in_fp16 = weight_dtype == FP16_FAST
     model.device, model.file_notes = offload_device, [note for note in notes if note]
     host_patcher = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher_class = PackedPatcher if is_gguf else host_patcher
@@ -128,6 +131,8 @@ def _choose_dtype(
     products in bf16, who asks for bf16 gets them.
     """
     management = comfy.model_management
+    if weight_dtype == FP16_FAST:
+        check_fp16_sums(load_device)
     dtype = STORED_AS.get(weight_dtype)
     quantised = host_config.quant_config is not None
     if quantised and dtype is not None:
@@ -152,6 +157,9 @@ def _choose_dtype(
     asked = weight_dtype == "bf16" or (weight_dtype == "default" and args.bf16_unet and not quantised)
     if asked and load_device.type == "cpu" and multiplies_in_bf16(load_device):
         cast, note = None if chosen == torch.bfloat16 else torch.bfloat16, IN_BF16
+        tell(note)
+    if weight_dtype == FP16_FAST:
+        note = IN_FP16_SUMS
         tell(note)
     host_config.set_inference_dtype(chosen, cast, device=load_device)
     return note

@@ -25,6 +25,7 @@ from ..wan.refusal import Refusal, printable
 from ..wan.shard import WHOLE
 from .attention import attention_of
 from .conditioning import missing_clip_vision, refuse_more_features
+from .fp16_sums import fp16_sums, refuse_overflow
 from .operations import lending
 from .patches import (
     changed_in_host,
@@ -72,9 +73,11 @@ class HostWanModel(WanModel):
 
     Attributes:
         elsewhere: where its calls are made, if not here: see `host.remote`.
+        sums_in_fp16: whether its products in fp16 are also summed in fp16.
     """
 
     elsewhere: Any = None
+    sums_in_fp16: bool = False
 
     def __init__(
         self,
@@ -171,7 +174,8 @@ class HostWanModel(WanModel):
         names = tuple(pass_name(chunk) for chunk in chunks)
         call = transformer_options.get(CALL) or Call(names)
         attention = attention_of(transformer_options) if call.attention is None else call.attention.function
-        with best_kernels(x.device, None if call.attention is None else call.attention.kernel):
+        kernel = None if call.attention is None else call.attention.kernel
+        with best_kernels(x.device, kernel), fp16_sums(self.sums_in_fp16):
             v = untraced(super().forward)(
                 x,
                 timestep,
@@ -186,6 +190,8 @@ class HostWanModel(WanModel):
                 contexts={name: c.to(context) for name, c in transformer_options.get(TEXTS, {}).items()},
                 shard=transformer_options.get(SHARD, WHOLE),
             )
+        if self.sums_in_fp16 and CALL not in transformer_options:  # our sampler looks at each step itself
+            refuse_overflow(v)
         return v[:, :, :frames, :height, :width]
 
 

@@ -235,6 +235,7 @@ def remote_model(model: ModelPatcher, elsewhere: Elsewhere) -> ModelPatcher:
     )
     remote.device, remote.file_notes = model.offload_device, base.file_notes
     remote.diffusion_model.elsewhere = elsewhere
+    remote.diffusion_model.sums_in_fp16 = base.diffusion_model.sums_in_fp16
     remote.diffusion_model.here = LoadedModel(model)
     patcher = RemotePatcher(remote, model.load_device, model.offload_device)
     options: Any = comfy.utils.deepcopy_list_dict(model.model_options)

@@ -112,7 +112,8 @@ class Wan21ModelLoader(io.ComfyNode):
                     tooltip="How weights are kept. default: as in the file. fp8 halves the memory of the "
                     "blocks; _fast also multiplies in fp8, on NVIDIA GPUs from RTX 40 on. int8_convrot and "
                     "fp8_e4m3fn_rows multiply the feed-forward alone in 8 bits: int8 from RTX 20 on, fp8 "
-                    "from RTX 40 on.",
+                    "from RTX 40 on. fp16_fast also sums in fp16: faster on GeForce cards; where a sum "
+                    "overflows, the run stops and says so.",
                 ),
             ],
             outputs=[io.Model.Output()],

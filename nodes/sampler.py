@@ -232,6 +232,8 @@ class Walk:
                 record = self.sampling.advance(inner, prepared.leg, kept, job.options)
             except NotFinite as error:
                 spoilt = host.spoilt_weight(model.model.diffusion_model)
+                if spoilt is None and model.model.diffusion_model.sums_in_fp16:
+                    raise host.OVERFLOWED from error
                 if spoilt is None:
                     raise Refusal(error.problem, checks.BROKEN_LATENT) from error
                 name = host.checkpoint_name(model)
