@@ -6,8 +6,8 @@ What is decoded stays. The rest begins at the first missing frame, with just eno
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .past import Check
 from .tiling import Window, cut_windows
 
 TILES = (512, 256, 128, 64)  # pixels, after whole frames
+T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -73,37 +74,93 @@ def decode_within_memory(
     """`WanVAE.decode` into `out`, in whole frames or tiles, going on in less memory where that runs out.
 
     Args:
-        vae: decodes, until memory runs out in the smallest tiles.
-        z: [B, z_dim, T, H/8, W/8], as for its `decode`; clips of a batch are decoded one by one.
+        vae, z, tile, retreat, last_resort, check, window: as for `decode_pieces`.
         out: [B, 3, F, H, W] of the window, on any device.
-        tile: pixels, a multiple of 8, to begin with; None or 0 is whole frames.
-        retreat: called with one sentence before the decode goes on; frees what can be freed.
-        last_resort: called when the smallest tiles do not fit; gives the VAE to go on with, maybe on another
-            device. None if there is no such VAE.
         progress: called as progress(done, total) with pixel frames; may raise.
-        check: as for `decode`.
-        window: rows and columns of the frame to decode, in latent pixels; None is all of it.
 
     Raises:
         Exception: any that is not for lack of memory, or the last for lack of it.
     """
-    rows, columns = window or (slice(0, z.shape[-2]), slice(0, z.shape[-1]))
-    retreat = retreat or (lambda sentence: None)
-    left = [Piece(i, rows, columns, 0) for i in range(z.shape[0])]
-    sizes = [tile, *smaller_tiles(tile, *(side // 8 for side in out.shape[-2:]))]
+    window = window or _whole(z)
+    origin = (window[0].start, window[1].start)
+    total, area, done = len(out) * out.shape[2], out.shape[-2] * out.shape[-1] // 64, 0
+
+    def put(piece: Piece, pixels: Tensor) -> int:
+        place = out[(piece.sample, ..., *piece.pixels(origin))]
+        place[:, piece.first : piece.first + pixels.shape[1]] = pixels
+        return piece.area * pixels.shape[1]
+
+    for part in decode_pieces(vae, z, put, tile, Retreat(out.device, retreat, last_resort), check, window):
+        done += part
+        report(progress, total - math.ceil((total * area - done) / area), total)
+
+
+class Retreat(NamedTuple):
+    """What a decode may do when memory runs out.
+
+    Attributes:
+        device: where to keep features of whole frames, for tiles.
+        say: called with one sentence before the decode goes on; frees what can be freed.
+        last_resort: called when the smallest tiles do not fit; gives the VAE to go on with, maybe on another
+            device. None if there is no such VAE.
+    """
+
+    device: torch.device
+    say: Callable[[str], object] | None = None
+    last_resort: Callable[[], WanVAE] | None = None
+
+
+def decode_pieces(
+    vae: WanVAE,
+    z: Tensor,
+    put: Callable[[Piece, Tensor], T],
+    tile: int | None,
+    retreat: Retreat,
+    check: Check | None = None,
+    window: Window | None = None,
+) -> Iterator[T]:
+    """`WanVAE.decode` piece by piece, each handed to `put` with its pixels [3, f, H, W].
+
+    Args:
+        vae: decodes, until memory runs out in the smallest tiles.
+        z: [B, z_dim, T, H/8, W/8], as for its `decode`; clips of a batch are decoded one by one.
+        put: takes what is decoded; where it runs out of memory, that is decoded again.
+        tile: pixels, a multiple of 8, to begin with; None or 0 is whole frames.
+        retreat: what to do when memory runs out.
+        check: as for `decode`.
+        window: rows and columns of the frame to decode, in latent pixels; None is all of it.
+
+    Yields:
+        What `put` gives.
+
+    Raises:
+        Exception: any that is not for lack of memory, or the last for lack of it.
+    """
+    device, say, last_resort = retreat
+    window = window or _whole(z)
+    left = [Piece(i, *window, 0) for i in range(z.shape[0])]
+    whole, frames = sum(piece.area for piece in left), vae.decode_output_shape(z.shape)[2]
+    sizes = [tile, *smaller_tiles(tile, *(span.stop - span.start for span in window))]
     for size, smaller in zip(sizes, [*sizes[1:], None]):
         pieces = [part for piece in left for part in piece.cut(size)]
         may_fail = smaller is not None or last_resort is not None
-        remaining = _decode(vae, z, out, pieces, may_fail, progress, check, (rows.start, columns.start))
+        remaining = yield from _decode(vae, z, put, pieces, may_fail, device, check)
         if not remaining:
             return
         if remaining != pieces:  # else no frame came out: what is left stays in the larger pieces it was
             left = remaining
         how = "on the CPU" if smaller is None else f"in tiles of {smaller} pixels"
-        retreat(f"out of memory with {_percent_done(left, out)} % decoded, which stay; it goes on {how}")
+        missing = sum((frames - piece.first) * piece.area for piece in left)
+        if say is not None:
+            percent = 100 - 100 * missing / (whole * frames)
+            say(f"out of memory with {percent:.0f} % decoded, which stay; it goes on {how}")
     assert last_resort is not None  # without one, the smallest tiles have raised
     vae = last_resort()
-    _decode(vae, z.to(vae.conv2.weight), out, left, False, progress, check, (rows.start, columns.start))
+    yield from _decode(vae, z.to(vae.conv2.weight), put, left, False, device, check)
+
+
+def _whole(z: Tensor) -> Window:
+    return slice(0, z.shape[-2]), slice(0, z.shape[-1])
 
 
 def smaller_tiles(tile: int | None, h: int, w: int) -> list[int]:
@@ -114,21 +171,15 @@ def smaller_tiles(tile: int | None, h: int, w: int) -> list[int]:
 def _decode(
     vae: WanVAE,
     z: Tensor,
-    out: Tensor,
+    put: Callable[[Piece, Tensor], T],
     pieces: Sequence[Piece],
     may_fail: bool,
-    progress: Progress | None,
+    device: torch.device,
     check: Check | None,
-    origin: tuple[int, int],
-) -> list[Piece]:
-    """Decodes piece after piece; gives those that are left when memory runs out, which it then may.
-
-    Args:
-        origin: row and column of the frame, in latent pixels, at which `out` begins.
-    """
+) -> Generator[T, None, list[Piece]]:
+    """Decodes piece after piece; returns those that are left when memory runs out, which it then may."""
     left = deque(pieces)
     h, w = z.shape[-2:]
-    total, area = len(out) * out.shape[2], out.shape[-2] * out.shape[-1] // 64
     features, held = None, None
     try:
         while left:
@@ -136,27 +187,16 @@ def _decode(
             clip = z[piece.sample : piece.sample + 1]
             window = None if piece.area == h * w else (piece.rows, piece.columns)
             if window is not None and held != piece.sample:
-                features, held = vae.features(clip, out.device, check), piece.sample
-            place = out[(piece.sample, ..., *piece.pixels(origin))]
+                features, held = vae.features(clip, device, check), piece.sample
             for f, chunk in vae.decode_part(clip, window, features, piece.first, check=check):
-                place[:, f : f + chunk.shape[2]] = chunk[0]
+                done = put(piece._replace(first=f), chunk[0])
                 left[0] = piece._replace(first=f + chunk.shape[2])
-                report(progress, total - math.ceil(_missing(left, out) / area), total)
+                yield done
             left.popleft()
     except Exception as error:
         if not may_fail or not is_out_of_memory(error):
             raise
     return list(left)
-
-
-def _missing(pieces: Sequence[Piece], out: Tensor) -> int:
-    """What is yet to be decoded, in latent pixels times pixel frames."""
-    return sum((out.shape[2] - piece.first) * piece.area for piece in pieces)
-
-
-def _percent_done(left: Sequence[Piece], out: Tensor) -> str:
-    b, _, frames, height, width = out.shape
-    return f"{100 - 100 * _missing(left, out) * 64 / (b * frames * height * width):.0f}"
 
 
 def on_cpu(vae: WanVAE) -> WanVAE:

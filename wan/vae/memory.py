@@ -16,7 +16,7 @@ from .cpu import STRIP_BYTES
 from .fallback import TILES
 from .layers import Layer
 from .stream import frames_per_chunk
-from .tiling import even_spans, growth, margins, with_margin
+from .tiling import Window, even_spans, growth, margins, with_margin
 
 # Chunks alive at once in a residual block: its input, the normed copy, that joined to the two frames before
 # it (twice a chunk of two), the result, and on CUDA what the library's convolution takes for itself, at most
@@ -36,6 +36,7 @@ def decode_bytes(
     tile: int | None = None,
     itemsize: int | None = None,
     held_frames: int = 0,
+    window: Window | None = None,
 ) -> int:
     """Bytes that decoding one clip takes on `device` beyond weights, latent and result.
 
@@ -47,13 +48,15 @@ def decode_bytes(
         itemsize: bytes of a number; None is that of the weights.
         held_frames: latent frames whose features are held on `device` for tiles; 0 where the result, and so
             they, lie elsewhere.
+        window: rows and columns, in latent pixels, of what alone is decoded; None is all of it.
     """
     itemsize = itemsize or vae.conv2.weight.element_size()
     chunk = frames_per_chunk(None, device)
     whole, *local = vae.decoder.stages()
     kept, widest, scale = kept_values(whole) * h * w, 0, 1
+    sides = [(side, span or slice(0, side)) for side, span in zip((h, w), window or (None, None))]
     for layers, margin in zip(local, margins(local)):
-        rows, columns = (longest(side, tile, scale, margin) for side in (h, w))
+        rows, columns = (longest(side, tile, scale, margin, span) for side, span in sides)
         scale *= growth(layers)
         pixels = rows * columns * growth(layers) ** 2
         kept += kept_values(layers) * pixels
@@ -93,27 +96,32 @@ def choose_tile(
     free_bytes: int,
     itemsize: int | None = None,
     held_frames: int = 0,
+    window: Window | None = None,
 ) -> int | None:
     """None for whole frames, or the largest tile (pixels) whose decode fits into `free_bytes`.
 
     Where none fits it is the smallest. The other arguments are those of `decode_bytes`.
     """
     for tile in (None, *TILES):
-        if decode_bytes(vae, h, w, device, tile, itemsize, held_frames) <= free_bytes:
+        if decode_bytes(vae, h, w, device, tile, itemsize, held_frames, window) <= free_bytes:
             return tile
     return TILES[-1]
 
 
-def longest(side: int, tile: int | None, scale: int, margin: int) -> int:
-    """Pixels of the longest piece of a latent side at `scale`, with margins.
+def longest(side: int, tile: int | None, scale: int, margin: int, within: slice) -> int:
+    """Pixels of the longest piece of a part of a latent side at `scale`, with margins.
 
     Args:
         side: latent pixels.
+        within: the part, in latent pixels.
         tile: image pixels; None or 0 is the whole side.
         scale, margin: as for `with_margin`.
     """
-    spans = even_spans(side, tile // 8 if tile else side)
-    pieces = [with_margin(span, side, scale, margin) for span in spans]
+    size, start = within.stop - within.start, within.start
+    spans = even_spans(size, tile // 8 if tile else size)
+    pieces = [
+        with_margin(slice(start + span.start, start + span.stop), side, scale, margin) for span in spans
+    ]
     return max(piece.stop - piece.start for piece in pieces)
 
 
