@@ -16,6 +16,7 @@ from .conditioning import (
     not_finite,
     trim_clip_vision,
 )
+from .decode import shared_vae, vae_recipe_of
 from .devices import devices_of, gpu_count, spread
 from .fp16_sums import OVERFLOWED
 from .guide import GUIDE, has_guide, with_guide
@@ -27,7 +28,15 @@ from .memory import MemoryWatch, frame_device, need_host_bytes, plan_memory
 from .model import checkpoint_name, config_of, is_ours
 from .patches import changed_in_host, ignored_patches, refused_patch
 from .progress import Progress, StepProgress, check_cancelled, speaking_as, tell
-from .remote import WITHOUT_WEIGHTS, is_remote, process_settings, recipe_of, remote_model, workers_report
+from .remote import (
+    WITHOUT_WEIGHTS,
+    blocked,
+    is_remote,
+    process_settings,
+    recipe_of,
+    remote_model,
+    workers_report,
+)
 from .sampling import Prepared, as_video_latent, fresh_noise, run_sampling, sigma_below_one
 from .stored import spoilt_weight
 from .text_encoder import load_text_encoder
@@ -57,6 +66,7 @@ __all__ = [
     "add_lora",
     "as_video_latent",
     "attention_to_get",
+    "blocked",
     "changed_in_host",
     "check_cancelled",
     "check_upscale_model",
@@ -96,6 +106,7 @@ __all__ = [
     "remote_model",
     "retry_of",
     "run_sampling",
+    "shared_vae",
     "sigma_below_one",
     "speaking_as",
     "spoilt_weight",
@@ -105,6 +116,7 @@ __all__ = [
     "unused_override",
     "upscale_lanczos",
     "upscale_with_model",
+    "vae_recipe_of",
     "vae_shape",
     "why_nan",
     "with_guide",

@@ -14,6 +14,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
+from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor, nn
 
 from ..wan.config import LATENT_CHANNELS, WanConfig
@@ -270,6 +271,11 @@ def _end(model: ModelPatcher) -> None:
     if dit.is_here:
         dit.here.end()
         dit.is_here = False
+
+
+def blocked(message: str) -> ExecutionBlocker:
+    """What stands in the place of an output that is not there: who uses it fails with this message."""
+    return ExecutionBlocker(message)
 
 
 def process_settings() -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:

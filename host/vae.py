@@ -1,10 +1,10 @@
 """Our VAE inside a standard VAE."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import comfy.model_management
 import comfy.model_patcher
@@ -21,6 +21,7 @@ from ..wan.vae import WanVAE
 from ..wan.vae.fallback import decode_within_memory, on_cpu
 from ..wan.vae.layers import AttendFrame, AttentionBlock, attend_frame
 from ..wan.vae.memory import choose_tile, decode_bytes, encode_bytes
+from ..wan.vae.tiling import Window
 from .load import DTYPES
 from .memory import need_host_bytes
 from .operations import lending
@@ -31,6 +32,19 @@ from .stored import spoilt_weight
 Device: TypeAlias = torch.device | str | None
 
 
+class DecodedElsewhere(Protocol):
+    """Where a VAE is decoded: see `host.decode`."""
+
+    def decode(self, z: Tensor, out: Tensor, tile_size: str) -> bool:
+        """Decodes a latent into `out`; False: nobody is left to do it, and there is room to do it here.
+
+        Args:
+            z, out: as for `decode_within_memory`, of whole frames.
+            tile_size: as for `decode_video`.
+        """
+        ...
+
+
 class HostWanVAE(WanVAE):
     """Our VAE as the host's `comfy.sd.VAE` calls it, with the host's progress and cancel.
 
@@ -38,8 +52,14 @@ class HostWanVAE(WanVAE):
         dim: as for `WanVAE`.
         encode_dtype, decode_dtype: what each way is computed in, whatever dtype its input has.
         attend: the attention among the pixels of a frame.
+
+    Attributes:
+        loaded_from: file and precision, as for `load_vae`.
+        elsewhere: where it is decoded, if not here.
     """
 
+    loaded_from: tuple[Path, str]
+    elsewhere: "DecodedElsewhere | None" = None
     comfy_has_chunked_io = True  # the host gives decode() the final image's buffer, encode() a device
 
     def __init__(
@@ -64,6 +84,10 @@ class HostWanVAE(WanVAE):
         return super().encode(whole_latents(x).to(self.encode_dtype), device, **_watched(options))
 
     def decode(self, z: Tensor, output_buffer: Tensor | None = None, **options: Any) -> Tensor:
+        if self.elsewhere is not None:
+            output_buffer = self._output(z, output_buffer, z.dtype)
+            if self.elsewhere.decode(z, output_buffer, "auto"):
+                return output_buffer
         return super().decode(z.to(self.decode_dtype), output_buffer, **_watched(options))
 
     def encode_tiled(
@@ -101,6 +125,11 @@ class HostWanVAE(WanVAE):
             overlap: ignored, since each tile is computed from all it depends on.
             tile_t, overlap_t: ignored, as for `encode_tiled`.
         """
+        if self.elsewhere is not None:
+            out = self._output(z, options.pop("output_buffer", None), torch.float32)
+            if self.elsewhere.decode(z, out, str(8 * min(tile_x, tile_y))):
+                return out
+            options["output_buffer"] = out
         return super().decode_tiled(z.to(self.decode_dtype), tile_x, tile_y, **_watched(options))
 
 
@@ -171,6 +200,7 @@ def load_vae(path: str | Path, precision: str = "auto") -> comfy.sd.VAE:
         model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
     )
     model.load_state_dict(state_dict, assign=patcher.is_dynamic())
+    model.loaded_from = (Path(path).resolve(), precision)
     vae.first_stage_model = model  # pyright: ignore[reportAttributeAccessIssue] (the host lists its own)
     vae.patcher, vae.handles_tiling = patcher, True
     _set_estimates(vae, model, vae.device)
@@ -250,44 +280,100 @@ def decode_video(vae: comfy.sd.VAE, samples: Tensor, tile_size: str, say: Callab
 def _decode_ours(
     vae: comfy.sd.VAE, model: HostWanVAE, samples: Tensor, tile_size: str, say: Callable[[str], None]
 ) -> Tensor:
-    management, device = comfy.model_management, vae.device
+    device = vae.device
     shape, dtype = model.decode_output_shape(samples.shape), vae.vae_output_dtype()
     if vae.output_device.type == "cpu":
         what = f"{shape[0] * shape[2]} frames of {shape[4]}x{shape[3]}"
         need_host_bytes(math.prod(shape) * dtype.itemsize, what, "Close other programs or add swap")
-    h, w = samples.shape[-2:]
-    tile = None if tile_size == "auto" else int(tile_size)
-    itemsize = model.decode_dtype.itemsize
+    if model.elsewhere is not None:
+        out = torch.empty(shape, device=vae.output_device, dtype=dtype)
+        if model.elsewhere.decode(samples, out, tile_size):
+            return vae.process_output(out).movedim(1, -1)
+        del out
     held = samples.shape[2] if vae.output_device.type == device.type else 0
-    needed = decode_bytes(model, h, w, device, tile, itemsize, held)
-    management.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=vae.disable_offload)
+    need = DecodeNeed(vae, model, samples.shape, tile_size, held)
+    need.load()
     out = torch.empty(shape, device=vae.output_device, dtype=dtype)
-    if tile_size == "auto":
-        free = vae.patcher.get_free_memory(device) - (out.nbytes if out.device == device else 0)
-        tile = choose_tile(model, h, w, device, free, itemsize, held)
-        if tile:
-            say(
-                f"decodes tiles of {tile} pixels: whole frames take {needed / 2**30:.2f} GiB, "
-                f"{free / 2**30:.2f} GiB are free"
-            )
-
-    def retreat(sentence: str) -> None:
-        say(sentence)
-        if vae.patcher.is_dynamic():  # as in memory.make_room
-            cleanup_prefetched_modules(model.modules())
-        management.soft_empty_cache()
-
+    tile = need.tile(out.nbytes if out.device == device else 0, say)
     decode_within_memory(
         model,
         samples.to(device, model.decode_dtype),
         out,
         tile,
-        retreat,
-        None if device.type == "cpu" else partial(on_cpu, model),
+        need.retreat(say),
+        need.last_resort(),
         Progress(),
         check_cancelled,
     )
     return vae.process_output(out).movedim(1, -1)
+
+
+class DecodeNeed:
+    """The memory of a decode on the device of a VAE.
+
+    Args:
+        vae, model: ours, and the model in it.
+        shape: of the latent, [B, 16, T, h, w].
+        tile_size: as for `decode_video`.
+        held_frames, window: as for `decode_bytes`.
+    """
+
+    def __init__(
+        self,
+        vae: comfy.sd.VAE,
+        model: HostWanVAE,
+        shape: Sequence[int],
+        tile_size: str,
+        held_frames: int = 0,
+        window: Window | None = None,
+    ):
+        self.vae, self.model, self.tile_size = vae, model, tile_size
+        self.size = (model, shape[-2], shape[-1], vae.device)
+        self.given = {
+            "itemsize": model.decode_dtype.itemsize, "held_frames": held_frames, "window": window,
+        }  # fmt: skip
+        tile = None if tile_size == "auto" else int(tile_size)
+        self.bytes = decode_bytes(*self.size, tile=tile, **self.given)
+
+    def load(self) -> None:
+        """Brings the weights to the device, with room beside them."""
+        vae = self.vae
+        comfy.model_management.load_models_gpu(
+            [vae.patcher], memory_required=self.bytes, force_full_load=vae.disable_offload
+        )
+
+    def tile(self, taken: int, say: Callable[[str], None]) -> int | None:
+        """Pixels of a tile to begin with; None and 0 are whole frames.
+
+        Args:
+            taken: bytes of the device that are not free for it.
+            say: called with a sentence if memory alone asks for tiles.
+        """
+        if self.tile_size != "auto":
+            return int(self.tile_size)
+        free = self.vae.patcher.get_free_memory(self.vae.device) - taken
+        tile = choose_tile(*self.size, free_bytes=free, **self.given)
+        if tile:
+            say(
+                f"decodes tiles of {tile} pixels: whole frames take {self.bytes / 2**30:.2f} GiB, "
+                f"{free / 2**30:.2f} GiB are free"
+            )
+        return tile
+
+    def retreat(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """What frees memory and says so, as of `decode_within_memory`."""
+
+        def retreat(sentence: str) -> None:
+            say(sentence)
+            if self.vae.patcher.is_dynamic():  # as in memory.make_room
+                cleanup_prefetched_modules(self.model.modules())
+            comfy.model_management.soft_empty_cache()
+
+        return retreat
+
+    def last_resort(self) -> Callable[[], WanVAE] | None:
+        """The same VAE on the CPU, unless it is there."""
+        return None if self.vae.device.type == "cpu" else partial(on_cpu, self.model)
 
 
 def why_nan(vae: comfy.sd.VAE) -> str:

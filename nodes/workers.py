@@ -1,4 +1,4 @@
-"""Workers: a MODEL whose every step is shared between the GPUs of this machine."""
+"""Workers: a MODEL whose every step, and a VAE whose every decode, is shared between GPUs."""
 
 import os
 from weakref import WeakValueDictionary
@@ -15,6 +15,7 @@ from .named import named
 
 NODE = "Wan21Workers"
 MAX_DEVICES = 64
+NO_VAE = host.blocked("Wan21Workers: its VAE is used, and no vae comes in. Connect vae, or use the loader's")
 # Engines by what they were started for; one lives as long as a MODEL of it is held.
 _engines: WeakValueDictionary[tuple[int, bool], workers.Client] = WeakValueDictionary()
 
@@ -26,7 +27,8 @@ class Wan21Workers(io.ComfyNode):
             node_id=NODE,
             display_name="Wan2.1 Workers",
             category=CATEGORY,
-            description="Share every step of a Wan2.1 model between the GPUs of this machine. Needs Ray.",
+            description="Share every step of a Wan2.1 model, and the VAE's decode, between the GPUs of this "
+            "machine. Needs Ray.",
             search_aliases=["multi gpu", "multigpu", "ray", "parallel", "ulysses", "distributed"],
             inputs=[
                 io.Model.Input("model", tooltip="From Wan21ModelLoader, after all nodes that change it."),
@@ -45,27 +47,38 @@ class Wan21Workers(io.ComfyNode):
                     "sequence shares the tokens of each pass; auto does the first as far as it goes evenly.",
                     advanced=True,
                 ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="From Wan21VAELoader. It comes out as VAE, and its decodes are shared: each device "
+                    "takes a part of the frame.",
+                ),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(), io.Vae.Output()],
         )
 
     @classmethod
     @named(NODE)
-    def execute(cls, model: host.ModelPatcher, devices: int, split: str) -> io.NodeOutput:
+    def execute(
+        cls, model: host.ModelPatcher, devices: int, split: str, vae: host.VAE | None = None
+    ) -> io.NodeOutput:
         checks.check_model(model)
         if host.is_remote(model):
             raise Refusal("the MODEL comes from a Wan21Workers already", "Remove one of the two")
         gpus = host.gpu_count(model)
         count = _count(devices, gpus)
         if count == 1:
-            host.tell("there is one device: the MODEL is handed on as it is")
-            return io.NodeOutput(model)
-        recipe = host.recipe_of(model)
+            host.tell("there is one device: what comes in is handed on as it is")
+            return io.NodeOutput(model, vae or NO_VAE)
+        recipe, vae_recipe = host.recipe_of(model), None if vae is None else host.vae_recipe_of(vae)
         if reason := workers.cannot_run():
-            host.tell(f"{reason}. The MODEL is handed on as it is, and computes on one device")
-            return io.NodeOutput(model)
-        remote = workers.RemoteModel(_engine(count, gpus > 0), recipe, split, count)
-        return io.NodeOutput(host.remote_model(model, remote))
+            host.tell(f"{reason}. What comes in is handed on as it is, and computes on one device")
+            return io.NodeOutput(model, vae or NO_VAE)
+        engine = _engine(count, gpus > 0)
+        model = host.remote_model(model, workers.RemoteModel(engine, recipe, split, count))
+        if vae is not None and vae_recipe is not None:
+            vae = host.shared_vae(vae, workers.RemoteVae(engine, vae_recipe, count))
+        return io.NodeOutput(model, vae or NO_VAE)
 
 
 def _count(devices: int, gpus: int) -> int:

@@ -8,17 +8,14 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
 
 import psutil
-import torch
-from torch import Tensor
 
 from ..wan.out_of_memory import OutOfMemoryOn
 from ..wan.refusal import Refusal
@@ -31,13 +28,14 @@ HUNG_SECONDS = 20.0  # see `engine.Engine`
 NOT_FOR_WORKERS = ("RAY_ADDRESS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 Check = Callable[[], object]  # raises when the user has cancelled
+Take = Callable[..., object]  # of what comes before an answer; raises as well
 
 
 class WorkersLost(ConnectionError):
     """No worker is left, and a new engine did not mend it."""
 
 
-class _EngineGone(Exception):
+class EngineGone(Exception):
     """The engine process has ended."""
 
 
@@ -134,12 +132,15 @@ class Client:
                 _end(self.pipe, self.process)
                 self.process = None
 
-    def request(self, check: Check, *request: Any) -> Any:
+    def request(self, check: Check, *request: Any, take: Take | None = None) -> Any:
         """What the engine answers.
+
+        Args:
+            take: of what comes before the answer, each with its arguments.
 
         Raises:
             Refusal, OutOfMemoryOn, RuntimeError: what a worker raised.
-            _EngineGone: it did not answer.
+            EngineGone: it did not answer.
             WorkersLost: it has no worker left.
         """
         with self.lock:
@@ -147,26 +148,24 @@ class Client:
                 self._send(("unload", [self.unwanted.pop()]))
                 self._answer(check)
             self._send(request)
-            return self._answer(check)
+            return self._answer(check, take)
 
     def _send(self, request: tuple) -> None:
         try:
             self.pipe.send(request)
         except OSError as error:
-            raise _EngineGone(self._last_words()) from error
+            raise EngineGone(self._last_words()) from error
 
-    def _answer(self, check: Check) -> Any:
+    def _answer(self, check: Check, take: Take | None = None) -> Any:
         """Waits for it, and hands on a cancel: what `check` raised is raised when the workers are idle."""
         try:
-            while not self.pipe.poll(POLL_SECONDS):
-                try:
-                    check()
-                except BaseException:
-                    self._call_back()
-                    raise
-            kind, value, notes = self.pipe.recv()
+            kind, value, notes = self._next(check)
+            while kind == "part":
+                assert take is not None
+                self._or_call_back(take, *value)
+                kind, value, notes = self._next(check)
         except (EOFError, OSError) as error:
-            raise _EngineGone(self._last_words()) from error
+            raise EngineGone(self._last_words()) from error
         self.notes += notes
         self.has_lost |= bool(notes)
         if kind == "lost":
@@ -175,13 +174,25 @@ class Client:
             raise _error_of(value)
         return value
 
+    def _next(self, check: Check) -> tuple[str, Any, list[str]]:
+        while not self.pipe.poll(POLL_SECONDS):
+            self._or_call_back(check)
+        return self.pipe.recv()
+
+    def _or_call_back(self, do: Callable[..., object], *args: Any) -> None:
+        try:
+            do(*args)
+        except BaseException:
+            self._call_back()
+            raise
+
     def _call_back(self) -> None:
         """Cancels what the engine does; one that is still starting, or does not answer, is ended."""
         if self.told:
             self._send(("cancel",))
-            if self.pipe.poll(CANCEL_SECONDS):
-                self.pipe.recv()
-                return
+            while self.pipe.poll(CANCEL_SECONDS):
+                if self.pipe.recv()[0] != "part":
+                    return
         self.close()
 
     def _last_words(self) -> str:
@@ -212,143 +223,3 @@ def _error_of(answer: dict[str, Any]) -> Exception:
         where, _, said = answer["why"].partition(": ")
         return OutOfMemoryOn(where, said)
     return RuntimeError(answer["why"])
-
-
-def _mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers)
-
-
-def _split(groups: Sequence[tuple[int, int]]) -> str:
-    """Of (workers, passes) of each group, for people."""
-    return " and ".join(
-        f"{passes} {'pass' if passes == 1 else 'passes'} on {workers}" for workers, passes in groups
-    )
-
-
-@dataclass
-class Counts:
-    """What was done for a model in a run.
-
-    Attributes:
-        seconds: of each call, as it was waited for.
-        workers: (name, seconds in it) by call.
-        groups: (workers, passes) of each group, by call.
-        sent: bytes between workers, by call.
-        notes: sentences on calls that were done again.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    workers: list[list[tuple[str, float]]] = field(default_factory=list)
-    groups: list[list[tuple[int, int]]] = field(default_factory=list)
-    sent: list[int] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-class RemoteModel:
-    """One model that workers hold.
-
-    Args:
-        client: their engine.
-        made_by: (factory, arguments) by which each worker makes it; the factory is importable there.
-        split: of `wan.shard.SPLITS`.
-        count: workers that take part.
-    """
-
-    def __init__(self, client: Client, made_by: tuple[Callable, tuple], split: str, count: int):
-        self.client = client
-        self.made_by = made_by
-        self.split = split
-        self.count = count
-        self.key = secrets.token_hex(8)
-        self.packer = Packer()
-        self.loaded_in = 0  # which generation
-        self.counts = Counts()
-        weakref.finalize(self, client.unwanted.append, self.key)
-
-    def call(self, asked: object, passes: int, check: Check) -> Tensor:
-        """The velocity of all passes of a call [B, 16, T, h, w], float32.
-
-        Args:
-            asked: what the model is called with, for `rank.Model.call`.
-            passes: how many stand in its batch.
-            check: raises when the user has cancelled.
-        """
-        answer = self._tried(check, lambda: self._called(asked, passes, check))
-        self.counts.seconds.append(answer["seconds"])
-        self.counts.workers.append(answer["workers"])
-        self.counts.groups.append(answer["groups"])
-        self.counts.sent.append(answer["sent"])
-        return torch.cat([torch.from_numpy(v) for v in answer["velocities"]])
-
-    def ask(self, check: Check, name: str, *args: Any) -> Sequence[Any]:
-        """What a method of the model gives, of each worker."""
-        return self._tried(check, lambda: self.client.request(check, "ask", self.key, name, *args))
-
-    def make_room(self, check: Check) -> bool:
-        """Lets go of what the devices hold beside a step; False: nothing was left on any."""
-        try:
-            return any(self.ask(check, "make_room"))
-        except WorkersLost:  # the step itself finds it out
-            return False
-
-    def report(self) -> list[str]:
-        """Sentences on the calls of the run so far."""
-        counts = self.counts
-        if not counts.seconds:
-            return list(counts.notes)
-        steady = counts.seconds[1:] or counts.seconds  # the first also loads the model
-        names = dict(one for call in counts.workers for one in call)
-        shares = ", ".join(
-            f"{name} {_mean([s for call in counts.workers for n, s in call if n == name]):.2f} s"
-            for name in sorted(names)
-        )
-        splits = dict.fromkeys(tuple(groups) for groups in counts.groups)
-        return [
-            f"workers: {len(names)}, split {self.split}: {'; '.join(map(_split, splits))}",
-            f"workers: {_mean(steady):.2f} s a call of the model, of which {shares}; "
-            f"{_mean(counts.sent) / 1e6:.1f} MB a call between them",
-            *counts.notes,
-        ]
-
-    def end(self) -> None:
-        """Lets the workers drop what belongs to the run that has ended."""
-        self.packer.forget()
-        self.counts = Counts()
-        if self.client.told and self.loaded_in == self.client.generation:
-            try:
-                self.client.request(lambda: None, "ask", self.key, "end")
-            except (_EngineGone, WorkersLost):
-                self.client.close()  # the next run starts another
-        if self.client.has_lost:  # the next run has them replaced
-            self.client.has_lost = False
-            self.client.generation += 1
-
-    def _called(self, asked: object, passes: int, check: Check) -> dict[str, Any]:
-        message = self.packer.pack(asked).plain()
-        return self.client.request(check, "call", self.key, message, passes, self.split, self.count)
-
-    def _tried(self, check: Check, do: Callable[[], Any]) -> Any:
-        """With a new engine where the first is gone, or has no worker left."""
-        for is_last in (False, True):
-            try:
-                self._load(check)
-                return do()
-            except (_EngineGone, WorkersLost) as error:
-                self.client.close()
-                if is_last:
-                    raise WorkersLost(f"the workers are lost ({error})") from error
-                self.counts.notes.append(f"the workers were lost and are started again ({error})")
-            except BaseException:
-                self.packer.forget()  # it may not have come
-                raise
-            finally:
-                self.counts.notes += self.client.notes
-                self.client.notes = []
-
-    def _load(self, check: Check) -> None:
-        generation = self.client.start(check)
-        if generation != self.loaded_in:
-            self.packer.forget()
-            message = Packer().pack(self.made_by).plain()
-            self.client.request(check, "load", self.key, message)
-            self.loaded_in = generation

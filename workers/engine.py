@@ -7,7 +7,7 @@ Answers are (kind, value). When the pipe ends, whoever asked is gone, and the wo
 import logging
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from ray.exceptions import RayError
 
 from ..wan.shard import groups
 from . import actor
+from .decode import Decode
+from .watch import Watch
 from .wire import Message, message_of
 
 POLL_SECONDS = 0.05  # for a cancel, between looks at the workers
-HEARTBEAT_SECONDS = 1.0  # between questions whether a worker lives
 COME_BACK_SECONDS = 25.0  # for a worker to leave a call, or a meeting; then it is killed
 OBJECT_STORE_BYTES = 512 * 2**20  # of messages: a latent with its image is 43 MB at 720p
 START_SECONDS = 300.0  # for a worker to be there: it imports PyTorch and the host's modules
@@ -97,7 +98,7 @@ class Engine:
         self.attempt = 0
         self.epoch = 0
         self.notes: list[str] = []
-        self.parts: dict[int, Any] = {}
+        self.parts: dict[str, dict[int, Any]] = {}  # of the last message, by model: each counts its own
         ray.init(
             "local",  # never a cluster that somebody else has started
             num_cpus=count,
@@ -142,6 +143,7 @@ class Engine:
     def unload(self, keys: Iterable[str]) -> None:
         """Drops models."""
         for key in keys:
+            self.parts.pop(key, None)
             for worker in self.workers:
                 worker.do("unload", key)
 
@@ -156,9 +158,7 @@ class Engine:
 
     def call(self, key: str, plain: tuple, passes: int, split: str, count: int) -> dict[str, Any]:
         """The velocity of all passes of a call, done again while workers are lost."""
-        message = message_of(plain)
-        self._keep(message)
-        message = message._replace(parts={})
+        message = self.keep(key, plain)
         for _ in range(TRIES):
             if not self.workers:
                 break
@@ -166,7 +166,25 @@ class Engine:
                 return self._call_once(key, message, passes, split, count)
             except Lost as lost:
                 self.notes.append(str(lost))
-        raise Lost(self.notes[-1] if self.notes else "no worker is left")
+        raise self.lost("no worker is left")
+
+    def decode(self, key: str, plain: tuple, places: Sequence[tuple], count: int) -> dict[str, float]:
+        """Parts of a decode, sent as they come and again where they were lost. Gives seconds by worker."""
+        message = self.keep(key, plain)
+        return Decode(self, key, message, places, self._team(key, count)).run()
+
+    def lost(self, why: str) -> Exception:
+        """That nobody is left to do a call."""
+        return Lost(self.notes[-1] if self.notes else why)
+
+    def failed(self, worker: Worker, answer: dict[str, Any]) -> Exception:
+        """That a call failed at a worker."""
+        if answer["failed"] in ("peer", "stopped"):
+            return Lost(f"{worker.name} lost another of its group")
+        return Failed(answer | {"why": f"{worker.name}: {answer['why']}"})
+
+    def _team(self, key: str, count: int) -> list[Worker]:
+        return [worker for worker in self.workers if key in worker.models][:count]
 
     def _fill(self) -> None:
         missing = range(self.started, self.started + self.count - len(self.workers))
@@ -179,25 +197,27 @@ class Engine:
 
     # --- one call -------------------------------------------------------------------------------------
 
-    def _keep(self, message: Message) -> None:
-        """Puts new parts where all workers read them, and lets go of those not used any more."""
-        kept = {n: ref for n, ref in self.parts.items() if n in message.uses}
-        self.parts = kept | {n: ray.put(tuple(part)) for n, part in message.parts.items()}
+    def keep(self, key: str, plain: tuple) -> Message:
+        """Puts new parts of a message where all workers read them, and lets go of those not used any more."""
+        message = message_of(plain)
+        kept = {n: ref for n, ref in self.parts.get(key, {}).items() if n in message.uses}
+        self.parts[key] = kept | {n: ray.put(tuple(part)) for n, part in message.parts.items()}
+        return message._replace(parts={})
 
     def _call_once(self, key: str, message: Message, passes: int, split: str, count: int) -> dict[str, Any]:
         begin = time.perf_counter()
         self.attempt += 1
-        team = [worker for worker in self.workers if key in worker.models][:count]
+        team = self._team(key, count)
         formed = groups(len(team), passes, split)
-        refs, owner = {}, {}
+        refs, owner, parts = {}, {}, self.parts[key]
         for group in formed:
             members = [team[rank] for rank in group.ranks]
             name = f"{self.epoch}-" + "-".join(str(worker.pid) for worker in members)
             meeting = str(Path(self.folder) / f"meet-{name}")
             for rank, worker in enumerate(members):
                 place = (name, meeting, rank, len(members))
-                asked = (key, self.attempt, message, tuple(self.parts), list(group.passes), place)
-                ref = worker.do("call", *asked, *self.parts.values())  # Ray puts values for references
+                asked = (key, self.attempt, message, tuple(parts), list(group.passes), place)
+                ref = worker.do("call", *asked, *parts.values())  # Ray puts values for references
                 refs[ref] = worker
                 owner[worker] = group
         velocities: dict[int, Any] = {}
@@ -205,7 +225,7 @@ class Engine:
         sent = 0
         for worker, answer in self._gathered(refs):
             if "failed" in answer:
-                raise self._failed(worker, answer)
+                raise self.failed(worker, answer)
             value = answer["value"]
             told.append((worker.name, value["seconds"]))
             sent += value["sent"]
@@ -219,11 +239,6 @@ class Engine:
             "seconds": time.perf_counter() - begin,
         }
 
-    def _failed(self, worker: Worker, answer: dict[str, Any]) -> Exception:
-        if answer["failed"] in ("peer", "stopped"):
-            return Lost(f"{worker.name} lost another of its group")
-        return Failed(answer | {"why": f"{worker.name}: {answer['why']}"})
-
     def _gathered(self, refs: dict[Any, Worker]) -> list[tuple[Worker, dict[str, Any]]]:
         """What all workers answer. Where one fails or dies, the others are called back, and it is told.
 
@@ -232,24 +247,16 @@ class Engine:
             Lost: a worker died or hung, and is no more among `workers`.
         """
         answers: dict[Any, dict[str, Any]] = {}
-        watch = _Watch(self.workers, self.hung_seconds)
+        watch = Watch(self.workers, self.hung_seconds)
         dead: list[str] = []
         pending = list(refs)
         while pending:
-            ready, pending = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
-            for ref in ready:
-                try:
-                    answers[ref] = ray.get(ref)
-                except RayError as error:
-                    dead.append(self._drop(refs[ref], f"died ({type(error).__name__})"))
-            if self._is_cancelled():
-                self._call_back(pending, refs, dead)
-                raise Cancelled
-            for worker in watch.hung():
-                ray.kill(worker.handle)
-                dead.append(self._drop(worker, f"gave no sign of life for {self.hung_seconds:g} s"))
+            came, died = self.look(pending, refs, watch)
+            answers |= came
+            dead += died
+            pending = [ref for ref in pending if ref not in came and refs[ref] in self.workers]
             if pending and (dead or any("failed" in answer for answer in answers.values())):
-                self._call_back(pending, refs, dead)
+                dead += self.call_back(pending, refs)
                 break
         if dead:
             self._new_groups()
@@ -262,8 +269,32 @@ class Engine:
         told = [(refs[ref], answer) for ref, answer in answers.items()]
         return sorted(told, key=lambda one: one[1].get("failed") in ("peer", "stopped"))
 
-    def _call_back(self, pending: list[Any], refs: dict[Any, Worker], dead: list[str]) -> None:
-        """Every worker out of its call; who does not come is killed."""
+    def look(
+        self, pending: Sequence[Any], refs: Mapping[Any, Worker], watch: Watch
+    ) -> tuple[dict[Any, dict[str, Any]], list[str]]:
+        """Answers that have come, after a short wait for one; and who died or hung, as sentences.
+
+        Raises:
+            Cancelled: as of `_gathered`.
+        """
+        answers, dead = {}, []
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=POLL_SECONDS)
+        for ref in ready:
+            try:
+                answers[ref] = ray.get(ref)
+            except RayError as error:
+                dead.append(self._drop(refs[ref], f"died ({type(error).__name__})"))
+        if self._is_cancelled():
+            self.call_back([ref for ref in pending if ref not in ready], refs)
+            raise Cancelled
+        for worker in watch.hung():
+            ray.kill(worker.handle)
+            dead.append(self._drop(worker, f"gave no sign of life for {self.hung_seconds:g} s"))
+        return answers, dead
+
+    def call_back(self, pending: list[Any], refs: Mapping[Any, Worker]) -> list[str]:
+        """Every worker out of its call; who does not come is killed. Gives sentences on the dead."""
+        dead: list[str] = []
         stops = [worker.control("stop", self.attempt) for worker in self.workers]
         if stops:
             ray.wait(stops, num_returns=len(stops), timeout=COME_BACK_SECONDS)
@@ -279,6 +310,7 @@ class Engine:
                     ray.kill(refs[ref].handle)
                     dead.append(self._drop(refs[ref], "did not leave a call"))
         self._new_groups()
+        return dead
 
     def _new_groups(self) -> None:
         self.epoch += 1
@@ -292,38 +324,6 @@ class Engine:
 
     def _is_cancelled(self) -> bool:
         return self.pipe.poll() and self.pipe.recv() == ("cancel",)
-
-
-class _Watch:
-    """Asks workers for a sign of life while they compute.
-
-    Args:
-        workers: that are asked.
-        patience: seconds.
-    """
-
-    def __init__(self, workers: Sequence[Worker], patience: float):
-        self.workers = workers
-        self.patience = patience
-        self.asked: dict[Any, tuple[Worker, float]] = {}
-        self.next = time.monotonic() + HEARTBEAT_SECONDS
-
-    def hung(self) -> list[Worker]:
-        """Workers that do not answer."""
-        now = time.monotonic()
-        if self.asked:
-            done, _ = ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0)
-            for ref in done:
-                del self.asked[ref]
-        silent = [w for w, since in self.asked.values() if now - since > self.patience]
-        self.asked = {ref: one for ref, one in self.asked.items() if one[0] not in silent}
-        if now >= self.next:
-            waiting = [worker for worker, _ in self.asked.values()]
-            for worker in self.workers:
-                if worker not in waiting:
-                    self.asked[worker.control("where")] = (worker, now)
-            self.next = now + HEARTBEAT_SECONDS
-        return silent
 
 
 def serve(pipe: Connection) -> None:

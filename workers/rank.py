@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from importlib import import_module
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from ..wan.out_of_memory import is_out_of_memory
 from ..wan.refusal import Refusal
 from ..wan.run_state import forget_states
 from ..wan.shard import WHOLE, Shard, Ulysses
-from .wire import Message, Part, message_of, unpack
+from .wire import Message, Part, message_of, part_of, unpack
 
 MEET_SECONDS = 15  # for all of a group to come to it; less than the engine waits for who is called back
 EXCHANGE_SECONDS = 1800  # for the slowest to come to an exchange; who hangs is noticed by the engine
@@ -47,6 +47,26 @@ class Model(Protocol):
         ...
 
 
+class Decoder(Protocol):
+    """A VAE that a worker holds, made as a `Model` is."""
+
+    def pieces(
+        self, asked: Any, place: tuple[int, ...], watch: Callable[[], None]
+    ) -> Iterator[tuple[tuple[int, ...], Tensor, list[str]]]:
+        """What is decoded of a part of a clip, as it comes: its place, pixels, sentences to be told.
+
+        Args:
+            asked: what is decoded.
+            place: of the part.
+            watch: as of `Model.call`.
+        """
+        ...
+
+    def end(self) -> None:
+        """As of `Model`."""
+        ...
+
+
 class Rank:
     """The models of a worker and the groups that it is in.
 
@@ -65,7 +85,8 @@ class Rank:
         for place, values in unpack(message, message.parts).items():
             module, _, name = place.partition(":")
             vars(getattr(import_module(module), name)).update(values)
-        self.models: dict[str, Model] = {}
+        self.models: dict[str, Any] = {}  # `Model` or `Decoder`
+        self.pieces: Iterator[Any] = iter(())
         self.groups: dict[str, Any] = {}
         self.left: list[Any] = []
         self.blocks = 0
@@ -129,6 +150,32 @@ class Rank:
             answer["failed"] = "stopped"
         return answer
 
+    def begin(
+        self, key: str, attempt: int, message: Message, numbers: Sequence[int], place: tuple, *parts: tuple
+    ) -> Answer:
+        """Begins a part of a decode, as `take` goes on with it; the other arguments are those of `call`."""
+
+        def watch() -> None:
+            self.blocks += 1
+            self._check(attempt)
+
+        def begun() -> Any:
+            asked = unpack(message, dict(zip(numbers, (Part(*part) for part in parts))))
+            self.pieces = self.models[key].pieces(asked, place, watch)
+            return self._piece()
+
+        return self._answered(begun)
+
+    def take(self) -> Answer:
+        """(place, part, sentences) of what comes next of the decode that was begun, None after the last."""
+
+        return self._answered(self._piece)
+
+    def _piece(self) -> tuple | None:
+        for place, pixels, said in self.pieces:
+            return place, tuple(part_of(pixels)), said
+        return None
+
     def _answered(self, do: Callable, *args: Any) -> Answer:
         """What a function gives, or why it failed: an error itself may not be known to who asked."""
         try:
@@ -151,6 +198,7 @@ class Rank:
 
     def leave(self) -> None:
         """Out of all groups. They are kept: one whose exchange never ended waits for it when it is freed."""
+        self.pieces = iter(())
         self.left += self.groups.values()
         self.groups = {}
 

@@ -82,14 +82,14 @@ class Packer:
                 number = next((n for n, other in known if _equal(tensor, other)), None)
                 if number is None:
                     number = next(self._numbers)
-                    new[number] = _part(tensor)
+                    new[number] = part_of(tensor)
                 used[number] = tensor
                 return number
 
             def reducer_override(self, obj: Any) -> Any:
                 if not isinstance(obj, Tensor):
                     return NotImplemented
-                dtype, shape, data = _part(obj.detach().cpu().contiguous())
+                dtype, shape, data = part_of(obj.detach().cpu().contiguous())
                 return tensor_of, (dtype, shape, data)
 
         Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
@@ -102,7 +102,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def _part(tensor: Tensor) -> Part:
+def part_of(tensor: Tensor) -> Part:
+    """The bytes of a tensor on the CPU, copied."""
     data = tensor.flatten().view(torch.uint8).numpy().copy()
     return Part(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
 

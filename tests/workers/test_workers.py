@@ -17,21 +17,15 @@ import psutil
 import pytest
 import torch
 from helpers import relative
-from helpers_workers import Faulty
+from helpers_workers import LONG, ON_RAY, Faulty, shared
 from lib.pack import ROOT
 from safetensors.torch import save_file
 from test_lora import first_lora
 from wan21 import host, workers
-from wan21.nodes import workers as node
 from wan21.nodes.lora import Wan21LoraLoader
 from wan21.wan.refusal import Refusal
 
-pytestmark = [
-    pytest.mark.xdist_group("workers"),  # one engine for all of them
-    pytest.mark.skipif(workers.cannot_run() is not None, reason=str(workers.cannot_run())),
-]
-
-LONG = pytest.mark.skipif("WORKERS_LONG" not in os.environ, reason="half a minute: WORKERS_LONG=1 runs it")
+pytestmark = ON_RAY
 
 # An instance of ComfyUI that is to be killed: its engine alone, without the host.
 ALONE = f"""
@@ -67,25 +61,9 @@ def alone():
     process.wait()
 
 
-@pytest.fixture(scope="module")
-def client():
-    """The engine's handle, which the node takes for its own."""
-    settings, paths = host.process_settings()
-    here = str(Path(__file__).parent)
-    client = workers.Client(workers.Setup(2, False, settings, (*paths, here), 1), hung_seconds=3)
-    node._engines[2, False] = client
-    yield client
-    client.close()
-
-
 @pytest.fixture
 def job(models, prompts):
     return (models["t2v"], *prompts, {"samples": torch.zeros(1, 16, 3, 6, 10)})
-
-
-def shared(model, split="auto", devices=2):
-    """A MODEL after the node."""
-    return node.Wan21Workers.execute(model, devices, split).result[0]
 
 
 @pytest.fixture
