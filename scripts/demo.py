@@ -108,11 +108,14 @@ def _filled_graph(options, image):
 
 
 def with_workers(graph, count):
-    """The graph with Wan2.1 Workers before its sampler."""
-    key, sampler = next((k, node) for k, node in graph.items() if node["class_type"] == "Wan21Sampler")
-    inputs = {"model": sampler["inputs"]["model"], "devices": count, "split": "auto"}
-    sampler = sampler | {"inputs": sampler["inputs"] | {"model": ["workers", 0]}}
-    return graph | {key: sampler, "workers": {"class_type": "Wan21Workers", "inputs": inputs}}
+    """The graph with Wan2.1 Workers before its sampler and its decode."""
+    inputs = {"devices": count, "split": "auto"}
+    graph = graph | {"workers": {"class_type": "Wan21Workers", "inputs": inputs}}
+    for output, (kind, name) in enumerate((("Wan21Sampler", "model"), ("Wan21VAEDecode", "vae"))):
+        key, node = next((k, node) for k, node in graph.items() if node["class_type"] == kind)
+        inputs[name] = node["inputs"][name]
+        graph[key] = node | {"inputs": node["inputs"] | {name: ["workers", output]}}
+    return graph
 
 
 class _ProgressBars:
