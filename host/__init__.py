@@ -90,6 +90,7 @@ __all__ = [
     "load_model",
     "load_text_encoder",
     "load_vae",
+    "mark_of",
     "measured_coefficients",
     "missing_clip_vision",
     "need_host_bytes",

@@ -15,10 +15,10 @@ from ..wan.refusal import Refusal
 from ..wan.vae.fallback import Piece, Retreat, decode_pieces
 from ..wan.vae.spread import spread_windows
 from .progress import Progress, check_cancelled, tell
-from .rank import gpu_of
+from .rank import check_file, gpu_of, mark_of
 from .vae import DecodeNeed, HostWanVAE, load_vae
 
-Place = tuple[int, int, int, int, int, int]  # sample, rows from, to, columns from, to, first pixel frame
+Place = tuple[int, ...]  # sample, rows from, to, columns from, to, first pixel frame
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,13 @@ class VaeRecipe:
 
     Attributes:
         path, precision: as of `load_vae`.
+        mark: of the file, by `mark_of`.
         hosts_gpu: the GPU that the host computes on, by `gpu_of`.
     """
 
     path: Path
     precision: str
+    mark: str
     hosts_gpu: str
 
 
@@ -50,6 +52,7 @@ class AskedDecode:
 
 def load_vae_recipe(recipe: VaeRecipe) -> "LoadedVae":
     """The VAE in a worker."""
+    check_file(recipe.path, recipe.mark)
     vae = load_vae(recipe.path, recipe.precision)
     device = gpu_of(vae.device)
     return LoadedVae(vae, bool(device) and device == recipe.hosts_gpu)
@@ -99,7 +102,7 @@ class LoadedVae:
 class Decoders(Protocol):
     """Who decodes: see `workers.remote.RemoteVae`."""
 
-    count: int
+    def start(self, check: Callable[[], object]) -> int: ...
 
     def decode(
         self,
@@ -127,17 +130,11 @@ class SharedDecode:
 
     def decode(self, z: Tensor, out: Tensor, tile_size: str) -> bool:
         """As of `vae.DecodedElsewhere`."""
-        samples, (h, w) = len(z), z.shape[-2:]
-        windows = spread_windows(self.vae.first_stage_model, h, w, self.decoders.count)
-        places = [
-            (sample, rows.start, rows.stop, columns.start, columns.stop, 0)
-            for sample in range(samples)
-            for rows, columns in windows
-        ]
         if self.vae.device.type == "cuda":  # for the worker on it
             comfy.model_management.free_memory(1e30, self.vae.device)
             comfy.model_management.soft_empty_cache()
         try:
+            places = self._places(z, self.decoders.start(check_cancelled))
             take = _Taken(out)
             self.decoders.decode(AskedDecode(z.cpu(), tile_size), places, take, check_cancelled)
             return True
@@ -149,6 +146,15 @@ class SharedDecode:
             for sentence in self.decoders.report():
                 tell(sentence)
             self.decoders.end()
+
+    def _places(self, z: Tensor, devices: int) -> list[Place]:
+        h, w = z.shape[-2:]
+        windows = spread_windows(self.vae.first_stage_model, h, w, devices)
+        return [
+            (sample, rows.start, rows.stop, columns.start, columns.stop, 0)
+            for sample in range(len(z))
+            for rows, columns in windows
+        ]
 
 
 class _Taken:
@@ -191,13 +197,14 @@ def vae_recipe_of(vae: comfy.sd.VAE) -> tuple[Callable[[VaeRecipe], LoadedVae], 
     if patcher.patches or patcher.object_patches:
         raise Refusal("another node changes the VAE, which workers cannot be sent", "Remove that node")
     path, precision = model.loaded_from
-    return load_vae_recipe, (VaeRecipe(path, precision, gpu_of(vae.device)),)
+    return load_vae_recipe, (VaeRecipe(path, precision, mark_of(path), gpu_of(vae.device)),)
 
 
 def shared_vae(vae: comfy.sd.VAE, decoders: Decoders) -> comfy.sd.VAE:
     """A VAE of ours that workers decode; what it encodes is encoded here, by the weights of `vae`."""
     shared: Any = copy.copy(vae)
-    shared.first_stage_model = copy.copy(vae.first_stage_model)
-    shared.first_stage_model.elsewhere = SharedDecode(vae, decoders)
+    model: Any = copy.copy(vae.first_stage_model)
+    model.elsewhere = SharedDecode(vae, decoders)
+    shared.first_stage_model = model
     shared.memory_used_decode = lambda shape, dtype: 1  # a byte: the host divides by it
     return shared

@@ -1,5 +1,7 @@
 """What a worker holds: a MODEL of ours, loaded there by our own loader, and calls of its DiT."""
 
+import hashlib
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from ..wan.dit import ApplyBlock, BlockRunner, Pass
 from ..wan.option import Around, Call
+from ..wan.refusal import Refusal
 from ..wan.run_state import forget_states
 from ..wan.shard import Shard
 from .attention import attention_named
@@ -20,6 +23,8 @@ from .load import load_model
 from .memory import make_room, tell_out_of_memory
 from .model import CALL, SHARD, TEXTS
 from .runner import pass_name
+
+MARKED = 2**20  # bytes of each end of a file
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,14 @@ class Recipe:
         path: of the checkpoint.
         weight_dtype: as of `load_model`.
         changes: what stands on it beside the file's weights.
+        mark: of the file, by `mark_of`.
         hosts_gpu: the GPU that the host computes on, by `gpu_of`.
     """
 
     path: Path
     weight_dtype: str
     changes: Changes
+    mark: str
     hosts_gpu: str = ""
 
 
@@ -70,8 +77,34 @@ def gpu_of(device: torch.device) -> str:
     return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
 
 
+def mark_of(path: Path) -> str:
+    """What tells a file from others without reading all of it: its size, its beginning and its end."""
+    with path.open("rb") as file:
+        digest, size = hashlib.sha256(file.read(MARKED)), path.stat().st_size
+        file.seek(max(0, size - MARKED))
+        digest.update(file.read(MARKED))
+    return f"{size}-{digest.hexdigest()}"
+
+
+def check_file(path: Path, mark: str) -> None:
+    """Whether a file is here, and the one that was meant.
+
+    Raises:
+        Refusal: it is not.
+    """
+    where = f"{path} on {platform.node()}"
+    if not path.is_file():
+        raise Refusal(f"there is no {where}", "Put the same file at the same path on every machine")
+    if mark_of(path) != mark:
+        raise Refusal(
+            f"{where} is another file than in ComfyUI (its size, beginning or end differs)",
+            "Put the same file at the same path on every machine",
+        )
+
+
 def load_recipe(recipe: Recipe) -> "LoadedModel":
     """The MODEL in a worker."""
+    check_file(recipe.path, recipe.mark)
     model = with_changes(load_model(recipe.path, recipe.weight_dtype), recipe.changes)
     device = gpu_of(model.load_device)
     return LoadedModel(model, bool(device) and device == recipe.hosts_gpu)

@@ -26,7 +26,7 @@ from .lora import KEY as LORAS
 from .model import CALL, IN_CONTEXT, TEXTS, TRAINED_ON, HostWanModel, Wan21
 from .patches import written_in_call
 from .progress import check_cancelled, tell
-from .rank import Asked, LoadedModel, Recipe, gpu_of, load_recipe
+from .rank import Asked, LoadedModel, Recipe, gpu_of, load_recipe, mark_of
 from .untraced import untraced
 
 # Of transformer_options what is plain data and says something to our DiT.
@@ -225,7 +225,8 @@ def recipe_of(model: ModelPatcher) -> tuple[Callable[[Recipe], LoadedModel], tup
     assert model.cached_patcher_init is not None
     path, weight_dtype, *_ = model.cached_patcher_init[1]
     gpu = gpu_of(model.load_device)
-    return load_recipe, (Recipe(Path(path).resolve(), weight_dtype, changes_of(model), gpu),)
+    path = Path(path).resolve()
+    return load_recipe, (Recipe(path, weight_dtype, changes_of(model), mark_of(path), gpu),)
 
 
 def remote_model(model: ModelPatcher, elsewhere: Elsewhere) -> ModelPatcher:

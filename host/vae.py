@@ -55,11 +55,11 @@ class HostWanVAE(WanVAE):
 
     Attributes:
         loaded_from: file and precision, as for `load_vae`.
-        elsewhere: where it is decoded, if not here.
+        elsewhere: where it is decoded, if not here: a `DecodedElsewhere`.
     """
 
     loaded_from: tuple[Path, str]
-    elsewhere: "DecodedElsewhere | None" = None
+    elsewhere: Any = None
     comfy_has_chunked_io = True  # the host gives decode() the final image's buffer, encode() a device
 
     def __init__(

@@ -17,7 +17,7 @@ NODE = "Wan21Workers"
 MAX_DEVICES = 64
 NO_VAE = host.blocked("Wan21Workers: its VAE is used, and no vae comes in. Connect vae, or use the loader's")
 # Engines by what they were started for; one lives as long as a MODEL of it is held.
-_engines: WeakValueDictionary[tuple[int, bool], workers.Client] = WeakValueDictionary()
+_engines: WeakValueDictionary[tuple, workers.Client] = WeakValueDictionary()
 
 
 class Wan21Workers(io.ComfyNode):
@@ -50,8 +50,8 @@ class Wan21Workers(io.ComfyNode):
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="From Wan21VAELoader. It comes out as VAE, and its decodes are shared: each device "
-                    "takes a part of the frame.",
+                    tooltip="From Wan21VAELoader. It comes out as VAE, and its decodes are shared: each "
+                    "device takes a part of the frame.",
                 ),
             ],
             outputs=[io.Model.Output(), io.Vae.Output()],
@@ -65,8 +65,8 @@ class Wan21Workers(io.ComfyNode):
         checks.check_model(model)
         if host.is_remote(model):
             raise Refusal("the MODEL comes from a Wan21Workers already", "Remove one of the two")
-        gpus = host.gpu_count(model)
-        count = _count(devices, gpus)
+        gpus, address = host.gpu_count(model), os.environ.get("WAN21_RAY_ADDRESS", "")
+        count = devices if address else _count(devices, gpus)
         if count == 1:
             host.tell("there is one device: what comes in is handed on as it is")
             return io.NodeOutput(model, vae or NO_VAE)
@@ -74,7 +74,9 @@ class Wan21Workers(io.ComfyNode):
         if reason := workers.cannot_run():
             host.tell(f"{reason}. What comes in is handed on as it is, and computes on one device")
             return io.NodeOutput(model, vae or NO_VAE)
-        engine = _engine(count, gpus > 0)
+        if address and (refusal := workers.cannot_join()):
+            raise refusal
+        engine = _engine(count, gpus > 0, address)
         model = host.remote_model(model, workers.RemoteModel(engine, recipe, split, count))
         if vae is not None and vae_recipe is not None:
             vae = host.shared_vae(vae, workers.RemoteVae(engine, vae_recipe, count))
@@ -98,11 +100,12 @@ def _count(devices: int, gpus: int) -> int:
     return devices or 1
 
 
-def _engine(count: int, gpus: bool) -> workers.Client:
-    engine = _engines.get((count, gpus))
+def _engine(count: int, gpus: bool, address: str) -> workers.Client:
+    key = (count, gpus, address) if address else (count, gpus)
+    engine = _engines.get(key)
     if engine is None:
         settings, paths = host.process_settings()
-        threads = None if gpus else max(1, torch.get_num_threads() // count)
-        engine = workers.Client(workers.Setup(count, gpus, settings, paths, threads))
-        _engines[count, gpus] = engine
+        threads = None if gpus or not count else max(1, torch.get_num_threads() // count)
+        engine = workers.Client(workers.Setup(count, gpus, settings, paths, threads, address))
+        _engines[key] = engine
     return engine

@@ -74,6 +74,29 @@ def groups(ranks: int, passes: int, split: str = "auto") -> list[Group]:
     return [Group(*one) for one in zip(spans(ranks, count), spans(passes, count))]
 
 
+def groups_on(machines: Sequence[int], passes: int, split: str = "auto") -> list[Group]:
+    """`groups` where the ranks stand on several machines, which none crosses: tokens meet in every block.
+
+    Args:
+        machines: how many ranks each has, the most first; ranks are counted in this order.
+        passes, split: as for `groups`. guidance: passes on as many machines as there can be. sequence: on the
+            first. auto: on so many that the busiest rank has the least.
+    """
+
+    def busiest(count: int) -> float:
+        return max(here / ranks for here, ranks in zip(shares(passes, count), machines))
+
+    most = min(len(machines), passes)
+    used = {"auto": min(range(1, most + 1), key=busiest), "guidance": most, "sequence": 1}[split]
+    found, first = [], 0
+    for ranks, here in zip(machines, spans(passes, used)):
+        for group in groups(ranks, len(here), split):
+            rank, begin = group.ranks.start + first, group.passes.start + here.start
+            found.append(Group(range(rank, rank + len(group.ranks)), range(begin, begin + len(group.passes))))
+        first += ranks
+    return found
+
+
 def shares(total: int, ranks: int) -> list[int]:
     """`total` things over so many ranks, the first of them one more: 10 over 3 is [4, 3, 3]."""
     return [total // ranks + (rank < total % ranks) for rank in range(ranks)]

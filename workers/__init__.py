@@ -3,12 +3,21 @@
     this process  --pipe-->  engine process (driver of Ray)  -->  workers, one a device
 
 What samples stays where it is, with its state: solver, guidance, random numbers, previews, cancel. What is
-lost with a worker is one call, which is made again. `client` and `remote` are this process's side, `engine`
-and `decode` the engine's, `rank` a worker's; `wire` is what they say to each other. Ray is imported in the
-engine's process only.
+lost with a worker is one call, which is made again. `client` and `remote` are this process's side, `engine`,
+`cluster`, `watch` and `decode` the engine's, `rank` a worker's; `wire` is what they say to each other. Ray is
+imported in the engine's process only.
 """
 
-from .client import Client, Setup, WorkersLost, cannot_run
+from .client import Client, Setup, WorkersLost, cannot_join, cannot_run
 from .remote import Counts, RemoteModel, RemoteVae
 
-__all__ = ["Client", "Counts", "RemoteModel", "RemoteVae", "Setup", "WorkersLost", "cannot_run"]
+__all__ = [
+    "Client",
+    "Counts",
+    "RemoteModel",
+    "RemoteVae",
+    "Setup",
+    "WorkersLost",
+    "cannot_join",
+    "cannot_run",
+]

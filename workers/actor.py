@@ -6,6 +6,7 @@ need another module of it before `load_pack` has run.
 
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,31 @@ def load_pack(root: str) -> None:
 
 
 class Worker:
-    """A process with a device of its own; its methods are those of `rank.Rank`."""
+    """A process with a device of its own; its methods are those of `rank.Rank`.
 
-    def __init__(self, root: str, *settings: Any):
+    Args:
+        root: folder of this package, on this machine.
+        environment: variables to set before PyTorch is imported; None takes one away.
+        settings: as of `rank.Rank`.
+    """
+
+    def __init__(self, root: str, environment: dict[str, str | None], *settings: Any):
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
         load_pack(root)
         self.rank = importlib.import_module(f"{NAME}.workers.rank").Rank(*settings)
 
     def do(self, name: str, *args: Any) -> Any:
         """One after the other, in one thread."""
         return getattr(self.rank, name)(*args)
+
+    def machine(self) -> tuple[str, str]:
+        """(Ray's name of the machine, its address)."""
+        import ray  # by which this process was started
+
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
     def control(self, name: str, *args: Any) -> Any:
         """In a thread of its own: answers also while `do` computes or waits."""

@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.05  # between looks whether the user has cancelled
 CANCEL_SECONDS = 60.0  # for the engine to answer a cancel; it kills who does not come back sooner
 HUNG_SECONDS = 20.0  # see `engine.Engine`
-NOT_FOR_WORKERS = ("RAY_ADDRESS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 Check = Callable[[], object]  # raises when the user has cancelled
 Take = Callable[..., object]  # of what comes before an answer; raises as well
@@ -48,6 +47,24 @@ def cannot_run() -> str | None:
     return None
 
 
+def cannot_join() -> Refusal | None:
+    """Why this machine may not join a cluster: without its token, or with one that others can read."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return None
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not file.is_file():
+        return Refusal(
+            "WAN21_RAY_ADDRESS is set, and this machine has no token of the cluster, without which anybody "
+            "in the network could run code on it",
+            f"Copy the head's token to {file} (`ray get-auth-token --generate` makes one)",
+        )
+    if file.stat().st_mode & 0o077:
+        return Refusal(
+            f"other users of this machine can read the cluster's token, {file}", f"chmod 600 {file}"
+        )
+    return None
+
+
 class Setup(NamedTuple):
     """What an engine is started with.
 
@@ -55,6 +72,7 @@ class Setup(NamedTuple):
         count: workers.
         gpus: whether each has a GPU of its own.
         settings, paths, threads: as of `rank.Rank`; settings before they are packed.
+        address: of a Ray cluster; empty starts Ray on this machine.
     """
 
     count: int
@@ -62,6 +80,7 @@ class Setup(NamedTuple):
     settings: dict[str, dict[str, Any]]
     paths: tuple[str, ...]
     threads: int | None
+    address: str = ""
 
 
 class Client:
@@ -93,16 +112,10 @@ class Client:
             self.close()
             ours, theirs = socket.socketpair()
             self.log: Any = tempfile.TemporaryFile()  # noqa: SIM115 (read when the engine has ended)
-            environment = {k: v for k, v in os.environ.items() if k not in NOT_FOR_WORKERS}
-            environment |= {
-                "RAY_AUTH_MODE": "token",
-                "RAY_AUTH_TOKEN": secrets.token_hex(32),  # in no file: only this user's processes read it
-                "RAY_USAGE_STATS_ENABLED": "0",
-                "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # else a lost peer ends the whole process
-                "TORCH_NCCL_ENABLE_MONITORING": "0",
-                "NCCL_SOCKET_IFNAME": "lo",
-                "GLOO_SOCKET_IFNAME": "lo",
-            }
+            environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+            environment.pop("RAY_ADDRESS", None)
+            if not self.setup.address:  # in no file: only this user's processes read it
+                environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
             command = [sys.executable, str(ROOT / "workers"), str(theirs.fileno())]
             self.process = subprocess.Popen(
                 command,
@@ -117,9 +130,9 @@ class Client:
             self.pipe = Connection(ours.detach())
             self._stop.detach()
             self._stop = weakref.finalize(self, _end, self.pipe, self.process)
-            count, gpus, settings, paths, threads = self.setup
+            count, gpus, settings, paths, threads, address = self.setup
             packed = Packer().pack(settings).plain()
-            self._send((str(ROOT), count, gpus, (packed, paths, threads), self.hung_seconds))
+            self._send((str(ROOT), count, gpus, (packed, paths, threads), self.hung_seconds, address))
             self.told = self._answer(check)
             self.generation += 1
             return self.generation

@@ -4,45 +4,42 @@ Requests come through a pipe as (name, *arguments), one at a time; while one is 
 Answers are (kind, value). When the pipe ends, whoever asked is gone, and the workers go too.
 """
 
-import logging
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray import cloudpickle  # pyright: ignore[reportAttributeAccessIssue]
 from ray.exceptions import RayError
 
-from ..wan.shard import groups
+from ..wan.shard import groups_on
 from . import actor
+from .cluster import Failed, begin, free, join, start_ray
 from .decode import Decode
 from .watch import Watch
 from .wire import Message, message_of
 
 POLL_SECONDS = 0.05  # for a cancel, between looks at the workers
 COME_BACK_SECONDS = 25.0  # for a worker to leave a call, or a meeting; then it is killed
-OBJECT_STORE_BYTES = 512 * 2**20  # of messages: a latent with its image is 43 MB at 720p
-START_SECONDS = 300.0  # for a worker to be there: it imports PyTorch and the host's modules
 TRIES = 6  # of one call
+# Of workers, before they import PyTorch; None takes a variable away.
+ENVIRONMENT = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # else a lost peer ends the whole process
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "NCCL_SOCKET_IFNAME": "lo",  # no group crosses machines
+    "GLOO_SOCKET_IFNAME": "lo",
+    "PYTORCH_CUDA_ALLOC_CONF": None,
+    "PYTORCH_ALLOC_CONF": None,
+}
 
 
 class Cancelled(Exception):
     """Whoever asked wants no answer any more."""
-
-
-class Failed(Exception):
-    """A call that cannot be done as it was asked for.
-
-    Attributes:
-        answer: a worker's.
-    """
-
-    def __init__(self, answer: dict[str, Any]):
-        super().__init__(answer["why"])
-        self.answer = answer
 
 
 class Lost(Exception):
@@ -55,11 +52,13 @@ class Worker:
     Attributes:
         name: for people.
         pid: of its process.
+        machine: name of where it is; one for all of a machine.
     """
 
     def __init__(self, number: int, handle: Any):
         self.handle = handle
         self.name, self.pid, self.device = f"worker {number}", 0, ""
+        self.machine = ""
         self.models: set[str] = set()
 
     def do(self, name: str, *args: Any) -> Any:
@@ -69,55 +68,55 @@ class Worker:
         return self.handle.control.options(concurrency_group="control").remote(name, *args)
 
 
+class Start(NamedTuple):
+    """What an engine is started with.
+
+    Attributes:
+        root: folder of this package.
+        count: workers; 0 is one for each GPU of the cluster, or for each of its machines without any.
+        gpus: whether each has a GPU of its own; of a cluster, it is asked.
+        settings: as of `rank.Rank`.
+        hung_seconds: without a sign of life, after which a worker is killed.
+        address: of the Ray cluster that workers are started in; empty for one of this machine alone.
+    """
+
+    root: str
+    count: int
+    gpus: bool
+    settings: tuple
+    hung_seconds: float
+    address: str
+
+
 class Engine:
-    """The workers of this machine.
+    """The workers of this machine, or of a cluster.
 
     Args:
         pipe: to whoever asks.
-        root: folder of this package.
-        count: workers.
-        gpus: whether each has a GPU of its own.
-        settings: as of `rank.Rank`.
-        hung_seconds: without a sign of life, after which a worker is killed.
         folder: private to this engine; Ray's files and the meeting places of groups lie in it.
     """
 
-    def __init__(
-        self,
-        pipe: Connection,
-        root: str,
-        count: int,
-        gpus: bool,
-        settings: tuple,
-        hung_seconds: float,
-        folder: str,
-    ):
+    def __init__(self, pipe: Connection, start: Start, folder: str):
         self.pipe = pipe
-        self.hung_seconds = hung_seconds
+        self.hung_seconds = start.hung_seconds
         self.folder = folder
         self.attempt = 0
         self.epoch = 0
         self.notes: list[str] = []
         self.parts: dict[str, dict[int, Any]] = {}  # of the last message, by model: each counts its own
-        ray.init(
-            "local",  # never a cluster that somebody else has started
-            num_cpus=count,
-            num_gpus=count if gpus else 0,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            configure_logging=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(Path(folder) / "r"),
-        )
+        self.root, self.settings = start.root, start.settings
+        self.in_cluster = bool(start.address)
+        if self.in_cluster:
+            self.count, self.gpus = join(start.address, start.count)
+        else:
+            self.count, self.gpus = start.count, start.gpus
+            start_ray(self.count, self.gpus, folder)
         cloudpickle.register_pickle_by_value(actor)
         remote: Any = ray.remote  # its stubs do not know concurrency groups
-        self.kind = remote(num_cpus=1, num_gpus=int(gpus), max_restarts=0, concurrency_groups={"control": 1})(
-            actor.Worker
-        )
-        self.arguments = (root, *settings)
-        self.count, self.started = count, 0
+        self.kind = remote(
+            num_cpus=1, num_gpus=int(self.gpus), max_restarts=0, concurrency_groups={"control": 1}
+        )(actor.Worker)
+        self.started = 0
         self.workers: list[Worker] = []
         self._fill()
 
@@ -184,15 +183,20 @@ class Engine:
         return Failed(answer | {"why": f"{worker.name}: {answer['why']}"})
 
     def _team(self, key: str, count: int) -> list[Worker]:
-        return [worker for worker in self.workers if key in worker.models][:count]
+        """Who takes part in a call; those of a machine together, the machine with the most first."""
+        team = [worker for worker in self.workers if key in worker.models]
+        sizes = Counter(worker.machine for worker in team)
+        return sorted(team, key=lambda one: (-sizes[one.machine], one.machine))[: count or None]
 
     def _fill(self) -> None:
-        missing = range(self.started, self.started + self.count - len(self.workers))
-        new = [Worker(number, self.kind.remote(*self.arguments)) for number in missing]
+        count = self.count - len(self.workers)
+        if self.in_cluster and self.started:  # a machine may be gone
+            count = min(count, free(self.gpus))
+        missing = range(self.started, self.started + count)
+        new = [Worker(number, self.kind.remote(self.root, ENVIRONMENT, *self.settings)) for number in missing]
         self.started = missing.stop
-        asked = {worker.control("where"): worker for worker in new}
-        for ref, worker in asked.items():
-            worker.pid, _, worker.device = ray.get(ref, timeout=START_SECONDS)
+        for worker in new:
+            begin(worker, self.root, self.settings[1], self.in_cluster)
         self.workers += new
 
     # --- one call -------------------------------------------------------------------------------------
@@ -208,7 +212,9 @@ class Engine:
         begin = time.perf_counter()
         self.attempt += 1
         team = self._team(key, count)
-        formed = groups(len(team), passes, split)
+        formed = groups_on(
+            [len([*some]) for _, some in groupby(worker.machine for worker in team)], passes, split
+        )
         refs, owner, parts = {}, {}, self.parts[key]
         for group in formed:
             members = [team[rank] for rank in group.ranks]
@@ -330,8 +336,12 @@ def serve(pipe: Connection) -> None:
     """Answers requests until the pipe ends. The first is that of an `Engine`."""
     with tempfile.TemporaryDirectory(prefix="wan21-", ignore_cleanup_errors=True) as folder:
         try:
-            root, count, gpus, settings, hung_seconds = pipe.recv()
-            engine = Engine(pipe, root, count, gpus, settings, hung_seconds, folder)
+            start = Start(*pipe.recv())
+            try:
+                engine = Engine(pipe, start, folder)
+            except Failed as failed:
+                pipe.send(("failed", failed.answer, []))
+                return
             told = [(worker.name, worker.pid, worker.device) for worker in engine.workers]
             pipe.send(("ok", told, []))
             while True:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from ..wan.out_of_memory import is_out_of_memory
 from ..wan.refusal import Refusal
 from ..wan.run_state import forget_states
 from ..wan.shard import WHOLE, Shard, Ulysses
+from .traits import traits
 from .wire import Message, Part, message_of, part_of, unpack
 
 MEET_SECONDS = 15  # for all of a group to come to it; less than the engine waits for who is called back
@@ -78,6 +80,7 @@ class Rank:
     """
 
     def __init__(self, settings: tuple, paths: Sequence[str], threads: int | None):
+        self.paths = paths
         sys.path[:0] = paths
         if threads is not None:
             torch.set_num_threads(threads)
@@ -222,6 +225,10 @@ class Rank:
         """(process, blocks done so far, device): an answer says that the process lives."""
         return os.getpid(), self.blocks, _device_name()
 
+    def traits(self, root: str) -> dict[str, str]:
+        """Those of this machine."""
+        return traits(root, self.paths)
+
     def stop(self, attempt: int) -> None:
         """Lets no call up to this number go on."""
         self.stopped = max(self.stopped, attempt)
@@ -251,6 +258,9 @@ def _device_name() -> str:
 def _meet(meeting: str, name: str, rank: int, size: int) -> Any:
     """A group of processes of this machine, which find each other by a file: no port but the group's."""
     c10d: Any = dist
+    Path(meeting).parent.mkdir(
+        mode=0o700, exist_ok=True
+    )  # not there yet on another machine than the engine's
     store = c10d.PrefixStore(name, c10d.FileStore(meeting, size))
     store.set_timeout(timedelta(seconds=MEET_SECONDS))
     if torch.cuda.is_available():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from wan21.wan.guidance import CfgZeroStar, ZeroInit
 from wan21.wan.nag import Nag
 from wan21.wan.sample import SampleJob
-from wan21.wan.shard import SPLITS, Group, groups, shares
+from wan21.wan.shard import SPLITS, Group, groups, groups_on, shares
 from wan21.wan.skip_layer import SkipLayers
 from wan21.wan.teacache import Profile, TeaCache
 
@@ -153,6 +153,29 @@ def test_a_call_that_cannot_end_is_left(ranks):
 )
 def test_groups(ranks, passes, split, expected):
     assert groups(ranks, passes, split) == [Group(range(*r), range(*p)) for r, p in expected]
+
+
+@pytest.mark.parametrize(
+    "machines, passes, split, expected",
+    [
+        ([3], 2, "guidance", [((0, 2), (0, 1)), ((2, 3), (1, 2))]),  # as on one machine
+        ([1, 1], 2, "auto", [((0, 1), (0, 1)), ((1, 2), (1, 2))]),
+        ([2, 2], 2, "auto", [((0, 2), (0, 1)), ((2, 4), (1, 2))]),
+        ([2, 2], 1, "auto", [((0, 2), (0, 1))]),  # without guidance the others have nothing to do
+        ([2, 2], 2, "sequence", [((0, 2), (0, 2))]),
+        ([2, 1], 2, "auto", [((0, 1), (0, 1)), ((1, 2), (1, 2))]),  # no faster with the third
+        ([2, 1], 2, "guidance", [((0, 2), (0, 1)), ((2, 3), (1, 2))]),
+        ([8, 1], 2, "auto", [((0, 4), (0, 1)), ((4, 8), (1, 2))]),  # one would keep eight waiting
+        ([2, 2, 2], 3, "auto", [((0, 2), (0, 1)), ((2, 4), (1, 2)), ((4, 6), (2, 3))]),
+    ],
+)
+def test_no_group_crosses_machines(machines, passes, split, expected):
+    assert groups_on(machines, passes, split) == [Group(range(*r), range(*p)) for r, p in expected]
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.sampled_from(SPLITS))
+def test_on_one_machine_all_is_as_without_others(ranks, passes, split):
+    assert groups_on([ranks], passes, split) == groups(ranks, passes, split)
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.sampled_from(SPLITS))

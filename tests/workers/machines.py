@@ -1,0 +1,98 @@
+"""Two machines on one: network namespaces with a link between them, and a node of Ray in each."""
+
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def cannot_be_made():
+    """Why there can be none, or an empty text."""
+    if shutil.which("ip") is None:
+        return "two machines need ip (iproute2)"
+    name = f"w{os.getpid()}x"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    if made.returncode:
+        return f"two machines need the right to make network namespaces ({made.stderr.strip()})"
+    subprocess.run(["ip", "netns", "del", name], check=True)
+    return ""
+
+
+class Machines:
+    """Two of them.
+
+    Args:
+        folder: for what Ray writes.
+        token: of the cluster.
+    """
+
+    def __init__(self, folder, token):
+        self.names = [f"w{os.getpid()}{letter}" for letter in "ab"]
+        self.folder = folder
+        keep = ("PATH", "HOME", "OMP_NUM_THREADS")
+        self.environment = {name: os.environ[name] for name in keep if name in os.environ} | {
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_DISABLE_IMPORT_WARNING": "1",
+        }  # fmt: skip
+
+    def make(self):
+        for name in self.names:
+            ip("netns", "add", name)
+        a, b = self.names
+        ip("link", "add", f"v{a}", "netns", a, "type", "veth", "peer", "name", f"v{b}", "netns", b)
+        for name, address in zip(self.names, ADDRESSES):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", f"v{name}")
+            ip("-n", name, "link", "set", f"v{name}", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+
+    def start_ray(self, machine, environment=None):
+        """A node of Ray; the first machine's is the head. Gives what it said, and whether it could."""
+        place = ["--head", "--port=6379"] if machine == 0 else [f"--address={ADDRESSES[0]}:6379"]
+        command = [
+            RAY, "start", *place, f"--node-ip-address={ADDRESSES[machine]}", "--num-cpus=1",
+            "--include-dashboard=false", "--object-store-memory=100000000",
+        ]  # fmt: skip
+        if machine == 0:
+            command.append(f"--temp-dir={self.folder}")
+        done = subprocess.run(
+            self.inside(machine, command),
+            env=environment or self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
+        return done.stdout, done.returncode == 0
+
+    def inside(self, machine, command):
+        return ["ip", "netns", "exec", self.names[machine], *command]
+
+    def cut(self):
+        """Takes the link away."""
+        ip("-n", self.names[1], "link", "set", f"v{self.names[1]}", "down")
+
+    def remove(self):
+        for name in self.names:
+            told = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+            for pid in told.stdout.split():
+                subprocess.run(["kill", "-9", pid], capture_output=True)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def ip(*arguments):
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@contextmanager
+def two_machines(folder, token):
+    machines = Machines(folder, token)
+    try:
+        machines.make()
+        yield machines
+    finally:
+        machines.remove()
