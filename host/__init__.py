@@ -90,7 +90,6 @@ __all__ = [
     "load_model",
     "load_text_encoder",
     "load_vae",
-    "mark_of",
     "measured_coefficients",
     "missing_clip_vision",
     "need_host_bytes",

@@ -50,6 +50,9 @@ class Faulty(LoadedModel):
         super().__init__(load_recipe(recipe).patcher)
         self.fault = _Fault(folder)
 
+    def pid(self):
+        return os.getpid()
+
     def call(self, asked, passes, shard, watch):
         return super().call(asked, passes, shard, self.fault.around(watch))
 

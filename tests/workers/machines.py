@@ -55,10 +55,10 @@ class Machines:
         place = ["--head", "--port=6379"] if machine == 0 else [f"--address={ADDRESSES[0]}:6379"]
         command = [
             RAY, "start", *place, f"--node-ip-address={ADDRESSES[machine]}", "--num-cpus=1",
-            "--include-dashboard=false", "--object-store-memory=100000000",
+            "--object-store-memory=100000000",
         ]  # fmt: skip
         if machine == 0:
-            command.append(f"--temp-dir={self.folder}")
+            command += ["--include-dashboard=false", f"--temp-dir={self.folder}"]
         done = subprocess.run(
             self.inside(machine, command),
             env=environment or self.environment,

@@ -223,6 +223,75 @@ def test_a_lost_worker(client, faulty, job, sample, tmp_path, kind):
     assert f"process {pids[0]}) " in report and "; 1 left" in report
 
 
+def test_a_worker_lost_in_two_runs(client, faulty, job, sample, tmp_path):
+    """The second run has another in its place, which is lost as well."""
+    model, *rest = job
+    whole, _ = sample(model, *rest)
+    remote = faulty(model, "sequence")
+    lost = set()
+    for _ in range(2):
+        sample(remote, *rest)
+        told = client.request(int, "ask", remote.model.diffusion_model.elsewhere.key, "pid")
+        for pid in told:
+            (tmp_path / str(pid)).write_text("slow")
+        threading.Timer(0.2, os.kill, (told[-1], signal.SIGKILL)).start()
+        began = time.monotonic()
+        result, report = sample(remote, *rest)
+        assert time.monotonic() - began < 20
+        same(result, whole)
+        assert f"process {told[-1]}) " in report and "; 1 left" in report
+        lost.add(told[-1])
+    assert len(lost) == 2
+
+
+@LONG
+def test_both_workers_lost_one_after_the_other(client, faulty, job, sample, tmp_path):
+    """In one run: it goes on with one, then with new ones."""
+    model, *rest = job
+    whole, _ = sample(model, *rest, steps=12)
+    remote = faulty(model, "sequence")
+    sample(remote, *rest)
+    told = client.request(int, "ask", remote.model.diffusion_model.elsewhere.key, "pid")
+    for seconds, pid in zip((0.2, 0.9), told):
+        (tmp_path / str(pid)).write_text("slow")
+        threading.Timer(seconds, os.kill, (pid, signal.SIGKILL)).start()
+    began = time.monotonic()
+    result, report = sample(remote, *rest, steps=12)
+    assert time.monotonic() - began < 90  # an engine is started in it
+    same(result, whole)
+    assert "; 1 left" in report and "the workers were lost and are started again" in report
+
+
+@LONG
+def test_a_killed_gcs_server(models, job, sample, tmp_path, monkeypatch):
+    """Ray ends the engine then, and not ComfyUI; the engine is started anew."""
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # Ray's own is 60
+    model, *rest = job
+    steps = 60
+    whole, _ = sample(model, *rest, steps=steps)
+    settings, paths = host.process_settings()
+    client = workers.Client(workers.Setup(2, False, settings, (*paths, str(Path(__file__).parent)), 1))
+    _, arguments = host.recipe_of(model)
+    remote = workers.RemoteModel(client, (Faulty, (*arguments, str(tmp_path))), "auto", 2)
+    model = host.remote_model(model, remote)
+    try:
+        sample(model, *rest)
+        for _, pid, _ in client.told:
+            (tmp_path / str(pid)).write_text("slow")
+        engine = psutil.Process(client.process.pid)
+        left = [engine, *engine.children(recursive=True)]
+        next(process for process in left if process.name() == "gcs_server").kill()
+        began = time.monotonic()
+        result, report = sample(model, *rest, steps=steps)
+        assert time.monotonic() - began < 120
+        same(result, whole)
+        assert "the workers were lost and are started again" in report
+        _, alive = psutil.wait_procs(left, timeout=30)
+        assert alive == []
+    finally:
+        client.close()
+
+
 def test_refusals(client, models, prompts, sample, monkeypatch):
     remote = shared(models["t2v"])
     with pytest.raises(Refusal, match="Put this node before Wan21Workers"):
