@@ -4,8 +4,9 @@ import json
 import logging
 import secrets
 import struct
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -45,7 +46,7 @@ class Complaint(NamedTuple):
     message: str
 
 
-class _Observer:
+class Observer:
     """Behaves as one of the host's websockets, and hands messages to a function.
 
     Errors are logged here, because one in the host's publishing loop would end it for all clients.
@@ -56,9 +57,17 @@ class _Observer:
         self._running: str | None = None  # prompt id of our job, if one of ours runs
 
     async def send_json(self, message: dict[str, Any]) -> None:
-        self._hand_on(message["type"], message["data"])
+        self.hear(message)
 
     async def send_bytes(self, message: bytes | bytearray) -> None:
+        self.hear_bytes(message)
+
+    def hear(self, message: dict[str, Any]) -> None:
+        """Takes a message in JSON."""
+        self._hand_on(message["type"], message["data"])
+
+    def hear_bytes(self, message: bytes | bytearray) -> None:
+        """Takes a preview, or what a node says."""
         try:
             preview, said = read_preview(bytes(message)), read_text(bytes(message))
         except (struct.error, ValueError, KeyError):
@@ -110,9 +119,28 @@ class Host:
         """Serves `app` below `prefix`."""
         self._server.app.add_subapp(prefix, app)
 
+    def observer(self, on_message: OnMessage) -> Observer:
+        """Reads messages of another ComfyUI, and hands them on as `observe` does."""
+        return Observer(on_message)
+
+    @staticmethod
+    def complaints(node_errors: dict[str, Any], error: dict[str, Any] | None) -> list[Complaint]:
+        """What another ComfyUI finds wrong; see `complaints_in`."""
+        return complaints_in(node_errors, error)
+
+    @property
+    def device_name(self) -> str:
+        """What the host computes on, in its own words."""
+        management = comfy.model_management
+        return management.get_torch_device_name(management.get_torch_device())
+
+    def program(self) -> tuple[str, list[str]]:
+        """Path of the host's main program, and the arguments that this process was started with."""
+        return str(Path(execution.__file__).with_name("main.py")), sys.argv[1:]
+
     def observe(self, on_message: OnMessage) -> None:
         """Lets `on_message(type, data)` be called for each message to our client id or to all."""
-        self._server.sockets[OBSERVER] = _Observer(on_message)
+        self._server.sockets[OBSERVER] = Observer(on_message)
         features = {"feature_flags": {"supports_preview_metadata": True}}
         self._server.sockets_metadata[OBSERVER] = features
 
@@ -120,21 +148,24 @@ class Host:
         """The outputs to run of a graph, and the host's complaints; with a complaint nothing may run."""
         good, error, outputs, node_errors = await execution.validate_prompt(prompt_id, graph, None)
         name_inputs(node_errors)
-        complaints = [
-            Complaint(node_id, (problem.get("extra_info") or {}).get("input_name", ""), _sentence(problem))
-            for node_id, found in node_errors.items()
-            for problem in found["errors"]
-        ]
-        if not good and error and not complaints:
-            complaints = [Complaint("", "", _sentence(error))]
-        return outputs, complaints
+        return outputs, complaints_in(node_errors, None if good else error)
 
-    def put(self, prompt_id: str, graph: Graph, outputs: list[str], created_at: float) -> None:
+    def put(
+        self,
+        prompt_id: str,
+        graph: Graph,
+        outputs: list[str],
+        created_at: float,
+        owner: str = "",
+        stations: Sequence[str] = (),
+        tries: int = 0,
+    ) -> None:
         """Queues a checked graph.
 
         Args:
             outputs: of `check`.
             created_at: in seconds since 1970.
+            owner, stations, tries: for a fleet; see `server.fleet`.
         """
         number = self._server.number
         self._server.number += 1
@@ -202,6 +233,21 @@ class Host:
     def output_directory(self) -> Path:
         """The folder of files that nodes write."""
         return Path(folder_paths.get_output_directory())
+
+
+def complaints_in(node_errors: dict[str, Any], error: dict[str, Any] | None) -> list[Complaint]:
+    """What the host finds wrong.
+
+    Args:
+        node_errors: by node, as the host tells them.
+        error: on the graph as a whole, told where no node has any.
+    """
+    complaints = [
+        Complaint(node_id, (problem.get("extra_info") or {}).get("input_name", ""), _sentence(problem))
+        for node_id, found in node_errors.items()
+        for problem in found["errors"]
+    ]
+    return complaints or ([Complaint("", "", _sentence(error))] if error else [])
 
 
 def _sentence(problem: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ And what we change in the host's own answers.
 """
 
 import logging
+import os
 
 
 def mount() -> None:
@@ -12,8 +13,12 @@ def mount() -> None:
         from ..host.queue import Host
         from .app import create_app
         from .routes import PREFIX
+        from .stations.about import STATION, create_station_app
 
         host = Host()
+        if os.environ.get(STATION):
+            host.mount(PREFIX, create_station_app(host))
+            return
         host.mount(PREFIX, create_app(host, host.weight_formats))
     except Exception as error:
         logging.warning("Wan2.1 jobs: the API is not served: %s: %s", type(error).__name__, error)

@@ -11,8 +11,10 @@ from aiohttp import web
 from filelock import FileLock, Timeout
 from sqlalchemy.exc import DatabaseError
 
+from ..workers import cannot_run
 from .access import Gate, RateLimit
 from .files import Files
+from .fleet import Fleet
 from .installed import Installed
 from .jobs import Jobs
 from .pictures import Pictures
@@ -52,18 +54,35 @@ def create_app(host: "Host", weight_formats: Collection[str] | None = None) -> w
     files = Files(store, settings, folder / "uploads")
     pictures = Pictures(store, settings, files, host.input_directory)
     hooks = Webhooks(store, settings)
-    tasks = Tasks(store, host, hooks.wake)
+    fleet = _fleet(host, settings)
+    queue = fleet or host
+    tasks = Tasks(store, queue, host.output_directory, hooks.wake)
+    if fleet is not None:
+        fleet.on_given = tasks.on_given
     sessions = Sessions(store)
     installed = Installed(host, weight_formats)
-    jobs = Jobs(host, settings, files, pictures, tasks, sessions, installed)
+    jobs = Jobs(host, queue, settings, files, pictures, tasks, sessions, installed)
     limit = RateLimit(settings.requests_per_minute)
     routes = Routes(settings, Gate(settings), limit, files, tasks, sessions, jobs)
-    life = _Life(lock, store, files, hooks, tasks, installed)
+    life = _Life(lock, store, files, hooks, tasks, installed, fleet)
     app = web.Application(middlewares=[life.readiness, routes.guard])
     app.add_routes(routes.table())
     app.cleanup_ctx.append(life.run)
     app.on_shutdown.append(life.end_streams)  # the web server waits for open responses
     return app
+
+
+def _fleet(host: "Host", settings: Settings) -> Fleet | None:
+    """The fleet that the settings ask for, if they do.
+
+    Raises:
+        RuntimeError: there can be none here.
+    """
+    if settings.stations is None:
+        return None
+    if reason := cannot_run():
+        raise RuntimeError(f"WAN21_STATIONS is set, and {reason}")
+    return Fleet(host, settings)
 
 
 class _Life:
@@ -77,6 +96,7 @@ class _Life:
         hooks: Webhooks,
         tasks: Tasks,
         installed: Installed,
+        fleet: Fleet | None,
     ):
         self._lock = lock
         self._store = store
@@ -84,6 +104,7 @@ class _Life:
         self._hooks = hooks
         self._tasks = tasks
         self._installed = installed
+        self._fleet = fleet
         self._failure: str | None = "it has not started yet"
 
     @web.middleware
@@ -99,6 +120,8 @@ class _Life:
         try:
             await self._store.open()
             await self._files.remove_left_behind()
+            if self._fleet is not None:
+                self._fleet.start()
             await self._tasks.start()
             await self._hooks.start()
             atexit.register(self._tasks.stop_at_exit)  # ComfyUI ends by Ctrl+C without the clean-up below
@@ -119,6 +142,8 @@ class _Life:
         if work:
             await self._hooks.stop()
             await self._tasks.stop()
+        if self._fleet is not None:
+            await asyncio.to_thread(self._fleet.stop)
         self._store.close()
         self._lock.release()
 

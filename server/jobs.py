@@ -29,6 +29,7 @@ from .tasks import Tasks
 
 if TYPE_CHECKING:
     from ..host.queue import Complaint, Host
+    from .fleet import Fleet
 
 APP = "infsh/wan2-1-i2v"
 RETRY_SECONDS = 10
@@ -69,12 +70,14 @@ class Jobs:
     """Takes run requests in.
 
     Args:
-        host, settings, files, pictures, tasks, sessions, installed: the parts of the API.
+        host, queue, settings, files, pictures, tasks, sessions, installed: the parts of the API; the queue
+            is the host, or a fleet.
     """
 
     def __init__(
         self,
         host: "Host",
+        queue: "Host | Fleet",
         settings: Settings,
         files: Files,
         pictures: Pictures,
@@ -83,6 +86,7 @@ class Jobs:
         installed: Installed,
     ):
         self._host = host
+        self._queue = queue
         self._settings = settings
         self._files = files
         self._pictures = pictures
@@ -172,7 +176,7 @@ class Jobs:
             f"wan21/{draft.task_id}",
             self._host.node_inputs,
         )
-        outputs, complaints = await self._host.check(str(draft.identity), job.nodes)
+        outputs, complaints = await self._queue.check(str(draft.identity), job.nodes)
         if complaints:
             raise invalid(*_by_field(complaints, job))
         return job, outputs

@@ -49,13 +49,16 @@ class JobProgress:
         graph, roles: of the job's `JobGraph`.
         said: shared by all jobs. A node that the host need not run again says nothing, so it is told here.
         clock: in seconds, for the time per step.
+
+    Attributes:
+        said: as given.
     """
 
     def __init__(
         self, graph: Graph, roles: dict[str, str], said: Said, clock: Callable[[], float] = time.monotonic
     ):
         self._graph = graph
-        self._said = said
+        self.said = said
         self._classes = {node_id: node["class_type"] for node_id, node in graph.items()}
         self._roles = roles
         self._clock = clock
@@ -72,9 +75,9 @@ class JobProgress:
         if kind == "execution_cached":
             known = [node_id for node_id in data["nodes"] if node_id in self._graph]
             self._done |= dict.fromkeys(known, 1.0)
-            return News(said=tuple(line for i in known for line in self._said.get(self._identity(i), ())))
+            return News(said=tuple(line for i in known for line in self.said.get(self._identity(i), ())))
         if kind == "executing" and data["node"] in self._graph:
-            self._said.pop(self._identity(data["node"]), None)
+            self.said.pop(self._identity(data["node"]), None)
             return News(self._state(data["node"]))
         if kind == "progress_state":
             return self._update(data["nodes"])
@@ -94,10 +97,10 @@ class JobProgress:
         """One a line: a node's text holds all that it has said in this run."""
         told = (" ".join(line.split()) for line in text.splitlines())
         found = tuple(of_node(self._classes[node_id], line) for line in told if line)
-        lines = self._said.setdefault(self._identity(node_id), [])
+        lines = self.said.setdefault(self._identity(node_id), [])
         lines += [line for line in found if line not in lines]
-        while len(self._said) > MAX_SAID:
-            del self._said[next(iter(self._said))]
+        while len(self.said) > MAX_SAID:
+            del self.said[next(iter(self.said))]
         return found
 
     def _identity(self, node_id: str) -> str:

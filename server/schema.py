@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, Engine, MetaData, inspect
 
-VERSION = 2  # in `PRAGMA user_version`; databases of version 1 hold 0 there
+VERSION = 3  # in `PRAGMA user_version`; databases of version 1 hold 0 there
 
 
 def bring_up_to_date(engine: Engine, metadata: MetaData, path: Path) -> None:
@@ -51,4 +51,10 @@ def _let_inputs_expire(connection: Connection) -> None:
     )
 
 
-_STEPS: dict[int, Callable[[Connection], None]] = {1: _let_inputs_expire}
+def _add_what_a_fleet_needs(connection: Connection) -> None:
+    """From 2 to 3: which stations may run a task, and how often one was given it."""
+    connection.exec_driver_sql("ALTER TABLE tasks ADD COLUMN placement JSON")
+    connection.exec_driver_sql("ALTER TABLE tasks ADD COLUMN tries INTEGER NOT NULL DEFAULT 0")
+
+
+_STEPS: dict[int, Callable[[Connection], None]] = {1: _let_inputs_expire, 2: _add_what_a_fleet_needs}

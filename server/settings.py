@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MIN_KEY_LENGTH = 16  # characters
+SECRETS = ("WAN21_API_KEYS", "WAN21_API_KEYS_FILE", "WAN21_OPERATOR_KEYS", "WAN21_WEBHOOK_SECRET")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Settings:
         upload_seconds: life of an upload URL.
         keep_uploads_seconds: life of an uploaded file.
         webhook_delays: seconds before each further attempt to deliver a webhook.
+        stations: of a fleet (0: as many as there is room for); None runs jobs in this ComfyUI.
+        ray_address: of a cluster for them; None starts one on this machine.
+        gpus_per_job: of each station; None is one where there are any.
     """
 
     keys: tuple[str, ...] = field(default=(), repr=False)
@@ -40,6 +44,18 @@ class Settings:
     upload_seconds: int = 900
     keep_uploads_seconds: int = 24 * 3600
     webhook_delays: tuple[float, ...] = (1, 5, 30, 120, 600, 1800, 7200)
+    stations: int | None = None
+    ray_address: str | None = None
+    gpus_per_job: int | None = None
+
+    def of_stations(self, environ: Mapping[str, str] = os.environ) -> dict[str, str | None]:
+        """Variables of a station's ComfyUI; None takes one away.
+
+        What links may do is the API's to say, and so is how many threads PyTorch has: Ray sets one.
+        """
+        kept = ("WAN21_ALLOW_PRIVATE_URLS", "WAN21_NO_DOWNLOADS", "WAN21_MAX_DOWNLOAD_GB", "OMP_NUM_THREADS")
+        gone = ("WAN21_STATIONS", "WAN21_RAY_ADDRESS", *SECRETS)
+        return {name: environ.get(name) for name in kept} | dict.fromkeys(gone) | {"WAN21_STATION": "1"}
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
@@ -57,6 +73,9 @@ class Settings:
             max_unfinished=_number(environ, "WAN21_MAX_UNFINISHED", defaults.max_unfinished),
             max_upload_bytes=_number(environ, "WAN21_MAX_UPLOAD_MB", defaults.max_upload_bytes >> 20) << 20,
             max_stored_bytes=_number(environ, "WAN21_MAX_STORED_MB", defaults.max_stored_bytes >> 20) << 20,
+            stations=_stations(environ),
+            ray_address=environ.get("WAN21_RAY_ADDRESS") or None,
+            gpus_per_job=_gpus_per_job(environ),
         )
 
 
@@ -76,6 +95,20 @@ def _keys(environ: Mapping[str, str]) -> tuple[str, ...]:
     if not keys and (environ.get("WAN21_API_KEYS") or path):
         raise ValueError("API keys are configured, and there is none among them")
     return keys
+
+
+def _stations(environ: Mapping[str, str]) -> int | None:
+    text = environ.get("WAN21_STATIONS")
+    if text and text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise ValueError(f"WAN21_STATIONS is {text!r}; set a whole number of 1 or more, or auto")
+    return (0 if text == "auto" else int(text)) if text else None
+
+
+def _gpus_per_job(environ: Mapping[str, str]) -> int | None:
+    text = environ.get("WAN21_GPUS_PER_JOB")
+    if text and not text.isdecimal():
+        raise ValueError(f"WAN21_GPUS_PER_JOB is {text!r}; set a whole number, 0 for stations on the CPU")
+    return int(text) if text else None
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:

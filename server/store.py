@@ -45,6 +45,8 @@ class TaskRow(Base):
         graph: the API graph, kept to queue the job again after a restart.
         roles: what nodes of the graph do, see `graph.JobGraph`.
         hook_state: "none", "pending", "delivered" or "failed".
+        placement: stations of a fleet that may run it; None is any.
+        tries: times that it was given to a station of a fleet.
     """
 
     __tablename__ = "tasks"
@@ -70,6 +72,8 @@ class TaskRow(Base):
     hook_attempts: Mapped[int] = mapped_column(default=0)
     hook_next: Mapped[float] = mapped_column(default=0.0)
     hook_error: Mapped[str] = mapped_column(default="")
+    placement: Mapped[list | None] = mapped_column(JSON, default=None)
+    tries: Mapped[int] = mapped_column(default=0)
 
 
 class FileRow(Base):

@@ -7,6 +7,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import states
@@ -19,6 +20,7 @@ from .store import FileRow, Store, TaskRow
 
 if TYPE_CHECKING:
     from ..host.queue import Host
+    from .fleet import Fleet
 
 CHECK_SECONDS = 2  # between comparisons of the host's queue with our tasks
 STOP_SECONDS = 20  # for the running job, when the process ends
@@ -69,6 +71,12 @@ class LiveTask:
             self.log(text)
         return changed
 
+    def begin_again(self, why: str) -> None:
+        """The task waits again."""
+        self.progress, self.preview = JobProgress(self.row.graph, self.row.roles, self.progress.said), None
+        self.row.status, self.row.progress = states.QUEUED, 0.0
+        self.log(why)
+
     def publish(self) -> None:
         """Gives the present snapshot to every reader."""
         self._put(snapshot_line(self.row))
@@ -102,12 +110,15 @@ class Tasks:
     """All tasks of this server.
 
     Args:
+        queue: that runs their graphs: the host's, or a fleet.
+        outputs: the folder that graphs write into.
         on_end: called when a task that wants a webhook has ended.
     """
 
-    def __init__(self, store: Store, host: "Host", on_end: Callable[[], None]):
+    def __init__(self, store: Store, queue: "Host | Fleet", outputs: Path, on_end: Callable[[], None]):
         self._store = store
-        self._host = host
+        self._queue = queue
+        self._outputs = outputs
         self._on_end = on_end
         self._live: dict[str, LiveTask] = {}  # by task id
         self._by_prompt: dict[str, LiveTask] = {}  # by the host's prompt id
@@ -125,7 +136,7 @@ class Tasks:
                 await self._end(live, states.FAILED, LOST)
             else:
                 await self._queue_again(live)
-        self._host.observe(self._on_message)
+        self._queue.observe(self._on_message)
         self._spawn(self._watch())
 
     async def stop(self) -> None:
@@ -137,7 +148,7 @@ class Tasks:
     def stop_at_exit(self) -> None:
         """Ends the running task when the process ends without its event loop, as by Ctrl+C. Blocking."""
         running = [live.row for live in self._live.values() if live.row.status not in states.NOT_STARTED]
-        self._host.stop_running(STOP_SECONDS)
+        self._queue.stop_running(STOP_SECONDS)
         for row in running:
             cancelled = row.status == states.CANCELLING
             row.status, row.error = (states.CANCELLED, "") if cancelled else (states.FAILED, LOST)
@@ -166,7 +177,17 @@ class Tasks:
         row.status = states.QUEUED
         await self._store.add_task(row)
         self._enter(row, live)
-        self._host.put(row.prompt_id, row.graph, outputs, row.created_at)
+        self._put(row, outputs)
+
+    async def on_given(self, prompt_id: str, station: str) -> None:
+        """Stores, durably, that a station gets a task, before it does: no task is given a third time."""
+        live = self._by_prompt[prompt_id]
+        row = live.row
+        row.status, row.tries = later(row.status, states.DISPATCHED), row.tries + 1
+        live.log(f"given to station {station}")
+        row.updated_at = time.time()
+        live.publish()
+        await self._store.save(row, "status", "tries", "logs", "updated_at")
 
     async def get(self, owner: str, task_id: str) -> TaskRow:
         """The row of one task of an owner.
@@ -195,7 +216,7 @@ class Tasks:
         if live is None or live.ending:
             return
         row.status = states.CANCELLING
-        if self._host.cancel(row.prompt_id) == "removed":
+        if self._queue.cancel(row.prompt_id) == "removed":
             return await self._end(live, states.CANCELLED)
         await self._changed(live, save=True)
 
@@ -210,7 +231,7 @@ class Tasks:
 
     async def delete(self, row: TaskRow) -> None:
         """Forgets a task that is over."""
-        self._host.forget(row.prompt_id)
+        self._queue.forget(row.prompt_id)
         await self._store.delete(row)
 
     @contextlib.contextmanager
@@ -235,11 +256,14 @@ class Tasks:
             return
         if kind == "preview":
             live.preview = data
+        elif kind == "requeued":
+            live.begin_again(data["why"])
+            self._spawn(self._changed(live, save=True))
         elif kind == "executing" and data["node"] is None:
             self._spawn(self._conclude(live))
         else:
             if kind == "execution_start" and live.row.status == states.CANCELLING:
-                self._host.cancel(live.row.prompt_id)  # an interrupt that came just before is forgotten
+                self._queue.cancel(live.row.prompt_id)  # an interrupt that came just before is forgotten
             change = live.take(live.progress.handle(kind, data))
             if change.anything:
                 self._spawn(self._changed(live, save=change.status))
@@ -257,13 +281,13 @@ class Tasks:
         """Finds tasks that ended without a message, such as those removed from the queue in the editor."""
         while True:
             await asyncio.sleep(CHECK_SECONDS)
-            known = self._host.known()
+            known = self._queue.known()
             for live in list(self._live.values()):
                 try:
                     if live.row.prompt_id not in known:
                         await self._conclude(live)
                     elif live.row.status == states.CANCELLING:
-                        self._host.cancel(live.row.prompt_id)
+                        self._queue.cancel(live.row.prompt_id)
                 except Exception:
                     logging.exception("Wan2.1 jobs: the end of %s could not be noted", live.row.id)
 
@@ -271,7 +295,7 @@ class Tasks:
         """Ends a task as the host's history says."""
         if live.ending:
             return
-        record = self._host.history(live.row.prompt_id)
+        record = self._queue.history(live.row.prompt_id)
         messages = dict((record or {}).get("status", {}).get("messages", []))
         if record is None:
             asked = live.row.status == states.CANCELLING
@@ -296,7 +320,7 @@ class Tasks:
 
     def _collect(self, row: TaskRow, outputs: dict[str, Any]) -> tuple[list[FileRow], dict[str, Any]]:
         """The files that a job wrote, and its output as clients see it."""
-        folder = self._host.output_directory
+        folder = self._outputs
         paths = {}
         for role in ("video", "last_frame"):
             item = outputs[row.roles[role]]["images"][0]
@@ -339,7 +363,7 @@ class Tasks:
         live.publish()
         live.release()
         if status != states.COMPLETED:  # nothing that it may have written has a row
-            folder = self._host.output_directory / "wan21" / row.id
+            folder = self._outputs / "wan21" / row.id
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
         if row.webhook:
             self._on_end()
@@ -348,14 +372,18 @@ class Tasks:
 
     async def _queue_again(self, live: LiveTask) -> None:
         row = live.row
-        outputs, complaints = await self._host.check(row.prompt_id, row.graph)
+        outputs, complaints = await self._queue.check(row.prompt_id, row.graph)
         if complaints:
             told = [as_part(of_node(class_of(row.graph, node), text)) for node, _, text in complaints]
             text = "; ".join(dict.fromkeys(told))
             await self._end(live, states.FAILED, f"after a restart the host refused it: {text}")
             return
         live.log("queued again after a restart of the server")
-        self._host.put(row.prompt_id, row.graph, outputs, row.created_at)
+        self._put(row, outputs)
+
+    def _put(self, row: TaskRow, outputs: list[str]) -> None:
+        order = (row.owner, row.placement or (), row.tries)
+        self._queue.put(row.prompt_id, row.graph, outputs, row.created_at, *order)
 
     def _enter(self, row: TaskRow, live: LiveTask | None = None) -> LiveTask:
         live = live or LiveTask(row, self._said)

@@ -1,4 +1,7 @@
-"""`python workers FD`: the engine process, which hears its requests through that socket."""
+"""`python workers FD [MODULE]`: a process that drives Ray, and hears its requests through that socket.
+
+MODULE has a `serve`; it is the engine of workers, or the driver of the job API's stations.
+"""
 
 import importlib
 import os
@@ -12,7 +15,7 @@ if __name__ == "__main__":
     HERE = Path(__file__).resolve().parent
     sys.path[:] = [path for path in sys.path if Path(path or os.getcwd()).resolve() != HERE]
     load_pack(str(HERE.parent))
-    engine = importlib.import_module(f"{NAME}.workers.engine")
+    driver = importlib.import_module(f"{NAME}.{sys.argv[2] if len(sys.argv) > 2 else 'workers.engine'}")
     descriptor = int(sys.argv[1])
     os.set_inheritable(descriptor, False)  # Ray's processes must not hold it open
-    engine.serve(Connection(descriptor))
+    driver.serve(Connection(descriptor))

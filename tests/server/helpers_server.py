@@ -71,7 +71,7 @@ class FakeHost:
     async def check(self, prompt_id, graph):
         return [], self.refuses
 
-    def put(self, prompt_id, graph, outputs, created_at):
+    def put(self, prompt_id, graph, outputs, created_at, *_of_a_fleet):
         self.graphs[prompt_id] = graph
         self.queue.append(prompt_id)
 

@@ -72,7 +72,7 @@ def text_message(queue, node_id, text):
 def test_what_a_node_says_is_handed_on_with_the_job_that_runs(queue):
     """The host's message does not name the job; other clients' nodes have the same numbers."""
     told = []
-    observer = queue._Observer(lambda kind, data: told.append((kind, data)))
+    observer = queue.Observer(lambda kind, data: told.append((kind, data)))
 
     async def hear(*messages):
         for message in messages:

@@ -92,6 +92,8 @@ def test_an_older_database_is_brought_up_to_date(host, job):
     assert version_of(database_of(host)) == schema.VERSION
     with closing(sqlite3.connect(database_of(host))) as database, database:
         database.execute("UPDATE files SET expires_at = NULL WHERE role = 'input'")
+        for name in ("placement", "tries"):
+            database.execute(f"ALTER TABLE tasks DROP COLUMN {name}")
         database.execute("PRAGMA user_version = 0")
     with serve(host) as api:
         assert api.client.get_task(over).data["status"] == 12
