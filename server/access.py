@@ -5,7 +5,7 @@ import hmac
 import ipaddress
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -24,6 +24,7 @@ class Gate:
 
     def __init__(self, settings: Settings):
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
+        self._operators = [hashlib.sha256(key.encode()).digest() for key in settings.operator_keys]
 
     def owner(self, request: web.BaseRequest) -> str:
         """The owner of a request.
@@ -32,18 +33,40 @@ class Gate:
             Problem: 401 without a known key; 403 for other than loopback clients when there are no keys.
         """
         if self._digests:
-            return self._key_owner(request.headers.get("Authorization", ""))
+            return _matching(request, self._digests).hex()[:32]
         if not _is_local(request):
             raise Problem(403, "No API keys are configured, so only clients on this machine are served.")
         return LOCAL
 
-    def _key_owner(self, header: str) -> str:
-        scheme, _, key = header.partition(" ")
-        given = hashlib.sha256(key.strip().encode(errors="surrogateescape")).digest()
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all, in constant time
-        if scheme.lower() != "bearer" or not any(matches):
-            raise Problem(401, "A valid API key is needed.", headers={"WWW-Authenticate": "Bearer"})
-        return given.hex()[:32]
+    def check_operator(self, request: web.BaseRequest) -> None:
+        """Lets operators pass.
+
+        Raises:
+            Problem: 401 without a known key; 403 for the key of a client, for any key where there are none
+                of operators, and for other than loopback clients when there are no keys at all.
+        """
+        if self._operators:
+            given = _matching(request, [*self._operators, *self._digests])
+            if given not in self._operators:
+                raise Problem(403, "This key is a client's; one of WAN21_OPERATOR_KEYS is needed.")
+            return
+        self.owner(request)
+        if self._digests:
+            raise Problem(403, "No key may see this: none is set in WAN21_OPERATOR_KEYS.")
+
+
+def _matching(request: web.BaseRequest, digests: Sequence[bytes]) -> bytes:
+    """The digest of a request's key, which is one of these.
+
+    Raises:
+        Problem: 401.
+    """
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    given = hashlib.sha256(key.strip().encode(errors="surrogateescape")).digest()
+    matches = [hmac.compare_digest(given, digest) for digest in digests]  # all, in constant time
+    if scheme.lower() != "bearer" or not any(matches):
+        raise Problem(401, "A valid API key is needed.", headers={"WWW-Authenticate": "Bearer"})
+    return given
 
 
 def _is_local(request: web.BaseRequest) -> bool:

@@ -60,10 +60,10 @@ def create_app(host: "Host", weight_formats: Collection[str] | None = None) -> w
     if fleet is not None:
         fleet.on_given = tasks.on_given
     sessions = Sessions(store)
-    installed = Installed(host, weight_formats)
-    jobs = Jobs(host, queue, settings, files, pictures, tasks, sessions, installed)
+    installed = Installed(host, weight_formats, *([fleet.shelves] if fleet else []))
+    jobs = Jobs(host, fleet, settings, files, pictures, tasks, sessions, installed)
     limit = RateLimit(settings.requests_per_minute)
-    routes = Routes(settings, Gate(settings), limit, files, tasks, sessions, jobs)
+    routes = Routes(settings, Gate(settings), limit, files, tasks, sessions, jobs, fleet)
     life = _Life(lock, store, files, hooks, tasks, installed, fleet)
     app = web.Application(middlewares=[life.readiness, routes.guard])
     app.add_routes(routes.table())

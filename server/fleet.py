@@ -8,77 +8,26 @@ stations there are, `stations.driver` says, in a process of its own.
 import asyncio
 import json
 import logging
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from .graph import Graph, class_of
+from .installed import Shelf
+from .problems import Problem
 from .settings import Settings
-from .stations.about import About, files_of, lacking, pack_digest
+from .stations.about import About, files_in, pack_digest
 from .stations.link import Link
+from .stations.roster import Job, Station, failed, interrupted, loaded_by, next_pair, places
 
 if TYPE_CHECKING:
-    from ..host.queue import Complaint, Host, Observer, OnMessage
+    from ..host.queue import Complaint, Host, OnMessage
 
 TRIES = 2  # of a job whose station dies
 MAX_RECORDS = 256  # of jobs that are over, for the tasks to read
 NEW_DRIVER_SECONDS = 5.0  # after one that ended
 AGAIN_SECONDS = 10.0  # after a job could not be given, such as for a full disk
-INTERRUPTED = "execution_interrupted", {}
 
 OnGiven = Callable[[str, str], Awaitable[None]]
-
-
-@dataclass(eq=False)
-class Job:
-    """A job that waits or runs.
-
-    Attributes:
-        owner: keys take turns.
-        wanted: stations, by their names or those of their machines; empty is any.
-        tries: times that it was given to a station.
-        cancelled: whether its end is wanted.
-    """
-
-    prompt_id: str
-    graph: Graph
-    created_at: float
-    owner: str
-    wanted: frozenset[str]
-    tries: int
-    cancelled: bool = False
-
-
-@dataclass(eq=False)
-class Station:
-    """A station, as far as it is known here.
-
-    Attributes:
-        number, life: as of `stations.driver`; life is 0 while it does not answer.
-        name: its machine's and a number.
-        about: what its ComfyUI says of itself.
-        why: it does not answer.
-        job: that it runs.
-        done, lost: jobs.
-    """
-
-    number: int
-    observer: "Observer"
-    life: int = 0
-    name: str = ""
-    machine: str = ""
-    about: About | None = None
-    why: str = "it has not answered yet"
-    job: Job | None = None
-    done: int = 0
-    lost: int = 0
-    loaded: frozenset = field(default_factory=frozenset)
-
-    @property
-    def is_free(self) -> bool:
-        """Whether it may be given a job."""
-        return self.life > 0 and self.job is None
 
 
 class Fleet:
@@ -149,13 +98,59 @@ class Fleet:
     def observe(self, on_message: "OnMessage") -> None:
         """Lets `on_message(type, data)` be called for each message of a job.
 
-        Beside those of the host there is "requeued", with a `why`: the job waits again.
+        Beside those of the host there are "requeued", the job waits again, and "waits", each with a `why`.
         """
         self._on_message = on_message
 
     async def check(self, prompt_id: str, graph: Graph) -> "tuple[list[str], list[Complaint]]":
-        """As the host's."""
-        return await self._host.check(prompt_id, graph)
+        """As the host's; a model file that it lacks may be on a station."""
+        outputs, complaints = await self._host.check(prompt_id, graph)
+        known = [station.about for station in self.stations.values() if station.about]
+        elsewhere = {
+            (named.node_id, named.input)
+            for named in files_in(graph)
+            if any(about.has(named) for about in known)
+        }
+        return outputs, [one for one in complaints if (one.node_id, one.input) not in elsewhere]
+
+    def shelves(self) -> list[Shelf]:
+        """The model files of each station that has answered since this process began."""
+        return [station.about.shelf for station in self.stations.values() if station.about]
+
+    def placement(self, infra: Any, workers: Any) -> list[str]:
+        """The stations, or machines, that a request chooses; none is any.
+
+        Args:
+            infra, workers: of the request; one may be given as None.
+
+        Raises:
+            Problem: 422 for what there is not, 503 where no station has answered yet.
+        """
+        if infra not in (None, "", "private"):
+            raise _wrong("infra", "jobs run on this server's own stations; leave it out, or say private")
+        if not workers:
+            return []
+        if not isinstance(workers, list) or not all(isinstance(name, str) for name in workers):
+            raise _wrong("workers", "must be a list of names of stations")
+        known = {name for one in self.stations.values() if one.name for name in (one.name, one.machine)}
+        if not known:
+            raise Problem(503, "No station has answered yet.", headers={"Retry-After": f"{AGAIN_SECONDS:g}"})
+        if unknown := [name for name in workers if name not in known]:
+            raise _wrong("workers", f"there is no {unknown[0][:100]!r}; there are {', '.join(sorted(known))}")
+        return workers
+
+    def lacking(self, graph: Graph, placement: Sequence[str]) -> list[tuple[str, str, str]]:
+        """Complaints, as of `check`, on files that no station has that may run a graph.
+
+        There are none while no station is known.
+        """
+        may = [(one.about, one.name) for one in self.stations.values() if one.is_chosen(placement)]
+        lacks = [(about.lacks(graph), name) for about, name in may if about is not None]
+        if not lacks:
+            return []
+        least, name = min(lacks, key=lambda one: len(one[0]))
+        told = "no station that may run it has {!r}; " + f"{name} lacks least"
+        return [(named.node_id, named.input, told.format(named.file)) for named in least]
 
     def put(
         self,
@@ -172,9 +167,9 @@ class Fleet:
         Args:
             outputs: not used; a station finds its own.
             created_at: in seconds since 1970.
-            owner, stations, tries: see `Job`.
+            owner, stations, tries: see `roster.Job`; `stations` is its placement.
         """
-        self._waiting[prompt_id] = Job(prompt_id, graph, created_at, owner, frozenset(stations), tries)
+        self._waiting[prompt_id] = Job(prompt_id, graph, created_at, owner, stations, tries)
         self._give()
 
     def cancel(self, prompt_id: str) -> Literal["removed", "interrupted", "absent"]:
@@ -205,31 +200,24 @@ class Fleet:
 
     def _give(self) -> None:
         """Gives jobs to stations as long as there is a station that can run one."""
-        while pair := next(self._pairs(), None):
+        while pair := next_pair(self._waiting.values(), self.stations.values(), self._served):
             job, station = pair
             del self._waiting[job.prompt_id]
             self._running[job.prompt_id] = station
             station.job = job
             self._served[job.owner] = 1 + max(self._served.values(), default=0)
             self._spawn(self._send(job, station))
+        if any(station.life for station in self.stations.values()):
+            self._tell_who_cannot_run()
 
-    def _pairs(self) -> Iterator[tuple[Job, Station]]:
-        """Jobs that can run now, in order, each with the station for it: one that has its files loaded."""
-        free = [station for station in self.stations.values() if station.is_free]
-        if not free:
-            return
-        running = Counter(station.job.owner for station in self._running.values() if station.job)
-        for job in sorted(
-            self._waiting.values(),
-            key=lambda job: (running[job.owner], self._served.get(job.owner, 0), job.created_at),
-        ):
-            able = [station for station in free if self._can(station, job)]
-            if able:
-                yield job, max(able, key=lambda station: station.loaded == files_of(job.graph))
-
-    def _can(self, station: Station, job: Job) -> bool:
-        wanted = not job.wanted or not job.wanted.isdisjoint((station.name, station.machine))
-        return wanted and station.about is not None and not lacking(station.about, job.graph)
+    def _tell_who_cannot_run(self) -> None:
+        """Says once of a job that none of the stations can run it; it waits for one that can."""
+        for job in self._waiting.values():
+            if not job.told and not any(one.life and one.can_run(job) for one in self.stations.values()):
+                job.told = True
+                which = f" of {', '.join(sorted(job.placement))}" if job.placement else ""
+                why = f"no station{which} that has its files answers now; it waits for one"
+                self._on_message("waits", {"prompt_id": job.prompt_id, "why": why})
 
     async def _send(self, job: Job, station: Station) -> None:
         job.tries += 1
@@ -248,9 +236,9 @@ class Fleet:
         if station.job is not job:
             return  # the station died meanwhile
         if job.cancelled or self._link is None:
-            return self._over(station, {"outputs": {}, "status": {"messages": [INTERRUPTED]}})
-        station.loaded = files_of(job.graph)
-        names, folder = _places(job.graph)
+            return self._over(station, interrupted())
+        station.loaded = loaded_by(job.graph)
+        names, folder = places(job.graph)
         self._link.send("run", station.number, station.life, job.prompt_id, job.graph, names, folder)
 
     def _spawn(self, work: Any) -> None:
@@ -273,11 +261,7 @@ class Fleet:
 
     def _ready(self, number: int, life: int, about: dict[str, Any]) -> None:
         station = self._station(number)
-        machine = about["machine"]
-        if station.machine != machine:
-            taken = {other.name for other in self.stations.values()}
-            names = (f"{machine}-{i}" for i in range(1, len(taken) + 2))
-            station.machine, station.name = machine, next(name for name in names if name not in taken)
+        station.named(about["machine"], {other.name for other in self.stations.values()})
         station.about, station.loaded = About.of(about), frozenset()
         if station.about.pack != pack_digest():
             station.why = "its ComfyUI has another version of the Wan2.1 pack than the API's; update it"
@@ -306,7 +290,7 @@ class Fleet:
         station.lost += 1
         del self._running[job.prompt_id]
         if job.cancelled:
-            self._end(station, job, {"outputs": {}, "status": {"messages": [INTERRUPTED]}})
+            self._end(station, job, interrupted())
         elif job.tries < TRIES:
             self._waiting[job.prompt_id] = job
             told = f"station {name} died while it ran it ({why}); it is queued once more"
@@ -314,8 +298,7 @@ class Fleet:
             self._give()
         else:
             told = f"station {name} died while it ran it ({why}), the second one; it is not tried again"
-            error = "execution_error", {"node_type": "", "exception_message": told}
-            self._end(station, job, {"outputs": {}, "status": {"messages": [error]}})
+            self._end(station, job, failed("", told))
 
     def _take(self, station: Station, kind: str, *news: Any) -> None:
         if kind == "json":
@@ -333,8 +316,7 @@ class Fleet:
         if record is None or "refused" not in record:
             return record
         node_id, _, text = self._host.complaints(*record["refused"])[0]
-        error = {"node_type": class_of(job.graph, node_id), "exception_message": text}
-        return {"outputs": {}, "status": {"messages": [("execution_error", error)]}}
+        return failed(class_of(job.graph, node_id), text)
 
     def _over(self, station: Station, record: dict[str, Any] | None) -> None:
         """Ends the job of a station, which is free then."""
@@ -353,12 +335,5 @@ class Fleet:
         station.observer.hear({"type": "executing", "data": {"node": None, "prompt_id": job.prompt_id}})
 
 
-def _places(graph: Graph) -> tuple[list[str], str]:
-    """The pictures that a graph reads, in the input folder, and the folder of what it saves."""
-    names = [node["inputs"]["image"] for node in graph.values() if node["class_type"] == "LoadImage"]
-    [saved] = {
-        node["inputs"]["filename_prefix"].rpartition("/")[0]
-        for node in graph.values()
-        if "filename_prefix" in node["inputs"]
-    }
-    return names, saved
+def _wrong(path: str, message: str) -> Problem:
+    return Problem(422, f"{path}: {message}", [{"path": path, "message": message}])

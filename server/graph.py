@@ -30,6 +30,7 @@ WORKFLOWS = Path(__file__).parents[1] / "workflows" / "api"
 CLIP_NODES = ("CLIPVisionLoader", "CLIPVisionEncode")
 SMALL_PIXELS = 832 * 480
 SHIFT_SMALL, SHIFT_LARGE, SHIFT_FIRST_LAST = 3.0, 5.0, 16.0
+WORKERS = "Wan21Workers"
 LOADERS = {  # part -> (node, input)
     "model": ("Wan21ModelLoader", "model_name"),
     "text_encoder": ("Wan21TextEncoderLoader", "text_encoder_name"),
@@ -146,6 +147,18 @@ def build_graph(
     builder.add_options(values)
     builder.set_fields({**values, "shift": _shift(values, first_last)})
     return JobGraph(builder.nodes, builder.finish(output_prefix), builder.fields)
+
+
+def add_workers(job: JobGraph, devices: int) -> None:
+    """Lets each call of the model be shared between devices, where there are several for a job."""
+    if devices == 1:
+        return
+    samplers = [node for node in job.nodes.values() if node["class_type"] == SAMPLER]
+    inputs = {"model": samplers[0]["inputs"]["model"], "devices": devices, "split": "auto"}
+    number = str(1 + max(map(int, job.nodes)))
+    job.nodes[number] = {"class_type": WORKERS, "inputs": inputs, "_meta": {"title": "Workers"}}
+    for sampler in samplers:
+        sampler["inputs"]["model"] = [number, 0]
 
 
 def _shift(values: Mapping[str, Any], first_last: bool) -> float:

@@ -1,24 +1,27 @@
 """Which installed model files a job uses: those that it names, and others that belong with them."""
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, TimeoutError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..wan.files import INDEX_SUFFIX, SHARD_NAME
+from ..wan.files.bad_file import listed
 from ..wan.refusal import printable
 from .graph import LOADERS
 from .model_notes import FOLDERS, WANTED, Lack, lack_of, notes_on
 from .model_set import File, ModelSet, Offer, choose_set
-from .problems import invalid
+from .problems import Problem, invalid
 from .traits import Traits, read_traits
 
 if TYPE_CHECKING:
     from ..host.queue import Host
 
+Shelf = Mapping[str, Mapping[str, File]]  # what there is, by part and name
 BUNDLED = Path(__file__).parents[1] / "models"
 WHOLE_PIPELINES = "checkpoints"  # a second folder of models: files that hold all parts
 LOOK_SECONDS = 30.0  # for the header of one file
@@ -50,9 +53,17 @@ class Installed:
 
     Args:
         formats: quantised formats that the host's layers read; None is all.
+        shelves: gives what each of other ComfyUIs has that run the jobs in the place of this; without any,
+            this one's folders count.
     """
 
-    def __init__(self, host: "Host", formats: Collection[str] | None = None):
+    def __init__(
+        self,
+        host: "Host",
+        formats: Collection[str] | None = None,
+        shelves: Callable[[], Sequence[Shelf]] = tuple,
+    ):
+        self._shelves = shelves
         self._host = host
         self._formats = formats
         self._looks: dict[tuple[Any, ...], _Look] = {}  # see `_traits_of`
@@ -82,7 +93,24 @@ class Installed:
             Problem: 422 for a name that is not installed, not of its part or would not load, and where no
                 files belong together.
         """
-        offers = {part: self._offer(part, values[part], preferred.get(part)) for part in LOADERS}
+        shelves = self._shelves()
+        names, notes = self._choose(_together(shelves), values, preferred, end_image, large)
+        if not shelves or any(_holds(shelf, names) for shelf in shelves):
+            return names, notes
+        for shelf in shelves:  # what goes best together lies on no one shelf
+            with contextlib.suppress(Problem):
+                return self._choose(shelf, values, preferred, end_image, large)
+        raise invalid(*_apart(names, shelves))
+
+    def _choose(
+        self,
+        shelf: Shelf | None,
+        values: Mapping[str, Any],
+        preferred: Mapping[str, str],
+        end_image: bool,
+        large: bool,
+    ) -> tuple[dict[str, str], list[str]]:
+        offers = {part: self._offer(part, values[part], preferred.get(part), shelf) for part in LOADERS}
         wrong = {part: self._wrong_name(part, values[part], offers[part]) for part in LOADERS}
         if any(wrong.values()):
             raise invalid(*((part, problem) for part, problem in wrong.items() if problem))
@@ -97,15 +125,21 @@ class Installed:
         for part in LOADERS:
             self._offer(part, None, None)
 
+    def shelf(self) -> Shelf:
+        """All listed files. Blocking, as `look`."""
+        return {part: {n: self._file(part, n, None) for n in self._listed(part)} for part in LOADERS}
+
     def traits(self, model_name: str) -> Traits:
         """What an installed diffusion model is."""
-        return self._file("model", model_name, None).traits
+        return self._file("model", model_name, None, _together(self._shelves())).traits
 
-    def _offer(self, part: str, named: str | None, preferred: str | None) -> Offer:
-        names = self._listed(part)
+    def _offer(
+        self, part: str, named: str | None, preferred: str | None, shelf: Shelf | None = None
+    ) -> Offer:
+        names = self._listed(part) if shelf is None else shelf[part]
         if named is not None:
-            return Offer([self._file(part, named, preferred)] if named in names else [], named=True)
-        files = [self._file(part, name, preferred) for name in sorted(set(names))]
+            return Offer([self._file(part, named, preferred, shelf)] if named in names else [], named=True)
+        files = [self._file(part, name, preferred, shelf) for name in sorted(set(names))]
         return Offer(
             [file for file in files if not file.traits.refusal],
             [file for file in files if file.traits.refusal and not file.traits.foreign],
@@ -130,7 +164,9 @@ class Installed:
             return f"{name!r} is not {WANTED[part]}: {traits.refusal}"
         return f"{name!r} would not load: {traits.refusal}"
 
-    def _file(self, part: str, name: str, preferred: str | None) -> File:
+    def _file(self, part: str, name: str, preferred: str | None, shelf: Shelf | None = None) -> File:
+        if shelf is not None:
+            return shelf[part][name]._replace(preferred=name == preferred)
         path = self._path(part, name)
         if path is None:
             gone = Traits(refusal="it was removed since the host listed it", foreign=True)
@@ -161,6 +197,25 @@ class Installed:
             if key not in self._looks:
                 self._looks[key] = _Look(part, path, self._formats)
         return self._looks[key].traits()
+
+
+def _together(shelves: Sequence[Shelf]) -> Shelf | None:
+    """What is on any shelf; None without one."""
+    if not shelves:
+        return None
+    return {part: {n: file for shelf in shelves for n, file in shelf[part].items()} for part in LOADERS}
+
+
+def _holds(shelf: Shelf, names: Mapping[str, str]) -> bool:
+    return all(name in shelf[part] for part, name in names.items())
+
+
+def _apart(names: Mapping[str, str], shelves: Sequence[Shelf]) -> Iterable[tuple[str, str]]:
+    """(part, sentence) pairs: what the shelf with the most of the files lacks."""
+    lacking = [[part for part, name in names.items() if name not in shelf[part]] for shelf in shelves]
+    for part in min(lacking, key=len):
+        others = listed([name for other, name in names.items() if other != part], len(names))
+        yield part, f"no station has {names[part]!r} together with {others}; put them on one machine"
 
 
 def _lacks(

@@ -15,7 +15,17 @@ from pydantic import BaseModel
 from ..net.links import check_link
 from .fields import MAX_URL, NODES
 from .files import Files
-from .graph import LOADERS, Graph, JobGraph, build_graph, class_of, is_large, load_workflow, preferred_names
+from .graph import (
+    LOADERS,
+    Graph,
+    JobGraph,
+    add_workers,
+    build_graph,
+    class_of,
+    is_large,
+    load_workflow,
+    preferred_names,
+)
 from .input_model import build_input_model, read_input
 from .installed import Installed
 from .pictures import Pictures
@@ -28,7 +38,7 @@ from .store import TaskRow
 from .tasks import Tasks
 
 if TYPE_CHECKING:
-    from ..host.queue import Complaint, Host
+    from ..host.queue import Host
     from .fleet import Fleet
 
 APP = "infsh/wan2-1-i2v"
@@ -37,7 +47,7 @@ REPLY_SECONDS = 25  # the client gives up after 30 s and sends the job again
 SEEDS = 2**32  # a seed is drawn below this; a client may give a larger one
 MAX_METADATA = 4096  # characters
 FIXED = {"run_at": None, "setup": None, "function": "run"}  # any other value is refused
-PLACEMENT = ("infra", "workers")  # accepted and ignored: there is this machine only
+PLACEMENT = ("infra", "workers")  # for a fleet; without one they are ignored: there is this machine only
 PARAMS = {"app", "input", "webhook", "session", "session_timeout", "metadata", *FIXED, *PLACEMENT}
 
 
@@ -70,14 +80,14 @@ class Jobs:
     """Takes run requests in.
 
     Args:
-        host, queue, settings, files, pictures, tasks, sessions, installed: the parts of the API; the queue
-            is the host, or a fleet.
+        host, fleet, settings, files, pictures, tasks, sessions, installed: the parts of the API; without a
+            fleet the host runs the jobs.
     """
 
     def __init__(
         self,
         host: "Host",
-        queue: "Host | Fleet",
+        fleet: "Fleet | None",
         settings: Settings,
         files: Files,
         pictures: Pictures,
@@ -86,7 +96,7 @@ class Jobs:
         installed: Installed,
     ):
         self._host = host
-        self._queue = queue
+        self._fleet = fleet
         self._settings = settings
         self._files = files
         self._pictures = pictures
@@ -135,13 +145,15 @@ class Jobs:
 
     async def _submit(self, owner: str, params: dict[str, Any], base_url: str) -> TaskRow:
         began = time.monotonic()
+        placement = self._fleet.placement(*(params.get(name) for name in PLACEMENT)) if self._fleet else []
         draft = await self._draft(owner, params.get("input"))
         images = await self._pictures.prepare(owner, draft.task_id, draft.values)
         try:
             _check_time(began)
-            job, outputs = await self._checked_graph(draft, images)
+            job, outputs = await self._checked_graph(draft, images, placement)
             session = await self._sessions.enter(owner, params.get("session"), params.get("session_timeout"))
             row = _task_row(owner, params, base_url, draft, job, session)
+            row.placement = placement or None
             await self._files.used(owner, draft.values)
             await self._tasks.add(row, outputs, draft.notes)
         except BaseException:
@@ -154,18 +166,28 @@ class Jobs:
             given = await self._files.restore_text(owner, given)
         values = read_input(self.input_model(), given)
         workflow = load_workflow(bool(values["end_image"]))
-        names, notes = await asyncio.to_thread(
-            self._installed.choose,
-            {part: values[part] for part in LOADERS},
-            preferred_names(workflow),
-            bool(values["end_image"]) and not values["add_frames_for_end_image"],
-            is_large(values["size"]),
-        )
+        try:
+            names, notes = await asyncio.to_thread(
+                self._installed.choose,
+                {part: values[part] for part in LOADERS},
+                preferred_names(workflow),
+                bool(values["end_image"]) and not values["add_frames_for_end_image"],
+                is_large(values["size"]),
+            )
+        except Problem:
+            if self._fleet is None or self._fleet.shelves():
+                raise
+            wait = {"Retry-After": str(RETRY_SECONDS)}
+            raise Problem(
+                503, "No station has answered yet, and which files they have.", headers=wait
+            ) from None
         if values["seed"] == -1:
             values["seed"] = secrets.randbelow(SEEDS)
         return _Draft(uuid.uuid4(), given, values, workflow, names, notes)
 
-    async def _checked_graph(self, draft: _Draft, images: dict[str, str]) -> tuple[JobGraph, list[str]]:
+    async def _checked_graph(
+        self, draft: _Draft, images: dict[str, str], placement: Sequence[str]
+    ) -> tuple[JobGraph, list[str]]:
         """The graph of a job that the host accepts, and the outputs it will run."""
         job = build_graph(
             draft.workflow,
@@ -176,7 +198,11 @@ class Jobs:
             f"wan21/{draft.task_id}",
             self._host.node_inputs,
         )
-        outputs, complaints = await self._queue.check(str(draft.identity), job.nodes)
+        if self._fleet is not None:
+            add_workers(job, self._settings.gpus_per_job or 1)
+        outputs, complaints = await (self._fleet or self._host).check(str(draft.identity), job.nodes)
+        if self._fleet is not None:
+            complaints += self._fleet.lacking(job.nodes, placement)
         if complaints:
             raise invalid(*_by_field(complaints, job))
         return job, outputs
@@ -245,7 +271,7 @@ def _wrong(path: str, message: str) -> Problem:
     return Problem(422, f"{path}: {message}", [{"path": path, "message": message}])
 
 
-def _by_field(complaints: "Sequence[Complaint]", job: JobGraph) -> Iterable[tuple[str, str]]:
+def _by_field(complaints: Iterable[tuple[str, str, str]], job: JobGraph) -> Iterable[tuple[str, str]]:
     """The host's complaints as (field, message), each once; a node is named where no field stands for it."""
     told: dict[tuple[str, str], None] = {}
     for node_id, name, message in complaints:

@@ -13,7 +13,9 @@ from aiohttp.web import RequestPayloadError
 
 from .access import Gate, RateLimit
 from .files import Files, Removed, described
+from .fleet import Fleet
 from .jobs import APP, Jobs
+from .metrics import exposition
 from .problems import Problem, as_part, of_storage
 from .sessions import Sessions, state_of
 from .settings import Settings
@@ -28,6 +30,7 @@ BODY_SECONDS = 20
 RETRY_SECONDS = 10
 SNAPSHOT_SECONDS = 8  # the client leaves a stream that sends nothing for 30 s
 UPLOAD = "upload"
+OPERATOR = "operator"  # routes whose names begin with this are not for clients
 MEDIA = ("image/", "video/", "text/plain")  # shown in a browser; other types are downloads
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -45,6 +48,7 @@ class Routes:
         tasks: Tasks,
         sessions: Sessions,
         jobs: Jobs,
+        fleet: Fleet | None = None,
     ):
         self._settings = settings
         self._gate = gate
@@ -53,6 +57,7 @@ class Routes:
         self._tasks = tasks
         self._sessions = sessions
         self._jobs = jobs
+        self._fleet = fleet
 
     def table(self) -> list[web.RouteDef]:
         """The routes, without the prefix."""
@@ -75,13 +80,18 @@ class Routes:
             web.get("/sessions/{id}", self.session),
             web.delete("/sessions/{id}", self.end_session),
             web.post("/sessions/{id}/keepalive", self.keep_session),
+            web.get("/stations", self.stations, name=OPERATOR),
+            web.get("/metrics", self.metrics, name=f"{OPERATOR}.metrics"),
         ]
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuses who may not call, and answers every error as a problem."""
         try:
-            if request.match_info.route.name != UPLOAD:
+            name = request.match_info.route.name or ""
+            if name.startswith(OPERATOR):
+                self._gate.check_operator(request)
+            elif name != UPLOAD:
                 self._owner(request)
             return await handler(request)
         except Problem as problem:
@@ -241,6 +251,16 @@ class Routes:
     async def end_session(self, request: web.Request) -> web.Response:
         await self._sessions.end(self._owner(request), request.match_info["id"])
         return web.Response(status=204)
+
+    # --- for operators ---------------------------------------------------------------------------------
+
+    async def stations(self, request: web.Request) -> web.Response:
+        """The stations of the fleet; none where this ComfyUI runs the jobs."""
+        return _answer([one.described() for one in self._fleet.stations.values()] if self._fleet else [])
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        text, kind = exposition(self._tasks, self._fleet)
+        return web.Response(body=text, headers={"Content-Type": kind})
 
     def _base_url(self, request: web.Request) -> str:
         return self._settings.public_url or f"{request.scheme}://{request.host}{PREFIX}"

@@ -5,7 +5,7 @@ WAN21_ALLOW_PRIVATE_URLS, WAN21_NO_DOWNLOADS and WAN21_MAX_DOWNLOAD_GB.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class Settings:
         upload_seconds: life of an upload URL.
         keep_uploads_seconds: life of an uploaded file.
         webhook_delays: seconds before each further attempt to deliver a webhook.
+        operator_keys: keys that may see stations and figures, and nothing else.
         stations: of a fleet (0: as many as there is room for); None runs jobs in this ComfyUI.
         ray_address: of a cluster for them; None starts one on this machine.
         gpus_per_job: of each station; None is one where there are any.
@@ -44,6 +45,7 @@ class Settings:
     upload_seconds: int = 900
     keep_uploads_seconds: int = 24 * 3600
     webhook_delays: tuple[float, ...] = (1, 5, 30, 120, 600, 1800, 7200)
+    operator_keys: tuple[str, ...] = field(default=(), repr=False)
     stations: int | None = None
     ray_address: str | None = None
     gpus_per_job: int | None = None
@@ -73,6 +75,7 @@ class Settings:
             max_unfinished=_number(environ, "WAN21_MAX_UNFINISHED", defaults.max_unfinished),
             max_upload_bytes=_number(environ, "WAN21_MAX_UPLOAD_MB", defaults.max_upload_bytes >> 20) << 20,
             max_stored_bytes=_number(environ, "WAN21_MAX_STORED_MB", defaults.max_stored_bytes >> 20) << 20,
+            operator_keys=_checked_keys(environ.get("WAN21_OPERATOR_KEYS", "").split(",")),
             stations=_stations(environ),
             ray_address=environ.get("WAN21_RAY_ADDRESS") or None,
             gpus_per_job=_gpus_per_job(environ),
@@ -88,12 +91,17 @@ def _keys(environ: Mapping[str, str]) -> tuple[str, ...]:
             text += "\n" + Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"WAN21_API_KEYS_FILE cannot be read: {error}") from error
-    lines = [line.strip() for line in text.splitlines()]
-    keys = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
-    if any(len(key) < MIN_KEY_LENGTH for key in keys):
-        raise ValueError(f"an API key has fewer than {MIN_KEY_LENGTH} characters; draw longer ones")
+    keys = _checked_keys(text.splitlines())
     if not keys and (environ.get("WAN21_API_KEYS") or path):
         raise ValueError("API keys are configured, and there is none among them")
+    return keys
+
+
+def _checked_keys(lines: Iterable[str]) -> tuple[str, ...]:
+    stripped = [line.strip() for line in lines]
+    keys = tuple(dict.fromkeys(line for line in stripped if line and not line.startswith("#")))
+    if any(len(key) < MIN_KEY_LENGTH for key in keys):
+        raise ValueError(f"an API key has fewer than {MIN_KEY_LENGTH} characters; draw longer ones")
     return keys
 
 

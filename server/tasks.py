@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import states
 from .files import KEEP_USED_SECONDS, file_row
 from .graph import class_of
+from .metrics import Tally
 from .problems import Problem, as_part, of_node
 from .progress import MAX_LOGS, STEP, JobProgress, News, Said, later
 from .snapshot import iso_time, snapshot_line
@@ -53,6 +54,8 @@ class LiveTask:
         self.readers: set[Reader] = set()
         self.saved_at = time.monotonic()
         self.ending = False
+        self.station = ""  # of a fleet
+        self.began: float | None = None  # on the monotonic clock
 
     def take(self, news: News) -> Change:
         """Writes news of the job into the row."""
@@ -64,6 +67,8 @@ class LiveTask:
             status=status != row.status,
         )
         row.status, row.progress = status, progress
+        if self.began is None and status not in states.NOT_STARTED:
+            self.began = time.monotonic()
         if news.line is not None:
             link = f", preview {row.base_url}/tasks/{row.id}/preview" if self.preview else ""
             self.log(news.line + link)
@@ -71,11 +76,10 @@ class LiveTask:
             self.log(text)
         return changed
 
-    def begin_again(self, why: str) -> None:
+    def begin_again(self) -> None:
         """The task waits again."""
         self.progress, self.preview = JobProgress(self.row.graph, self.row.roles, self.progress.said), None
-        self.row.status, self.row.progress = states.QUEUED, 0.0
-        self.log(why)
+        self.row.status, self.row.progress, self.began = states.QUEUED, 0.0, None
 
     def publish(self) -> None:
         """Gives the present snapshot to every reader."""
@@ -109,6 +113,9 @@ class LiveTask:
 class Tasks:
     """All tasks of this server.
 
+    Attributes:
+        tally: of those that ended.
+
     Args:
         queue: that runs their graphs: the host's, or a fleet.
         outputs: the folder that graphs write into.
@@ -124,6 +131,7 @@ class Tasks:
         self._by_prompt: dict[str, LiveTask] = {}  # by the host's prompt id
         self._background: set[asyncio.Task[None]] = set()
         self._said: Said = {}
+        self.tally = Tally()
 
     async def start(self) -> None:
         """Takes up the tasks of an earlier run: waiting ones are queued again, running ones have failed."""
@@ -184,6 +192,7 @@ class Tasks:
         live = self._by_prompt[prompt_id]
         row = live.row
         row.status, row.tries = later(row.status, states.DISPATCHED), row.tries + 1
+        live.station, live.began = station, time.monotonic()
         live.log(f"given to station {station}")
         row.updated_at = time.time()
         live.publish()
@@ -204,6 +213,11 @@ class Tasks:
     def unfinished(self, owner: str) -> int:
         """The number of tasks of an owner that wait or run."""
         return sum(live.row.owner == owner for live in self._live.values())
+
+    def counts(self) -> dict[str, int]:
+        """The number of tasks that wait, and of those that run."""
+        waiting = sum(live.row.status in states.NOT_STARTED for live in self._live.values())
+        return {"waiting": waiting, "running": len(self._live) - waiting}
 
     def preview(self, task_id: str) -> dict[str, Any] | None:
         """The newest preview of a task that is not over, as {"image": bytes, "type": media type}."""
@@ -256,8 +270,10 @@ class Tasks:
             return
         if kind == "preview":
             live.preview = data
-        elif kind == "requeued":
-            live.begin_again(data["why"])
+        elif kind in ("requeued", "waits"):  # of a fleet
+            if kind == "requeued":
+                live.begin_again()
+            live.log(data["why"])
             self._spawn(self._changed(live, save=True))
         elif kind == "executing" and data["node"] is None:
             self._spawn(self._conclude(live))
@@ -358,6 +374,7 @@ class Tasks:
             raise
         for name, value in changes.items():
             setattr(row, name, value)
+        self.tally.add(live.station, status, live.began and time.monotonic() - live.began)
         self._live.pop(row.id, None)
         self._by_prompt.pop(row.prompt_id, None)
         live.publish()

@@ -1,7 +1,9 @@
 """What a station's ComfyUI says of itself, and whether a graph's files are there."""
 
+import asyncio
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from aiohttp import web
 
 from ..graph import LOADERS, Graph
+from ..installed import Installed, Shelf
+from ..model_set import File
+from ..traits import Traits
 
 if TYPE_CHECKING:
     from ...host.queue import Host
@@ -20,6 +25,15 @@ CODE = ("host", "nodes", "wan", "server", "frames", "net", "workers", "workflows
 NAMES = (*LOADERS.values(), ("UpscaleModelLoader", "model_name"))
 
 
+class Named(NamedTuple):
+    """A model file that an input of a node names."""
+
+    node_id: str
+    node_class: str
+    input: str
+    file: str
+
+
 class About(NamedTuple):
     """A station's ComfyUI.
 
@@ -27,31 +41,40 @@ class About(NamedTuple):
         pack: of `pack_digest`.
         device: what it computes on.
         lists: files that a node's input takes, by the node's class.
+        shelf: what those of the loaders are.
     """
 
     pack: str
     device: str
     lists: Mapping[str, list[str]]
+    shelf: Shelf
+
+    def has(self, named: Named) -> bool:
+        """Whether a file is there."""
+        return named.file in self.lists.get(named.node_class, ())
+
+    def lacks(self, graph: Graph) -> list[Named]:
+        """The files of a graph that are not there."""
+        return [named for named in files_in(graph) if not self.has(named)]
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> "About":
         """What was told as JSON."""
-        return cls(told["pack"], told["device"], told["lists"])
+        shelf = {
+            part: {name: File(name, Traits(**traits), bundled) for name, (traits, bundled) in files.items()}
+            for part, files in told["shelf"].items()
+        }
+        return cls(told["pack"], told["device"], told["lists"], shelf)
 
 
-def files_of(graph: Graph) -> frozenset[tuple[str, str]]:
-    """(node class, file) of every file that a graph names."""
-    named = dict(NAMES)
-    return frozenset(
-        (node["class_type"], node["inputs"][named[node["class_type"]]])
-        for node in graph.values()
-        if node["class_type"] in named
-    )
-
-
-def lacking(about: About, graph: Graph) -> list[str]:
-    """Files that a graph names and a station does not have."""
-    return sorted(name for node, name in files_of(graph) if name not in about.lists.get(node, ()))
+def files_in(graph: Graph) -> list[Named]:
+    """The model files that a graph names."""
+    inputs = dict(NAMES)
+    return [
+        Named(node_id, kind, inputs[kind], node["inputs"][inputs[kind]])
+        for node_id, node in graph.items()
+        if (kind := node["class_type"]) in inputs and inputs[kind] in node["inputs"]
+    ]
 
 
 @cache
@@ -67,12 +90,18 @@ def pack_digest() -> str:
 
 def create_station_app(host: "Host") -> web.Application:
     """What a station's ComfyUI serves in the place of the job API, on loopback."""
+    installed = Installed(host, host.weight_formats)
 
-    async def about(_: web.Request) -> web.Response:
+    async def tell(_: web.Request) -> web.Response:
         inputs = {node: (host.node_inputs(node) or {}).get(name) or {} for node, name in NAMES}
         lists = {node: spec.get("options") or [] for node, spec in inputs.items()}
-        return web.json_response({"pack": pack_digest(), "device": host.device_name, "lists": lists})
+        shelf = {
+            part: {name: (asdict(file.traits), file.bundled) for name, file in files.items()}
+            for part, files in (await asyncio.to_thread(installed.shelf)).items()
+        }
+        about = {"pack": pack_digest(), "device": host.device_name, "lists": lists, "shelf": shelf}
+        return web.json_response(about)
 
     app = web.Application()
-    app.add_routes([web.get("/station", about)])
+    app.add_routes([web.get("/station", tell)])
     return app

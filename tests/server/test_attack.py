@@ -14,7 +14,7 @@ from wan21.server.routes import Routes
 class PlayingHost(FakeHost):
     """Runs what is queued."""
 
-    def put(self, prompt_id, graph, outputs, created_at):
+    def put(self, prompt_id, graph, outputs, created_at, *of_a_fleet):
         super().put(prompt_id, graph, outputs, created_at)
         self.playing = asyncio.get_running_loop().create_task(self._unless_cancelled(prompt_id))
 
