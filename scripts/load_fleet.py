@@ -2,6 +2,7 @@
 
     python scripts/load_fleet.py                       # 200 jobs of 3 keys, 3 stations, 20 kills; 2 against 1
     python scripts/load_fleet.py --jobs 30 --kills 4    # a short one
+    python scripts/load_fleet.py --namespaces           # on two network namespaces, by root
 
 Stations are on the CPU where there is no GPU, and run the bundled model. A kill is of a station's process,
 or, one in four, of the ComfyUI that has the API. Exits with 1 when a check fails: a task that does not end or
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import psutil
 import requests
+from lib import namespaces
 from lib.host_server import HostServer
 from lib.job_api import Receiver, upload
 from lib.pack import comfyui_path
@@ -178,7 +180,18 @@ def kill_and_count(folder, options, times):
     return good and max(tries) <= 2 and set(owners) <= told
 
 
-MINE = secrets.token_hex(8)  # marks the processes of this run
+MINE = os.environ.get("MINE") or secrets.token_hex(8)  # marks the processes of this run
+
+
+def in_namespaces(options):
+    """All of it once more, on a cluster of two namespaces."""
+    if reason := namespaces.cannot():
+        print(f"skipped: {reason}")
+        return
+    os.environ["MINE"] = MINE
+    given = [f"--{name}={value}" for name, value in vars(options).items() if name != "namespaces"]
+    with namespaces.cluster(cpus=2) as run:
+        run(sys.executable, __file__, *given, WAN21_GPUS_PER_JOB="0")
 
 
 def main():
@@ -186,7 +199,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name, default in (("jobs", 200), ("stations", 3), ("kills", 20), ("each", 6), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--namespaces", action="store_true")
     options = parser.parse_args()
+    if options.namespaces:
+        return in_namespaces(options)
     random.seed(options.seed)
     os.environ |= {
         "WAN21_ALLOW_PRIVATE_URLS": "1",
