@@ -1,6 +1,7 @@
 """Whether a layer still does what its class says, and the numbers by which it does it."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,8 +13,10 @@ def is_changed(layer: nn.Module) -> bool:
     return bool("forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def lent(layer: nn.Module, x: Tensor) -> AbstractContextManager[tuple[Tensor, Tensor | None]] | None:
+def lent(layer: nn.Module, x: Tensor) -> AbstractContextManager[tuple[Tensor, Any]] | None:
     """Weight and bias of a layer as it uses them on x; None where it does something of its own.
+
+    Only an RMSNorm may have None for its bias.
 
     A host's layer that casts, patches or fetches them has a method `lend` for that.
     """

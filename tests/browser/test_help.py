@@ -42,8 +42,8 @@ def editor(request, page, server):
     page.wait_for_function(READY)
 
 
-@pytest.mark.parametrize("node_id", NODES)
-def test_page_fits_the_panel(node_id, editor):
+def open_page(editor, node_id):
+    """Selects a node alone and opens its help beside it."""
     page, language = editor
     file = PAGES / f"{node_id}.md" if language == "en" else PAGES / node_id / f"{language}.md"
     title = file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
@@ -51,6 +51,12 @@ def test_page_fits_the_panel(node_id, editor):
     page.get_by_test_id("info-button").click()
     page.get_by_role("heading", name=title, level=1, exact=True).wait_for()
     page.wait_for_function(PICTURES_ARE_THERE)
+    return page
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_page_fits_the_panel(node_id, editor):
+    page = open_page(editor, node_id)
     assert page.evaluate(TOO_WIDE) == []
     width = page.evaluate("() => document.querySelector('.node-help-content').clientWidth")
     assert width < 500, "a panel that is not narrow says nothing"
@@ -58,7 +64,7 @@ def test_page_fits_the_panel(node_id, editor):
 
 def test_a_wide_table_would_be_seen(editor):
     """What the pages had before: three columns, and long names that do not wrap."""
-    page, _ = editor
+    page = open_page(editor, NODES[0])
     cells = "".join(f"<td><code>{name * 20}</code></td>" for name in ("input_", "value_", "meaning_"))
     page.evaluate(
         "html => document.querySelector('.markdown-content').insertAdjacentHTML('beforeend', html)",
