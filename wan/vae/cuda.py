@@ -55,7 +55,7 @@ class CudaPast(Past):
         overwrite: bool = False,
         add_to: Tensor | None = None,
     ) -> Tensor:
-        lends = lent(conv, x)
+        lends = lent(conv, x.new_empty(0))  # what lends would hold x itself
         if lends is None:
             return super().causal_conv(conv, x, norm, overwrite, add_to)
         window = self.normed_window(conv, x, norm)
