@@ -153,14 +153,22 @@ class HostWanModel(WanModel):
         """
         raise IN_ORIG
 
-    @untraced
-    def _forward(self, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
-        if kwargs.get("context_latents"):
+    def check_call(self, x: Tensor, conditioning: Mapping[str, Any], patched: Refusal | None) -> None:
+        """Refuses a call that would not do what it is made for.
+
+        Raises:
+            Refusal: `patched`, or what else there is.
+        """
+        if conditioning.get("context_latents"):
             raise IN_CONTEXT
         if x.requires_grad:
             raise TRAINED_ON
-        if refusal := patch_inside_blocks(transformer_options) or written_in_call(self):
+        if refusal := patched or written_in_call(self):
             raise refusal
+
+    @untraced
+    def _forward(self, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
+        self.check_call(x, kwargs, patch_inside_blocks(transformer_options))
         frames, height, width = x.shape[-3:]
         x = comfy.ldm.common_dit.pad_to_patch_size(x, PATCH_SIZE)
         if time_dim_concat is not None:

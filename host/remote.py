@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
 import comfy.cli_args
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 from ..wan.config import LATENT_CHANNELS, WanConfig
 from ..wan.refusal import Refusal
 from ..wan.shard import WHOLE
+from ..wan.teacache import reused_step
 from .changes import changes_of
 from .devices import KEY as MULTIGPU
 from .lora import KEY as LORAS
-from .model import CALL, IN_CONTEXT, TEXTS, TRAINED_ON, HostWanModel, Wan21
-from .patches import written_in_call
+from .model import CALL, TEXTS, HostWanModel, Wan21
 from .progress import check_cancelled, tell
 from .rank import Asked, LoadedModel, Recipe, gpu_of, load_recipe, mark_of
 from .untraced import untraced
@@ -44,7 +43,9 @@ WITHOUT_WEIGHTS = Refusal(
 
 
 class Elsewhere(Protocol):
-    """Where the DiT is: see `workers.client.RemoteModel`."""
+    """Where the DiT is: see `workers.remote.RemoteModel`."""
+
+    notes: list[str]
 
     def call(self, asked: object, passes: int, check: Callable[[], object]) -> Tensor: ...
 
@@ -69,17 +70,9 @@ class RemoteDiT(HostWanModel):
     here: LoadedModel
     is_here: bool = False
 
-    def __init__(
-        self,
-        config: WanConfig,
-        operations: ModuleType | type,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        compute_dtype: torch.dtype | None = None,
-        stored: Mapping[str, torch.dtype] = MappingProxyType({}),
-    ):
+    def __init__(self, config: WanConfig, operations: Any, device: torch.device | None, *dtypes: Any):
         # The layers' own classes hold weights of their own kind, and here are none.
-        super().__init__(config, nn, torch.device("meta"), dtype, compute_dtype)
+        super().__init__(config, nn, torch.device("meta"), *dtypes)
         for layer in self.modules():
             numbers = dict(layer.named_parameters(recurse=False))
             layer._parameters.clear()
@@ -101,12 +94,7 @@ class RemoteDiT(HostWanModel):
 
     @untraced
     def _forward(self, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
-        if kwargs.get("context_latents"):
-            raise IN_CONTEXT
-        if x.requires_grad:
-            raise TRAINED_ON
-        if refusal := functions_in(transformer_options) or written_in_call(self):
-            raise refusal
+        self.check_call(x, kwargs, functions_in(transformer_options))
         chunks = transformer_options.get("cond_or_uncond") or [0]
         count = len(chunks)
 
@@ -128,10 +116,16 @@ class RemoteDiT(HostWanModel):
             attention,
         )
         if not self.is_here:
+            noted = len(self.elsewhere.notes)
             try:
                 return self.elsewhere.call(asked, count, check_cancelled).to(x.device)
             except ConnectionError as error:
                 self.go_on_here(error)
+            finally:
+                if len(self.elsewhere.notes) > noted and (step := reused_step(call)) is not None:
+                    self.elsewhere.notes.append(
+                        f"step {step + 1}, which TeaCache would reuse, was computed: what it reuses was lost"
+                    )
         return self.here.call(asked, range(count), WHOLE, check_cancelled)
 
 

@@ -234,6 +234,15 @@ class Residuals:
         return run
 
 
+def reused_step(call: Call | None) -> int | None:
+    """The step whose velocity TeaCache takes from residuals in a call; None where it computes."""
+    for around in () if call is None else call.around:
+        if isinstance(around, partial) and around.func is _cached:
+            residuals, step = around.args
+            return None if residuals.plan.compute[step] else step
+    return None
+
+
 def _cached(residuals: Residuals, step: int, runner: BlockRunner) -> BlockRunner:
     """`Residuals.of_step`; a function, because a method of what is pickled by key could not be."""
     return residuals.of_step(step, runner)

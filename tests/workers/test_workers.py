@@ -292,6 +292,30 @@ def test_a_killed_gcs_server(models, job, sample, tmp_path, monkeypatch):
         client.close()
 
 
+def test_a_step_that_teacache_would_reuse_is_said_to_be_computed(client, job, sample):
+    options = OPTIONS["everything"]
+    model, *rest = job
+    remote = shared(model, "sequence")
+    _, report = sample(remote, *rest, **options)  # 0: no velocity, which is no call
+    plan = re.search("^plan: ([0#.]+)", report, re.MULTILINE)[1]
+    reused = plan.index(".")
+    request, calls = client.request, []
+
+    def kill_in_that_step(check, name, *args, **kwargs):
+        calls.append(name)
+        if calls.count("call") == reused - plan.count("0") + 1 and name == "call":
+            pid = next(pid for _, pid, _ in client.told if psutil.pid_exists(pid))
+            os.kill(pid, signal.SIGKILL)
+        return request(check, name, *args, **kwargs)
+
+    client.request = kill_in_that_step
+    try:
+        _, report = sample(remote, *rest, **options)
+    finally:
+        del client.request
+    assert f"step {reused + 1}, which TeaCache would reuse, was computed: what it reuses was lost" in report
+
+
 def test_refusals(client, models, prompts, sample, monkeypatch):
     remote = shared(models["t2v"])
     with pytest.raises(Refusal, match="Put this node before Wan21Workers"):
