@@ -1,0 +1,24 @@
+"""The table of scripts/scaling.py, over the engine of the other tests."""
+
+import math
+
+import scaling
+from helpers_workers import ON_RAY
+
+pytestmark = ON_RAY
+
+
+def test_the_table_of_a_small_model(client, tmp_path):
+    config, shape = scaling.QUICK
+    rows = scaling.measured(client, scaling.random_model(tmp_path, config), 2, 1, shape)
+    assert [(row.workers, row.split) for row in rows] == [
+        (0, ""), (1, "auto"), (2, "guidance"), (2, "sequence"),
+    ]  # fmt: skip
+    assert all(row.difference < 1e-5 and len(row.seconds) == 1 for row in rows)
+    *without, sequence = (row.sent for row in rows)
+    assert without == [0, 0, 0]
+    tokens, blocks, width = 3 * 3 * 5, 2, 256
+    assert math.isclose(sequence, 2 * 4 * blocks * tokens * width * 4 / 2 + 2 * tokens * 64 * 4, rel_tol=0.01)
+    table = [*scaling.cells(rows)]
+    assert [len(cells) for cells in table] == [len(scaling.HEADINGS)] * 4
+    assert table[1][3:5] == ["1.00x", "100%"]
