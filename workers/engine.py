@@ -195,9 +195,16 @@ class Engine:
         missing = range(self.started, self.started + count)
         new = [Worker(number, self.kind.remote(self.root, ENVIRONMENT, *self.settings)) for number in missing]
         self.started = missing.stop
+        there = bool(self.workers)
         for worker in new:
-            begin(worker, self.root, self.settings[1], self.in_cluster)
-        self.workers += new
+            try:
+                begin(worker, self.root, self.settings[1], self.in_cluster)
+                self.workers.append(worker)
+            except Failed as failed:
+                ray.kill(worker.handle)
+                if not there:
+                    raise
+                self.notes.append(f"{failed}; {len(self.workers)} go on")  # nobody in the place of a lost one
 
     # --- one call -------------------------------------------------------------------------------------
 
