@@ -3,17 +3,21 @@
 `links` says where a link may lead, `settings` whether anything is downloaded and how large a file may be.
 """
 
+import contextlib
 import hashlib
 import http.client
 import json
 import os
 import re
 import shutil
+import tempfile
 import threading
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ..wan.refusal import Refusal
 from .links import check_link, open_link, shown
@@ -22,6 +26,7 @@ from .settings import downloads_allowed, max_download_bytes
 HEADERS = {"User-Agent": "wan21-i2v"}
 PIECE_BYTES = 1 << 20
 FETCH_SECONDS = 6 * 3600  # limit of one call of `fetch`; the next call resumes
+WAIT_SECONDS = 0.2  # between looks whether the user has cancelled, while another process fetches
 HEAD_BYTES = 1 << 16  # given to `check_head`
 MAX_NAME = 120  # bytes
 RAISE_LIMIT = "The server's owner may raise WAN21_MAX_DOWNLOAD_GB"
@@ -62,12 +67,12 @@ def fetch(
     url, folder = url.strip(), Path(folder)
     check_link(url)
     mark = hashlib.sha256(url.encode()).hexdigest()[:12]
-    with _LOCK:
+    part = folder / f".{mark}.part"
+    with _LOCK, _alone(part, progress):
         present = next(folder.glob(f"*-{mark}{suffix}"), None)
         if present is not None:
             return present
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{mark}.part"
         limit = max_download_bytes() if max_bytes is None else max_bytes
         try:
             name = _download(url, part, suffix, check_head, progress, limit)
@@ -114,6 +119,29 @@ def fetch_bytes(url: str, max_bytes: int, seconds: float) -> bytes:
             "Use a smaller file",
         )
     return body
+
+
+@contextlib.contextmanager
+def _alone(part: Path, progress: Progress) -> Iterator[None]:
+    """Waits while another process of this machine fetches the same file: stations share their folders.
+
+    Args:
+        progress: called while it waits; may raise to cancel.
+    """
+    mark = hashlib.sha256(str(part.absolute()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"wan21-{mark}.lock")
+    while True:
+        try:
+            lock.acquire(timeout=WAIT_SECONDS)
+            break
+        except Timeout:
+            progress(0, 0)
+        except OSError:  # it is another user's
+            break
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_allowed() -> None:

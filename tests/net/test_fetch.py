@@ -1,5 +1,6 @@
 """Downloads from a local server, kind and hostile: 127.0.0.1 plays a public address, 127.0.0.2 a private."""
 
+import hashlib
 import http.server
 import socket
 import threading
@@ -73,6 +74,22 @@ def test_fetched_once_with_progress_and_named_as_the_server_names_it(server, tmp
     assert fetch(f"{server.url}/a/style%20one.safetensors?token=x", tmp_path) == path
     assert len(server.asked) == 1
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_one_process_fetches_a_file_at_a_time_and_a_cancel_ends_the_wait(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(f, "WAIT_SECONDS", 0.01)
+    url = f"{server.url}/style.safetensors"
+    folder = tmp_path / "loras"
+    part = folder / f".{hashlib.sha256(url.encode()).hexdigest()[:12]}.part"
+    with f._alone(part, lambda *_: None):  # as of another process: a lock of its own
+
+        def cancel(done, total):
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            fetch(url, folder, progress=cancel)
+        assert server.asked == []
+    assert fetch(url, folder).read_bytes() == BODY
 
 
 def test_redirects_as_hubs_make_them(server, tmp_path):
