@@ -11,7 +11,7 @@ from aiohttp import web
 from filelock import FileLock, Timeout
 from sqlalchemy.exc import DatabaseError
 
-from ..workers import cannot_run
+from ..workers import cannot_join, cannot_run
 from .access import Gate, RateLimit
 from .files import Files
 from .fleet import Fleet
@@ -43,6 +43,7 @@ def create_app(host: "Host", weight_formats: Collection[str] | None = None) -> w
         RuntimeError: another server of this user folder has the API open.
     """
     settings = Settings.from_environment()
+    fleet = _fleet(host, settings)
     folder = host.data_directory
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
@@ -54,7 +55,6 @@ def create_app(host: "Host", weight_formats: Collection[str] | None = None) -> w
     files = Files(store, settings, folder / "uploads")
     pictures = Pictures(store, settings, files, host.input_directory)
     hooks = Webhooks(store, settings)
-    fleet = _fleet(host, settings)
     queue = fleet or host
     tasks = Tasks(store, queue, host.output_directory, hooks.wake)
     if fleet is not None:
@@ -77,11 +77,14 @@ def _fleet(host: "Host", settings: Settings) -> Fleet | None:
 
     Raises:
         RuntimeError: there can be none here.
+        Refusal: this machine has no token for the cluster, or one that others can read.
     """
     if settings.stations is None:
         return None
     if reason := cannot_run():
         raise RuntimeError(f"WAN21_STATIONS is set, and {reason}")
+    if settings.ray_address is not None and (refusal := cannot_join()):
+        raise refusal
     return Fleet(host, settings)
 
 

@@ -17,6 +17,7 @@ from lib.random_checkpoints import FLF2V, I2V, TEXT_ENCODER, VAE
 from wan21.server import fleet as fleet_module
 from wan21.server.installed import Installed
 from wan21.server.stations.about import pack_digest
+from wan21.wan.refusal import Refusal
 
 KEYS = {name: f"{name}-of-sixteen-characters" for name in ("anna", "bert", "carl", "operator")}
 
@@ -408,6 +409,25 @@ def test_figures_and_stations_of_one_comfyui(api, job):
 def test_a_wrong_setting_is_named(host, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"{name} is '{value}'; set a whole number"), serve(host):
+        pass
+
+
+def test_a_cluster_is_not_joined_without_a_token_of_this_users_own(settings, host, monkeypatch, tmp_path):
+    monkeypatch.setenv("WAN21_RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    token = tmp_path / "auth_token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    with pytest.raises(Refusal, match="no token of the cluster"), serve(host):
+        pass
+    token.write_text("x" * 64)
+    token.chmod(0o644)
+    with pytest.raises(Refusal, match="chmod 600"), serve(host):
+        pass
+
+
+def test_without_ray_the_setting_is_refused_by_name(settings, host, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"WAN21_STATIONS is set, and .*pip install ray"), serve(host):
         pass
 
 
