@@ -30,7 +30,7 @@ from lib.comfy_client import GraphRejected, JobFailed, fill, find_node  # noqa: 
 from lib.host_server import HostServer  # noqa: E402
 from lib.markdown import table  # noqa: E402
 from wan21.training import captions, data, metrics  # noqa: E402
-from wan21.training.held_out import held_out, pictures  # noqa: E402
+from wan21.training.held_out import held_out, photographs, pictures  # noqa: E402
 from wan21.training.host import Host, to_picture  # noqa: E402
 
 WORK = pack.ROOT / "build" / "eval_tiny"
@@ -171,6 +171,24 @@ def first_frames(host, videos):
     ]
 
 
+def measure_photographs(host, cases):
+    """A picture of the user's own comes out recognisable, though training saw drawn ones only."""
+    size, alone, videos = (17, 128, 128), {}, {}
+    for seed, (name, photograph) in enumerate(photographs().items()):
+        alone[name] = metrics.psnr(photograph, host.reconstructed(photograph[None])[0])
+        graph = host.graph("Wan2.1 - quick start", "still", size, seed, Start_image=photograph)
+        videos[name] = (photograph, host.frames(graph))
+    sheet("photographs", [video for _, video in videos.values()])
+    first = {name: metrics.psnr(photograph, video[0]) for name, (photograph, video) in videos.items()}
+    return [as_row("photographs, VAE alone", alone), as_row("photographs, first frame", first)]
+
+
+def as_row(what, values):
+    """Mean and worst of name -> dB."""
+    worst = min(values, key=values.get)
+    return Row(what, f"{statistics.mean(values.values()):.1f} dB, {worst} {values[worst]:.1f} dB")
+
+
 def measure_object(host, cases):
     """A shape moves as told; then each shape with all four directions from one and the same picture."""
     rows = []
@@ -285,6 +303,7 @@ MEASUREMENTS = {
     "time": measure_time,
     "vae": measure_vae,
     "camera": measure_camera,
+    "photographs": measure_photographs,
     "object": measure_object,
     "end": measure_end,
     "text_only": measure_text_only,

@@ -1,6 +1,14 @@
 """Clips and start images that no training has seen, to measure the bundled checkpoint on."""
 
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
 from . import data, metrics
+
+PHOTOGRAPHS = Path(__file__).with_name("photographs")  # whose they are: LICENCES.md there
 
 CLIPS = data.HELD_OUT + 10**6  # seeds of their own: training measures itself on others
 
@@ -20,3 +28,9 @@ def pictures(seed, count, size):
         if len(kept) >= count:
             break
     return kept[:count]
+
+
+def photographs():
+    """Pictures that are not drawn here: name -> [3, 128, 128] in [0, 1]."""
+    files = sorted(PHOTOGRAPHS.glob("*.png"))
+    return {path.stem: torch.from_numpy(np.array(Image.open(path))).movedim(-1, 0) / 255 for path in files}

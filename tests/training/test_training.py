@@ -1,6 +1,7 @@
 """Training of the bundled checkpoint: the model is trained on exactly what the nodes feed it."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from wan21 import host
 from wan21.nodes.image_to_video import Wan21ImageToVideo
 from wan21.nodes.sampler import Wan21Sampler
-from wan21.training import captions, data, dit, latents, metrics, optim, progress, train_vae
+from wan21.training import captions, data, dit, held_out, latents, metrics, optim, progress, train_vae
 from wan21.training.export import metadata, stored
 from wan21.training.text import HOST_TOKENS, train_tokenizer
 from wan21.training.train_dit import TinyModel, flow_loss, random_sigmas, sigma_shift
@@ -318,3 +319,12 @@ def test_the_vae_trains_on_what_it_computes_in_use():
     assert all(p.grad is not None for p in vae.parameters())
     assert relative(latent.detach(), vae.encode(video)) < 1e-5
     assert relative(pixels.detach(), vae.decode(latent.detach())) < 1e-5
+
+
+def test_every_photograph_says_whose_it_is():
+    told = (held_out.PHOTOGRAPHS / "LICENCES.md").read_text(encoding="utf-8")
+    found = held_out.photographs()
+    assert found and {name for name in found if f"`{name}.png`" in told} == set(found)
+    assert len(re.findall(r"\| (CC0|public domain) \|", told)) == len(found)
+    for picture in found.values():
+        assert picture.shape == (3, 128, 128) and 0 <= picture.min() < 0.2 and 0.8 < picture.max() <= 1
