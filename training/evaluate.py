@@ -91,8 +91,7 @@ def measure_vae(host, cases):
 def measure_sharpness(host, count, size=(17, 128, 128)):
     """What the VAE leaves of a clip at the size of the quick start."""
     clips, _ = held_out(1500, count, size, None)
-    found = [metrics.quality(host.reconstructed(clip), clip) for clip in clips]
-    mean = {name: statistics.mean(one[name] for one in found) for name in found[0]}
+    mean = metrics.quality([(host.reconstructed(clip), clip) for clip in clips])
     what = f"VAE on {count} clips, {size_name(size)}"
     return [
         Row(f"{what}: PSNR", f"{mean['psnr']:.1f} dB", ">= 32 dB", mean["psnr"] >= 32),

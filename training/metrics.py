@@ -22,21 +22,25 @@ def psnr(a, b, weight=None):
     return -10 * math.log10(max(float(mean), 1e-10))
 
 
-def quality(video, original):
-    """How good a decoded video [F, 3, H, W] is beside its original.
+def quality(pairs):
+    """How good decoded videos are beside their originals: [(video, original)], each [F, 3, H, W].
 
     Returns:
         {"psnr": dB, "first": dB of the first frame, "ssim", "edges": size of the gradients, "flicker": of the
-        differences between frames, both as parts of the original's}
+        differences between frames, both as parts of the originals'; of all of them together, since a clip in
+        which nothing moves has no part of its own}
     """
-    last = [v.movedim(1, -1) for v in (video, original)]
-    return {
-        "psnr": psnr(video, original),
-        "first": psnr(video[0], original[0]),
-        "ssim": ssim(*last),
-        "edges": edges(video) / edges(original),
-        "flicker": flicker(video) / max(flicker(original), 1e-6),
+    pixels = [[v.movedim(1, -1) for v in pair] for pair in pairs]
+    means = {
+        "psnr": [psnr(video, original) for video, original in pairs],
+        "first": [psnr(video[0], original[0]) for video, original in pairs],
+        "ssim": [ssim(*pair) for pair in pixels],
     }
+    found = {name: sum(values) / len(values) for name, values in means.items()}
+    for size_of in (edges, flicker):
+        ours, theirs = (sum(size_of(video) for video in videos) for videos in zip(*pairs, strict=True))
+        found[size_of.__name__] = ours / max(theirs, 1e-6)
+    return found
 
 
 def edges(video):

@@ -76,11 +76,19 @@ def test_the_file_keeps_what_it_says(vae, tmp_path):
 
 def test_what_is_soft_and_what_flickers_is_told():
     clip = data.clips(2, 1, 5, 32, 32, motions=["pan left"])[0][0].transpose(0, 1) / 2 + 0.5  # (F, 3, H, W)
-    same = metrics.quality(clip, clip)
+    same = metrics.quality([(clip, clip)])
     assert same["ssim"] > 0.999 and same["edges"] == same["flicker"] == 1
-    soft = metrics.quality(torch.nn.functional.avg_pool2d(clip, 5, 1, 2, count_include_pad=False), clip)
+    soft = torch.nn.functional.avg_pool2d(clip, 5, 1, 2, count_include_pad=False)
+    soft = metrics.quality([(soft, clip)])
     assert soft["edges"] < 0.8 and soft["ssim"] < 0.98
     lit = clip + 0.05 * torch.tensor([1.0, -1, 1, -1, 1])[:, None, None, None]
-    lit = metrics.quality(lit, clip)
+    lit = metrics.quality([(lit, clip)])
     assert lit["flicker"] > 1.5 and lit["edges"] == pytest.approx(1)
     assert lit["first"] == pytest.approx(26.02, abs=0.01) == lit["psnr"]
+
+
+def test_a_clip_that_stands_still_does_not_decide_the_flicker_of_all():
+    moving = data.clips(2, 1, 5, 32, 32, motions=["pan left"])[0][0].transpose(0, 1) / 2 + 0.5  # (F, 3, H, W)
+    still = moving[:1].expand(5, -1, -1, -1)
+    restless = still + 1e-4 * torch.tensor([1.0, -1, 1, -1, 1])[:, None, None, None]
+    assert metrics.quality([(moving, moving), (restless, still)])["flicker"] == pytest.approx(1, abs=0.1)
