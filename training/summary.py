@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 STAGES = {
-    "vae_image": "VAE, pictures",
-    "vae_video": "VAE, clips",
+    "vae_start": "VAE, the best linear code",
+    "vae_video": "VAE, pictures and clips",
     "vae": "VAE in all, its scale folded in",
     "encode": "clips encoded, in shards",
     "dit": "DiT and text encoder",

@@ -24,7 +24,7 @@ from wan21.training.progress import WORK, Stage  # noqa: E402
 
 # If nothing else runs. Of "cuda" only the devices were checked, on a pretended one.
 DURATION = {
-    "cpu": "about 2.5 hours, 4 where the processor has no bfloat16 products",
+    "cpu": "about 6 hours, 8 where the processor has no bfloat16 products",
     "cuda": "a schedule that has not been run yet, by its operations about 20 minutes",
     "smoke": "about three minutes",
 }
@@ -32,7 +32,7 @@ STAGES = ("vae", "encode", "dit", "lora", "vae_refined")
 VAE_SCHEDULES = {
     "cpu": train_vae.CPU,
     "cuda": train_vae.CUDA,
-    "smoke": train_vae.Schedule(image_steps=3, video_steps=2, refine_steps=2, batch=1),
+    "smoke": train_vae.Schedule(video_steps=3, refine_steps=2, batch=1),
 }
 
 

@@ -1,9 +1,9 @@
-"""Train the bundled VAE: pictures, then clips, then its scaling folded in.
+"""Train the bundled VAE: the best linear code, then pictures and clips, then its scaling folded in.
 
-    python training/train_vae.py            # an hour on two CPU cores; killed, it goes on
+    python training/train_vae.py            # four hours on two CPU cores; killed, it goes on
 
-It is `wan.vae.WanVAE` itself that is trained. Stages, in the work folder: vae_image, vae_video and vae
-(folded, ready for use). `train_decoder.py` goes on from there.
+It is `wan.vae.WanVAE` itself that is trained. Stages, in the work folder: vae_start (`linear_start.py`),
+vae_video and vae (folded, ready for use). `train_decoder.py` goes on from there.
 
     B batch    F pixel frames    T latent frames    H W height, width
 """
@@ -25,12 +25,12 @@ from lib import pack
 pack.load_pack()
 
 from wan21.training import data  # noqa: E402
+from wan21.training.linear_start import per_channel, start_linear  # noqa: E402
 from wan21.training.optim import MuonAdamW, warm_up_then_decay  # noqa: E402
 from wan21.training.progress import WORK, Parts, Stage, train  # noqa: E402
 from wan21.wan.vae import WanVAE  # noqa: E402
-from wan21.wan.vae.layers import Downsample, ResidualBlock, Upsample  # noqa: E402
 
-SEEDS = {"vae_image": 10**8, "vae_video": 2 * 10**8, "vae_refined": 3 * 10**8, "fold": 4 * 10**8}
+SEEDS = {"vae_video": 2 * 10**8, "vae_refined": 3 * 10**8, "fold": 4 * 10**8}
 LATENT_NOISE = 0.15  # largest, of latents of unit variance: what the DiT gets wrong must not show
 LOG_VARIANCE = -8.0  # of every latent; training leaves it alone and nobody reads it
 # Wan2.1's own mean and standard deviation of each latent channel, which every user of its latents divides by.
@@ -45,10 +45,10 @@ LATENT_STD = (
 AS_VECTORS = ("encoder.conv1.*", "decoder.head.2.*")  # AdamW's: pixels on one side
 # Batch, frames, height, width; how often. Small ones mostly, some large and long so that those hold as well.
 # On the CPU torch runs a 3D convolution ten times slower if B C F H is at most 20480.
-IMAGE_SIZES = {(8, 1, 64, 64): 14, (14, 1, 48, 48): 3, (4, 1, 96, 96): 2, (2, 1, 128, 128): 1}
-CLIP_SIZES = {
+SIZES = {
     (3, 9, 48, 48): 24, (2, 9, 64, 64): 30, (2, 17, 48, 64): 6, (2, 17, 64, 64): 14, (5, 5, 64, 64): 4,
-    (2, 5, 96, 96): 4, (2, 9, 96, 64): 3, (2, 9, 64, 96): 2, (1, 33, 64, 64): 3,
+    (2, 5, 96, 96): 4, (2, 9, 96, 64): 3, (2, 9, 64, 96): 2, (1, 33, 64, 64): 3, (1, 9, 128, 128): 4,
+    (8, 1, 64, 64): 24, (4, 1, 96, 96): 4, (2, 1, 128, 128): 4,
 }  # fmt: skip
 
 
@@ -56,18 +56,16 @@ CLIP_SIZES = {
 class Schedule:
     """How long and how fast; `batch` multiplies the batch sizes above."""
 
-    image_steps: int
     video_steps: int
     refine_steps: int
     batch: int
-    image_lr: float = 5e-3
-    video_lr: float = 1.5e-3
+    video_lr: float = 5e-4  # more undoes what the start has
     refine_lr: float = 1.5e-3
     dim: int = 16
 
 
-CPU = Schedule(image_steps=1300, video_steps=450, refine_steps=6000, batch=1)
-CUDA = Schedule(image_steps=2000, video_steps=2500, refine_steps=3000, batch=16)  # never run, see README
+CPU = Schedule(video_steps=10_000, refine_steps=2000, batch=1)
+CUDA = Schedule(video_steps=3000, refine_steps=3000, batch=16)  # never run, see README
 
 
 class LatentNorm(nn.Module):
@@ -98,10 +96,6 @@ class LatentNorm(nn.Module):
         return (z - per_channel(mean)) / per_channel(std) * per_channel(scale) + per_channel(shift)
 
 
-def per_channel(vector):
-    return vector[:, None, None, None]
-
-
 def encode(vae, video):
     """Means [B, 16, T, H/8, W/8]; the whole clip is one chunk, so that a gradient can pass."""
     return torch.cat([z for _, z in vae.encode_chunks(video, chunk_frames=video.shape[2])], 2)
@@ -113,12 +107,7 @@ def decode(vae, z):
 
 @torch.no_grad()
 def initialize(vae, seed=0):
-    """Starts `vae` as an autoencoder of single pictures through its shortcuts.
-
-    The shortcut path is orthogonal and the residual branches add little: with the default weights the
-    picture gets lost among the branches, which costs 4 dB after 200 steps. Taps that look back in time
-    start at zero, and changes of the frame rate as averaging and repeating.
-    """
+    """Orthogonal weights that look at the newest frame only, and no biases; `start_linear` goes on there."""
     torch.manual_seed(seed)
     for module in vae.modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
@@ -127,16 +116,6 @@ def initialize(vae, seed=0):
             newest = weight[:, :, -1] if weight.ndim == 5 else weight
             newest.copy_(nn.init.orthogonal_(torch.empty_like(newest)))
             module.weight.copy_(weight)
-    for module in vae.modules():
-        if isinstance(module, ResidualBlock):
-            module.residual[6].weight.mul_(0.15)
-        elif isinstance(module, (Downsample, Upsample)) and module.time_conv is not None:
-            weight = module.time_conv.weight.zero_()[..., 0, 0]  # [out, in, 3]
-            same = torch.eye(weight.shape[1]).repeat(len(weight) // weight.shape[1], 1)
-            window = (0.25, 0.5, 0.25) if isinstance(module, Downsample) else (0.0, 0.0, 1.0)
-            weight.copy_(same[:, :, None] * torch.tensor(window))
-    for attention in (vae.encoder.middle[1], vae.decoder.middle[1]):
-        attention.proj.weight.mul_(0.15)
 
 
 def draw_size(sizes, step):
@@ -169,33 +148,22 @@ def autoencode(vae, norm, video):
     return decode(vae, with_noise(z) if norm.training else z)
 
 
-def train_autoencoder(stage, vae, norm, sizes, steps, lr, batch, hold):
-    """One stage of vae and norm together, from where they are or where the stage was left."""
-    device = next(vae.parameters()).device
+def train_video(stage, vae, norm, schedule):
+    """vae and norm together, from where they are or where the stage was left."""
+    device, lr, steps = norm.mean.device, schedule.video_lr, schedule.video_steps
     optimizer = MuonAdamW(vae.named_parameters(), lr, 0.4 * lr, adam=AS_VECTORS)
 
     def step_at(step):
         torch.manual_seed(SEEDS[stage.name] + step)
-        video = training_clip(SEEDS[stage.name] + step, draw_size(sizes, step), batch, device)
+        video = training_clip(SEEDS[stage.name] + step, draw_size(SIZES, step), schedule.batch, device)
         norm.train()
         loss = reconstruction_loss(autoencode(vae, norm, video), video)
         loss.backward()
-        scale = warm_up_then_decay(step, steps, warm_up=30, hold=hold, last=0.03)
+        scale = warm_up_then_decay(step, steps, warm_up=100, hold=0.2, last=0.03)
         return {"loss": loss.item(), "gradient": optimizer.step(scale), "lr": scale * lr}
 
     parts = Parts(vae=vae, norm=norm, optimizer=optimizer)
     train(stage, parts, steps, step_at, lambda: evaluate_vae(vae, norm), measure_every=100)
-
-
-def train_image(stage, vae, norm, schedule):
-    """Single pictures: cheap, since every look back in time is at nothing."""
-    sizes, steps = IMAGE_SIZES, schedule.image_steps
-    train_autoencoder(stage, vae, norm, sizes, steps, schedule.image_lr, schedule.batch, hold=0.5)
-
-
-def train_video(stage, vae, norm, schedule):
-    sizes, steps = CLIP_SIZES, schedule.video_steps
-    train_autoencoder(stage, vae, norm, sizes, steps, schedule.video_lr, schedule.batch, hold=0.2)
 
 
 @torch.no_grad()
@@ -254,18 +222,25 @@ def evaluate_vae(vae, norm=None, count=16, size=(17, 64, 64), seed=data.HELD_OUT
     return {"first_frame_psnr": first, "clip_psnr": clip}
 
 
-def new_vae(schedule, device):
+def start(stage, schedule, device):
+    """The VAE before any training, and the norm of its latents."""
     vae = WanVAE(dim=schedule.dim, device=device)
-    initialize(vae)
-    return vae, LatentNorm(vae.z_dim).to(device)
+    norm = LatentNorm(vae.z_dim).to(device)
+    parts = Parts(vae=vae, norm=norm)
+    if not stage.done:
+        initialize(vae)
+        start_linear(vae, norm)
+        stage.log(step=0, **evaluate_vae(vae, norm))
+        stage.save({"parts": parts.state_dict()}, done=True)
+    parts.load_state_dict(stage.load(device)["parts"])
+    return vae, norm
 
 
 def train_vae(work=WORK, schedule=CPU, device="cpu"):
     """All of it up to the folded VAE, which is returned; what is done already is loaded."""
     folded = Stage(work, "vae")
-    vae, norm = new_vae(schedule, device)
     if not folded.done:
-        train_image(Stage(work, "vae_image"), vae, norm, schedule)
+        vae, norm = start(Stage(work, "vae_start"), schedule, device)
         train_video(Stage(work, "vae_video"), vae, norm, schedule)
         fold(vae, norm)
         folded.log(**evaluate_vae(vae))
