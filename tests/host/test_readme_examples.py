@@ -41,14 +41,20 @@ def folder(tmp_path):
 @pytest.mark.parametrize("title", ["result = client.run", "stream=True"])
 def test_client(server, folder, title):
     code = example(title, SMALLER | {"http://127.0.0.1:8188": server.url})
+    environment = os.environ | {"TQDM_MININTERVAL": "0"}  # or its bar leaves out what comes soon after
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
     )
     assert run.returncode == 0, run.stderr
     address = run.stdout.splitlines()[-1]
     assert address.endswith(".mp4") and requests.get(address).content[4:8] == b"ftyp"
     if title == "stream=True":
-        assert "100%" in run.stderr and "step 2/2" in run.stderr
+        assert "100%" in run.stderr and re.search("step [12]/2", run.stderr)
 
 
 def test_webhook_receiver(folder):

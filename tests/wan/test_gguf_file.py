@@ -250,10 +250,10 @@ def test_a_damaged_head_is_named_at_once(tmp_path, case):
     content, words = DAMAGED[case]
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ValueError, match=rf"^bad\.gguf: .*{words}"):
         read_gguf(path)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_a_folder_and_nothing_are_named(tmp_path):
@@ -270,6 +270,6 @@ def test_many_tensors_and_values_are_read_at_once(tmp_path):
     raw = head(values, 50_000, tensors, 50_000)
     path = tmp_path / "many.gguf"
     path.write_bytes(raw + bytes(-len(raw) % 32) + bytes(32 * 50_000))
-    began = time.monotonic()
+    began = time.process_time()
     assert len(read_gguf(path)) == 50_000
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10

@@ -37,7 +37,7 @@ NUMBERS = {
 @pytest.mark.parametrize("number", NUMBERS)
 def test_block_numbers_have_no_gap(number):
     """A number alone had made the loader build as many blocks."""
-    began = time.monotonic()
+    began = time.process_time()
     key = f"blocks.{NUMBERS[number]}.ffn.0.weight"
     with pytest.raises(
         ValueError, match=r"not numbered from 0 without a gap: 3 missing, .* there\. .* again"
@@ -46,7 +46,7 @@ def test_block_numbers_have_no_gap(number):
     umt5 = umt5_state_dict() | {f"encoder.block.{NUMBERS[number]}.layer.0.layer_norm.weight": empty(1)}
     with pytest.raises(ValueError, match=r"blocks are not numbered from 0 without a gap: 3 missing"):
         ck.umt5_config(ck.to_umt5_keys(umt5))
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_the_count_of_blocks_is_bounded():

@@ -475,9 +475,9 @@ def test_many_keys_and_patterns_take_no_time():
     """They had been compared each with each."""
     file = {f"blocks.{i}.self_attn.q.diff_b": torch.zeros(1) for i in range(20_000)} | low_rank(Q, rank=2)
     patterns = {f"blocks.{i}.attn1.to_q": 4 for i in range(20_000)}
-    began = time.monotonic()
+    began = time.process_time()
     lora = wl.match_lora(file, T2V, peft(alpha_pattern=patterns))
-    assert lora.patches[-1][1].scale == 2 and time.monotonic() - began < 10
+    assert lora.patches[-1][1].scale == 2 and time.process_time() - began < 10
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint32, torch.uint8, torch.float64])
