@@ -20,7 +20,7 @@ from ..wan import files
 from ..wan.vae import WanVAE
 from ..wan.vae.fallback import decode_within_memory, on_cpu
 from ..wan.vae.layers import AttendFrame, AttentionBlock, attend_frame
-from ..wan.vae.memory import choose_tile, decode_bytes, encode_bytes
+from ..wan.vae.memory import LONG_CHUNK, choose_tile, decode_bytes, encode_bytes
 from ..wan.vae.tiling import Window
 from .load import DTYPES
 from .memory import need_host_bytes
@@ -294,7 +294,8 @@ def _decode_ours(
     need = DecodeNeed(vae, model, samples.shape, tile_size, held)
     need.load()
     out = torch.empty(shape, device=vae.output_device, dtype=dtype)
-    tile = need.tile(out.nbytes if out.device == device else 0, say)
+    taken = out.nbytes if out.device == device else 0
+    tile = need.tile(taken, say)
     decode_within_memory(
         model,
         samples.to(device, model.decode_dtype),
@@ -304,6 +305,7 @@ def _decode_ours(
         need.last_resort(),
         Progress(),
         check_cancelled,
+        chunk_frames=need.chunk_frames(tile, taken),
     )
     return vae.process_output(out).movedim(1, -1)
 
@@ -341,6 +343,13 @@ class DecodeNeed:
         comfy.model_management.load_models_gpu(
             [vae.patcher], memory_required=self.bytes, force_full_load=vae.disable_offload
         )
+
+    def chunk_frames(self, tile: int | None, taken: int) -> int | None:
+        """Frames at once in tiles of so many pixels: more than usual on a GPU with room for them."""
+        needed = decode_bytes(*self.size, tile=tile, chunk_frames=LONG_CHUNK, **self.given)
+        device = self.vae.device
+        roomy = device.type == "cuda" and needed + taken <= self.vae.patcher.get_free_memory(device)
+        return LONG_CHUNK if roomy else None
 
     def tile(self, taken: int, say: Callable[[str], None]) -> int | None:
         """Pixels of a tile to begin with; None and 0 are whole frames.

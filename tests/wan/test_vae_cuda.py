@@ -3,10 +3,15 @@
 import pytest
 import torch
 from helpers import relative
+from helpers_memory import PeakBytes
 from helpers_vae import latents, pixels
 from lib.random_weights import randomise
-from wan21.wan.vae import WanVAE, cuda
+from torch._subclasses.fake_tensor import FakeTensorMode
+from wan21.wan.vae import WanVAE, cuda, memory
+from wan21.wan.vae.fallback import decode_within_memory
+from wan21.wan.vae.layers import AttentionBlock
 from wan21.wan.vae.past import Past
+from wan21.wan.vae.stream import CHUNK_FRAMES
 
 CUDA = torch.device("cuda", 0)
 
@@ -107,6 +112,30 @@ def test_a_changed_convolution_is_called(on_gpu, change):
     assert relative(ours, expected) <= 5e-6
     on_gpu(True)
     assert relative(vae.decode(latents(3)), plain) > 1e-3
+
+
+@pytest.mark.parametrize("way, tile, chunk", [("decode", None, 2), ("decode", 512, 4), ("encode", None, 4)])
+def test_the_estimate_is_near_the_counted_tensors(way, tile, chunk, monkeypatch):
+    """Shapes on a GPU, and no data; float32, since PyTorch knows the layout of results for it without one."""
+    for module in (cuda, memory):
+        monkeypatch.setattr(module, "suits", lambda device, itemsize: device.type == "cuda")
+    monkeypatch.setattr(AttentionBlock, "attend", staticmethod(lambda q, k, v: torch.empty_like(q)))
+    monkeypatch.setattr(cuda, "_kernel", lambda *_: lambda *_: None)
+    monkeypatch.setitem(CHUNK_FRAMES, "cuda", chunk)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vae = WanVAE(dim=96, device="cuda")
+        with PeakBytes("cuda") as meter:
+            if way == "decode":
+                z, out = torch.zeros(1, 16, 3, 60, 104, device="cuda"), torch.empty(1, 3, 9, 480, 832)
+                start = meter.now
+                decode_within_memory(vae, z, out, tile)
+                estimate = memory.decode_bytes(vae, 60, 104, CUDA, tile)
+            else:
+                x = torch.zeros(1, 3, 9, 480, 832, device="cuda")
+                start = meter.now
+                vae.encode(x)
+                estimate = memory.encode_bytes(vae, 9, 480, 832, CUDA)
+    assert 1 <= estimate / (meter.peak - start) < 1.15, (estimate / 2**30, (meter.peak - start) / 2**30)
 
 
 SUITS = [

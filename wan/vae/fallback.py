@@ -70,11 +70,12 @@ def decode_within_memory(
     progress: Progress | None = None,
     check: Check | None = None,
     window: Window | None = None,
+    chunk_frames: int | None = None,
 ) -> None:
     """`WanVAE.decode` into `out`, in whole frames or tiles, going on in less memory where that runs out.
 
     Args:
-        vae, z, tile, retreat, last_resort, check, window: as for `decode_pieces`.
+        vae, z, tile, retreat, last_resort, check, window, chunk_frames: as for `decode_pieces`.
         out: [B, 3, F, H, W] of the window, on any device.
         progress: called as progress(done, total) with pixel frames; may raise.
 
@@ -90,7 +91,8 @@ def decode_within_memory(
         place[:, piece.first : piece.first + pixels.shape[1]] = pixels
         return piece.area * pixels.shape[1]
 
-    for part in decode_pieces(vae, z, put, tile, Retreat(out.device, retreat, last_resort), check, window):
+    how = Retreat(out.device, retreat, last_resort, chunk_frames)
+    for part in decode_pieces(vae, z, put, tile, how, check, window):
         done += part
         report(progress, total - math.ceil((total * area - done) / area), total)
 
@@ -103,11 +105,13 @@ class Retreat(NamedTuple):
         say: called with one sentence before the decode goes on; frees what can be freed.
         last_resort: called when the smallest tiles do not fit; gives the VAE to go on with, maybe on another
             device. None if there is no such VAE.
+        chunk_frames: as for `WanVAE.decode`, until memory runs out.
     """
 
     device: torch.device
     say: Callable[[str], object] | None = None
     last_resort: Callable[[], WanVAE] | None = None
+    chunk_frames: int | None = None
 
 
 def decode_pieces(
@@ -136,7 +140,7 @@ def decode_pieces(
     Raises:
         Exception: any that is not for lack of memory, or the last for lack of it.
     """
-    device, say, last_resort = retreat
+    device, say, last_resort, chunk_frames = retreat
     window = window or _whole(z)
     left = [Piece(i, *window, 0) for i in range(z.shape[0])]
     whole, frames = sum(piece.area for piece in left), vae.decode_output_shape(z.shape)[2]
@@ -144,7 +148,8 @@ def decode_pieces(
     for size, smaller in zip(sizes, [*sizes[1:], None]):
         pieces = [part for piece in left for part in piece.cut(size)]
         may_fail = smaller is not None or last_resort is not None
-        remaining = yield from _decode(vae, z, put, pieces, may_fail, device, check)
+        remaining = yield from _decode(vae, z, put, pieces, may_fail, device, check, chunk_frames)
+        chunk_frames = None
         if not remaining:
             return
         if remaining != pieces:  # else no frame came out: what is left stays in the larger pieces it was
@@ -176,6 +181,7 @@ def _decode(
     may_fail: bool,
     device: torch.device,
     check: Check | None,
+    chunk_frames: int | None = None,
 ) -> Generator[T, None, list[Piece]]:
     """Decodes piece after piece; returns those that are left when memory runs out, which it then may."""
     left = deque(pieces)
@@ -188,7 +194,7 @@ def _decode(
             window = None if piece.area == h * w else (piece.rows, piece.columns)
             if window is not None and held != piece.sample:
                 features, held = vae.features(clip, device, check), piece.sample
-            for f, chunk in vae.decode_part(clip, window, features, piece.first, check=check):
+            for f, chunk in vae.decode_part(clip, window, features, piece.first, chunk_frames, check):
                 done = put(piece._replace(first=f), chunk[0])
                 left[0] = piece._replace(first=f + chunk.shape[2])
                 yield done

@@ -13,6 +13,7 @@ import torch
 
 from . import WanVAE
 from .cpu import STRIP_BYTES
+from .cuda import suits
 from .fallback import TILES
 from .layers import Layer
 from .stream import frames_per_chunk
@@ -20,8 +21,13 @@ from .tiling import Window, even_spans, growth, margins, with_margin
 
 # Chunks alive at once in a residual block: its input, the normed copy, that joined to the two frames before
 # it (twice a chunk of two), the result, and on CUDA what the library's convolution takes for itself, at most
-# its input and result in another layout. On the CPU the strips of cpu.py take their place.
+# its input and result in another layout. On the CPU the strips of cpu.py take their place. Where channels lie
+# last (cuda.py) it is three, and two frames before one of them.
 CHUNKS_ALIVE = {"cpu": 5, "cuda": 8}
+CHUNKS_CHANNELS_LAST, FRAMES_BEFORE = 3, 2
+LONG_CHUNK = (
+    4  # frames, on CUDA where there is room: joining the two before costs less, and kernels run longer
+)
 # Without cuDNN a convolution of 3x3x3 first writes out what each of its taps reads. The host turns it off on
 # AMD's newer cards, where the name stands for MIOpen.
 COLUMNS = 27
@@ -37,6 +43,7 @@ def decode_bytes(
     itemsize: int | None = None,
     held_frames: int = 0,
     window: Window | None = None,
+    chunk_frames: int | None = None,
 ) -> int:
     """Bytes that decoding one clip takes on `device` beyond weights, latent and result.
 
@@ -49,9 +56,13 @@ def decode_bytes(
         held_frames: latent frames whose features are held on `device` for tiles; 0 where the result, and so
             they, lie elsewhere.
         window: rows and columns, in latent pixels, of what alone is decoded; None is all of it.
+        chunk_frames: as for `WanVAE.decode`.
     """
     itemsize = itemsize or vae.conv2.weight.element_size()
-    chunk = frames_per_chunk(None, device)
+    chunk = frames_per_chunk(chunk_frames, device)
+    alive = _frames_alive(chunk, itemsize, device)
+    if suits(device, itemsize):
+        alive += chunk  # second halves of what was doubled in time, which wait for the first at each level
     whole, *local = vae.decoder.stages()
     kept, widest, scale = kept_values(whole) * h * w, 0, 1
     sides = [(side, span or slice(0, side)) for side, span in zip((h, w), window or (None, None))]
@@ -60,9 +71,9 @@ def decode_bytes(
         scale *= growth(layers)
         pixels = rows * columns * growth(layers) ** 2
         kept += kept_values(layers) * pixels
-        widest = max(widest, width(layers) * pixels * chunk)
+        widest = max(widest, width(layers) * pixels)
     held = vae.decoder.conv1.out_channels * held_frames * h * w if tile else 0
-    return _bytes(kept, widest, itemsize, device) + itemsize * held
+    return _bytes(kept, alive * widest, itemsize, device) + itemsize * held
 
 
 def encode_bytes(
@@ -81,7 +92,7 @@ def encode_bytes(
     kept, widest, pixels = 0, 0, h * w
     for layers in vae.encoder.stages():
         kept += kept_values(layers, frames) * pixels
-        widest = max(widest, width(layers) * pixels * min(chunk, frames))
+        widest = max(widest, width(layers) * pixels * _frames_alive(min(chunk, frames), itemsize, device))
         pixels //= 4
         if layers[0].time == 0.5:
             frames = (frames + 1) // 2
@@ -137,10 +148,17 @@ def width(layers: Sequence[Layer]) -> int:
     return max(conv.in_channels for layer in layers for conv in layer.convs)
 
 
-def _bytes(kept: int, widest: int, itemsize: int, device: torch.device) -> int:
-    """Of the numbers kept between chunks, and of the chunks alive at the widest place."""
+def _frames_alive(chunk: int, itemsize: int, device: torch.device) -> int:
+    """Frames alive at once in a residual block that works on chunks of so many."""
+    if suits(device, itemsize):
+        return CHUNKS_CHANNELS_LAST * chunk + FRAMES_BEFORE
     alive = CHUNKS_ALIVE.get(device.type, CHUNKS_ALIVE["cuda"])
     if device.type == "cuda" and not torch.backends.cudnn.enabled:
         alive += COLUMNS
+    return alive * chunk
+
+
+def _bytes(kept: int, alive: int, itemsize: int, device: torch.device) -> int:
+    """Of the numbers kept between chunks, and of those alive at the widest place."""
     strips = 2 * STRIP_BYTES if device.type == "cpu" else 0
-    return strips + int(SAFETY * itemsize * (kept + alive * widest))
+    return strips + int(SAFETY * itemsize * (kept + alive))
