@@ -1,5 +1,6 @@
 """Our VAE inside a standard VAE."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +18,9 @@ from comfy.model_prefetch import cleanup_prefetched_modules
 from torch import Tensor
 
 from ..wan import files
+from ..wan.kernels import describe
 from ..wan.vae import WanVAE
+from ..wan.vae.cuda import kernel_choices, suits
 from ..wan.vae.fallback import decode_within_memory, on_cpu
 from ..wan.vae.layers import AttendFrame, AttentionBlock, attend_frame
 from ..wan.vae.memory import LONG_CHUNK, choose_tile, decode_bytes, encode_bytes
@@ -30,6 +33,9 @@ from .reader import read_checkpoint
 from .stored import spoilt_weight
 
 Device: TypeAlias = torch.device | str | None
+
+
+_logged: set[tuple[torch.device, torch.dtype]] = set()
 
 
 class DecodedElsewhere(Protocol):
@@ -77,10 +83,18 @@ class HostWanVAE(WanVAE):
         self.encoder.to(encode_dtype)
         self.conv1.to(encode_dtype)
 
+    def log_kernels(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Says once in the log which kernels are taken on a GPU, and why others are not."""
+        if suits(device, dtype.itemsize) and (device, dtype) not in _logged:
+            _logged.add((device, dtype))
+            said = describe(kernel_choices(device, dtype, self.dim))
+            logging.info("Wan2.1 VAE in %s on %s, kernels: %s", dtype, device, said)
+
     def is_plain(self, conv: Any) -> bool:
         return not (conv.weight_function or conv.bias_function)  # patches that act inside forward()
 
     def encode(self, x: Tensor, device: Device = None, **options: Any) -> Tensor:
+        self.log_kernels(torch.device(device or x.device), self.encode_dtype)
         return super().encode(whole_latents(x).to(self.encode_dtype), device, **_watched(options))
 
     def decode(self, z: Tensor, output_buffer: Tensor | None = None, **options: Any) -> Tensor:
@@ -88,6 +102,7 @@ class HostWanVAE(WanVAE):
             output_buffer = self._output(z, output_buffer, z.dtype)
             if self.elsewhere.decode(z, output_buffer, "auto"):
                 return output_buffer
+        self.log_kernels(z.device, self.decode_dtype)
         return super().decode(z.to(self.decode_dtype), output_buffer, **_watched(options))
 
     def encode_tiled(
@@ -296,6 +311,7 @@ def _decode_ours(
     out = torch.empty(shape, device=vae.output_device, dtype=dtype)
     taken = out.nbytes if out.device == device else 0
     tile = need.tile(taken, say)
+    model.log_kernels(device, model.decode_dtype)
     decode_within_memory(
         model,
         samples.to(device, model.decode_dtype),

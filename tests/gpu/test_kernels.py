@@ -10,6 +10,8 @@ from wan21.wan.config import SIZES, WanConfig
 from wan21.wan.dit import WanAttentionBlock
 from wan21.wan.kernels import describe
 from wan21.wan.rope import axis_frequencies, rope_table
+from wan21.wan.vae import WanVAE
+from wan21.wan.vae import cuda as vae_cuda
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 GRID = (21, 30, 52)  # 81 frames of 832x480
@@ -109,3 +111,29 @@ def test_a_block_on_kernels(choices, monkeypatch, dtype, batch):
         expected = block(x.clone(), modulation, text, image, rope, sdpa)
     print(f"relative difference {kernels.relative(ours, expected):.1e}")
     assert 0 < kernels.relative(ours, expected) < kernels.TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+def test_the_vae_on_kernels(monkeypatch, dtype):
+    """Each kernel is taken; a decode and an encode are those of the plain way."""
+    found = vae_cuda.kernel_choices(DEVICE, dtype, 96)
+    print(f"\n{torch.cuda.get_device_name()}: {describe(found)}")
+    if any(
+        word in found["norm_silu"].why for word in ("Triton is not", "NVIDIA", "capability", "C compiler")
+    ):
+        pytest.skip(found["norm_silu"].why)
+    assert all(choice.function is not None for choice in found.values()), describe(found)
+    assert vae_cuda.suits(DEVICE, dtype.itemsize)
+    g = torch.Generator(DEVICE).manual_seed(0)
+    vae = WanVAE(dim=96, device=DEVICE, dtype=dtype).requires_grad_(False)
+    for p in vae.parameters():
+        p.copy_(torch.randn(p.shape, device=DEVICE, generator=g) / p[0].numel() ** 0.5)
+    z = torch.randn(1, 16, 3, 30, 52, device=DEVICE, generator=g).to(dtype)
+    x = torch.rand(1, 3, 9, 240, 416, device=DEVICE, generator=g).to(dtype) * 2 - 1
+    with torch.no_grad():
+        ours = vae.decode(z), vae.encode(x)
+        monkeypatch.setattr(vae_cuda, "suits", lambda *_: False)
+        for a, b in zip(ours, (vae.decode(z), vae.encode(x))):
+            error = kernels.relative(a, b)
+            print(f"relative difference {error:.1e}")
+            assert error < (2e-3 if dtype == torch.float32 else 0.03)  # TF32; 16 bits

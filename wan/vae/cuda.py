@@ -98,12 +98,13 @@ class CudaPast(Past):
             )
 
 
-def doubled_and_convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def doubled_and_convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """3x3 convolution, padded by 1, of x doubled in height and width: [N, C, H, W] -> [N, D, 2H, 2W].
 
     By phases; the filters are folded at each call, which costs little beside the convolution, so that they
     may come from anywhere. The bias is added where each phase goes to its place.
     """
+    assert bias is not None
     n, _, h, w = x.shape
     filters = phase_filters(weight.float()).to(weight)
     phases = F.conv2d(x, filters, padding=1).chunk(4, 1)  # 4 of [N, D, H + 1, W + 1]
@@ -126,8 +127,9 @@ def norm_silu_into(out: Tensor, x: Tensor, norm: RMSNorm) -> None:
         norm_silu(norm, out.copy_(x), in_place=True)
 
 
-def add_bias(y: Tensor, bias: Tensor, add_to: Tensor | None = None) -> Tensor:
+def add_bias(y: Tensor, bias: Tensor | None, add_to: Tensor | None = None) -> Tensor:
     """y + bias + add_to, in the memory of y: [B, D, f, H, W]; the bias is [D]."""
+    assert bias is not None  # each of Wan's convolutions has one
     if kernel := _kernel("add_bias", y, *([] if add_to is None else [add_to])):
         kernel(y, bias, add_to)
         return y

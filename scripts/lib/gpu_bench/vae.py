@@ -1,5 +1,6 @@
 """VAE encode and decode of a clip: native, diffusers and ours, whole, in other chunks and in tiles."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 
 from ..peers import decode, encode, peer_vae, random_vae
 from .bench import Bench, Race, Row
+from .kernels import in_eager
 
 CHUNKS = (4, 8)
 TILES = (512, 256)  # pixels
@@ -31,6 +33,8 @@ def _decoding(bench: Bench, ours: Any, *sides: int) -> dict[str, Callable[[], Ca
         for name in ("native", "diffusers")
     }
     makers["decode, ours"] = lambda: partial(ours.decode, z)
+    makers["decode, ours without kernels"] = lambda: in_eager(ours.decode, z)
+    makers["decode, ours in the plain way"] = lambda: partial(_in_the_plain_way, ours, z)
     for chunk in CHUNKS:
         makers[f"decode, ours, {chunk} frames at once"] = lambda chunk=chunk: partial(
             ours.decode, z, chunk_frames=chunk
@@ -40,6 +44,17 @@ def _decoding(bench: Bench, ours: Any, *sides: int) -> dict[str, Callable[[], Ca
         side = min(tile // 8, max(1, max(sides[1:]) // 2))
         makers[f"decode, ours, tiles of {tile}"] = lambda side=side: partial(ours.decode_tiled, z, side, side)
     return makers
+
+
+def _in_the_plain_way(ours: Any, z: torch.Tensor) -> torch.Tensor:
+    """As on other devices: without channels last, phases and kernels."""
+    module: Any = importlib.import_module("wan21.wan.vae.cuda")
+    suits = module.suits
+    module.suits = lambda device, itemsize: False
+    try:
+        return ours.decode(z)
+    finally:
+        module.suits = suits
 
 
 def _encoding(bench: Bench, ours: Any, *sides: int) -> dict[str, Callable[[], Callable]]:
