@@ -87,7 +87,7 @@ class Client:
     """An engine process with so many workers, which lives as long as a model of it is held.
 
     Attributes:
-        told: (name, process, device) of each worker when it was started.
+        told: (name, process, device) of each worker since a model was last loaded.
         notes: sentences on what was done again, not yet taken.
     """
 

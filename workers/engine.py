@@ -122,8 +122,12 @@ class Engine:
 
     # --- requests -------------------------------------------------------------------------------------
 
-    def load(self, key: str, plain: tuple) -> None:
-        """Makes a model in every worker that does not have it; first, workers in the place of lost ones.
+    def told(self) -> list[tuple[str, int, str]]:
+        """(name, process, device) of each worker."""
+        return [(worker.name, worker.pid, worker.device) for worker in self.workers]
+
+    def load(self, key: str, plain: tuple) -> list[tuple[str, int, str]]:
+        """Makes a model in every worker that does not have it, first in the place of lost ones. Gives `told`.
 
         Args:
             plain: message of `(factory, arguments)`.
@@ -138,6 +142,7 @@ class Engine:
             worker.models.add(key)
         if not self.workers:
             raise Lost("no worker is left")
+        return self.told()
 
     def unload(self, keys: Iterable[str]) -> None:
         """Drops models."""
@@ -349,8 +354,7 @@ def serve(pipe: Connection) -> None:
             except Failed as failed:
                 pipe.send(("failed", failed.answer, []))
                 return
-            told = [(worker.name, worker.pid, worker.device) for worker in engine.workers]
-            pipe.send(("ok", told, []))
+            pipe.send(("ok", engine.told(), []))
             while True:
                 name, *args = pipe.recv()
                 if name == "cancel":  # came after its answer

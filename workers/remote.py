@@ -104,7 +104,7 @@ class Remote:
         if generation != self.loaded_in:
             self.packer.forget()
             message = Packer().pack(self.made_by).plain()
-            self.client.request(check, "load", self.key, message)
+            self.client.told = self.client.request(check, "load", self.key, message)
             self.loaded_in = generation
 
 
