@@ -141,7 +141,10 @@ def _alone(part: Path, progress: Progress) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        if lock.is_locked:
+            with contextlib.suppress(OSError):  # on Windows, of a file that somebody waits for
+                os.unlink(lock.lock_file)
+            lock.release()
 
 
 def _check_allowed() -> None:

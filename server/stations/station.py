@@ -11,6 +11,7 @@ import glob
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -185,8 +186,15 @@ class Station:
                 return ws
         raise CannotStart("its ComfyUI closed the connection")
 
+    def _status(self) -> str:
+        try:
+            return str(self.process.wait(LAST_WORDS_SECONDS))
+        except subprocess.TimeoutExpired:
+            return "unknown: it closed the connection"
+
     def _last_words(self) -> str:
-        lines = (self.base / "log").read_text(errors="replace").strip().splitlines()
+        text = re.sub(r"\x1b\[[\d;]*m", "", (self.base / "log").read_text(errors="replace"))
+        lines = text.strip().splitlines()
         return " / ".join(lines[-3:]) or "it said nothing"
 
     # --- news of it -----------------------------------------------------------------------------------
@@ -204,7 +212,8 @@ class Station:
                     self._tell("bytes", message.data)
         except Exception as error:
             await self._die(f"{type(error).__name__}: {error}")
-        await self._die(f"its ComfyUI ended ({self._last_words()})")
+        status = await asyncio.to_thread(self._status)
+        await self._die(f"its ComfyUI ended with status {status}")
 
     async def _take(self, text: str) -> None:
         message = json.loads(text)
