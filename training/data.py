@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .portraits import enriched
+
 CAMERA = (
     "pan left",
     "pan right",
@@ -43,6 +45,7 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = ("left", "right", "up", "down")
 OBJECT_ACTIONS = ("move", "grow", "shrink", "bounce")
 HELD_OUT = 10**9  # seeds from here on are never trained on
+FACES = 7 * 10**9  # added to the seed, for what is drawn over a scene
 
 STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x, y; y points down
 SIDE = 64  # units along the shorter side
@@ -87,6 +90,11 @@ def clips(seed, count, frames=17, height=64, width=64, motions=None, device="cpu
     is_object = torch.tensor([m.kind == "object" for m in motions], device=device)
     pixels_per_unit = min(height, width) / SIDE * DENSITY
     canvas = scene(gen, count, reach, pixels_per_unit, plain=is_object)
+    if (
+        seed < HELD_OUT
+    ):  # numbers on held-out clips stay comparable; for pictures of users there are photographs
+        own = Random(torch.Generator(device).manual_seed(seed + FACES))
+        canvas = enriched(own, canvas, ~is_object, reach, pixels_per_unit)
     where = [i for i, m in enumerate(motions) if m.kind == "object"]
     if where:
         colour = torch.tensor([COLOURS[motions[i].colour] for i in where], device=device)

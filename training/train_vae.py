@@ -59,7 +59,7 @@ class Schedule:
     video_steps: int
     refine_steps: int
     batch: int
-    video_lr: float = 5e-4  # more undoes what the start has
+    video_lr: float = 2e-4  # 1e-3 undoes what the start has within ten steps
     refine_lr: float = 1.5e-3
     dim: int = 16
 

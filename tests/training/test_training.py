@@ -328,3 +328,13 @@ def test_every_photograph_says_whose_it_is():
     assert len(re.findall(r"\| (CC0|public domain) \|", told)) == len(found)
     for picture in found.values():
         assert picture.shape == (3, 128, 128) and 0 <= picture.min() < 0.2 and 0.8 < picture.max() <= 1
+
+
+def test_faces_and_light_are_in_what_is_trained_on_and_not_in_what_is_measured(monkeypatch):
+    seeds, motions = (3, data.HELD_OUT + 3), ["still", data.Motion("object", "move", "red", "circle", "up")]
+    now = [data.clips(seed, 8, 1, 32, 32, motions=motions)[0] for seed in seeds]
+    monkeypatch.setattr(data, "enriched", lambda rnd, image, *_: image)
+    plain = [data.clips(seed, 8, 1, 32, 32, motions=motions)[0] for seed in seeds]
+    changed = (now[0] - plain[0]).abs().flatten(1).amax(1) > 0.05
+    assert changed[::2].sum() >= 2 and not changed[1::2].any()  # the shapes of the captions keep their scenes
+    assert torch.equal(now[1], plain[1]) and now[0].abs().max() <= 1
