@@ -10,7 +10,6 @@ import torch
 from comfy import memory_management
 from comfy.memory_management import extra_ram_release
 from comfy.model_patcher import ModelPatcher
-from comfy.model_prefetch import cleanup_prefetched_modules
 
 from ..wan.memory import GIB, MemoryPlan, choose_plans, step_bytes
 from ..wan.option import Option
@@ -18,6 +17,7 @@ from ..wan.out_of_memory import OutOfMemoryError, is_out_of_memory
 from ..wan.refusal import Refusal
 from .devices import devices_of
 from .lora import changes_weights_at_use, factor_bytes
+from .prefetch import ahead_bytes, forget_fetched
 from .stored import weight_bytes
 
 LORA_COPIES = 4  # of a matrix changed at its use: the weight, its clone, the difference, that scaled
@@ -64,16 +64,21 @@ def plan_memory(
         size = replace(size, matrix_bytes=max(model.model.matrix_bytes(itemsize), LORA_COPIES * itemsize))
     size = replace(size, lora_bytes=factor_bytes(model))
     weights = weight_bytes(model)
+    ahead = ahead_bytes(model)
+    if ahead:
+        plans = (*plans, replace(plans[-1], ahead=False))
     needs = [step_bytes(size, plan) for plan in plans]
     budgets = {device: usable_bytes(device) for device in devices_of(model)}
     plans = min(
         (
-            choose_plans(plans, needs, 0 if device.type == "cpu" else weights, budget)
+            choose_plans(plans, needs, 0 if device.type == "cpu" else weights, budget, ahead)
             for device, budget in budgets.items()
         ),
         key=len,
     )
     need = step_bytes(size, plans[0])
+    if plans[0].ahead and need + weights > min(budgets.values()):
+        need += ahead
     where = ""
     for device, budget in budgets.items():
         if device.type != "cpu":
@@ -149,8 +154,8 @@ def make_room(patcher: ModelPatcher) -> bool:
     management = comfy.model_management
     ours = [m for m in management.current_loaded_models if m.model is patcher or patcher.is_clone(m.model)]
     gone = bool(management.free_memory(1e30, patcher.load_device, keep_loaded=ours))
-    if patcher.is_dynamic():  # a prefetch that was cut short would later pass for a loaded layer
-        cleanup_prefetched_modules(patcher.model.modules())
+    if patcher.is_dynamic():
+        forget_fetched(patcher.model)
     resident = patcher.loaded_size()
     amount = max(LEAST_ROOM, resident // 4)
     if patcher.is_dynamic():

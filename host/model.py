@@ -34,6 +34,7 @@ from .patches import (
     scaled_frequencies,
     written_in_call,
 )
+from .prefetch import AHEAD, ahead_bytes
 from .progress import tell
 from .runner import composed_runner, pass_name
 from .stored import matrix_bytes, store_as
@@ -192,7 +193,7 @@ class HostWanModel(WanModel):
                 pass_names=names,
                 frequencies=scaled_frequencies(call.frequencies, self.config.head_dim, transformer_options),
                 attention=attention,
-                runner=composed_runner(call, transformer_options),
+                runner=composed_runner(call, transformer_options, self.blocks),
                 execute=block_executor(call.plan.parts),
                 context_attention=call.context_attention,
                 contexts={name: c.to(context) for name, c in transformer_options.get(TEXTS, {}).items()},
@@ -294,7 +295,8 @@ class Wan21(comfy.model_base.WAN21):
         batch, channels, frames, *sides = input_shape
         passes = 1 if batch % 2 else 2
         frames += max((shape[2] for shape in cond_shapes.get("time_dim_concat", ())), default=0)
-        return step_bytes(self.step_size((batch // passes, channels, frames, *sides), passes))
+        step = step_bytes(self.step_size((batch // passes, channels, frames, *sides), passes))
+        return step + (0 if self.current_patcher is None else ahead_bytes(self.current_patcher))
 
     def step_size(self, latent: tuple[int, ...], passes: int) -> StepSize:
         """What the memory of a step depends on, by the attention and weights as they are now.
@@ -344,6 +346,8 @@ class Wan21(comfy.model_base.WAN21):
             x = torch.cat([x, c_concat.to(x)], dim=1)
         conds = {k: v.to(x.device, dtype) if torch.is_tensor(v) else v for k, v in conds.items()}
         context = c_crossattn.to(x.device, dtype)
+        is_dynamic = self.current_patcher is not None and self.current_patcher.is_dynamic()
+        transformer_options = transformer_options | {AHEAD: is_dynamic}
         return self.diffusion_model(
             x, timestep, context, transformer_options=transformer_options, **conds
         ).float()

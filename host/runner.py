@@ -1,16 +1,17 @@
 """The walk over the blocks on the host: it stops on cancel and honours replaced blocks; never compiled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..wan.dit import ApplyBlock, BlockRunner, Pass
 from ..wan.option import Call
 from .attention import OVERRIDE, attention_of
 from .patches import patch_inside_blocks
+from .prefetch import fetched_ahead
 from .progress import check_cancelled
 from .untraced import untraced
 
@@ -18,8 +19,12 @@ ONE_A_PASS = ("cond_or_uncond", "uuids")  # lists in transformer_options
 
 
 @untraced
-def runner_of(transformer_options: dict) -> BlockRunner:
-    """The joint walk over the blocks that stops on cancel and honours the host's block replacements."""
+def runner_of(transformer_options: dict, fetched: Sequence[nn.Module] = ()) -> BlockRunner:
+    """The joint walk over the blocks that stops on cancel and honours the host's block replacements.
+
+    Args:
+        fetched: the blocks, where their weights are to be fetched ahead.
+    """
     replaced = transformer_options.get("patches_replace", {}).get("dit", {})
 
     def run(num_blocks: int, passes: list[Pass], call: ApplyBlock) -> None:
@@ -28,19 +33,22 @@ def runner_of(transformer_options: dict) -> BlockRunner:
         transformer_options["block_type"] = "double"
         told = {key: transformer_options[key] for key in ONE_A_PASS if transformer_options.get(key)}
         names = [pass_name(chunk) for chunk in told.get("cond_or_uncond", [0])]
-        for i in range(num_blocks):
-            transformer_options["block_index"] = i
-            at = -1
-            for p in passes:
+        with fetched_ahead(fetched[:num_blocks], passes[0].x.device, transformer_options) as fetch:
+            for i in range(num_blocks):
+                transformer_options["block_index"] = i
                 check_cancelled()
-                # A replaced block and the host's attention get one pass, and are told of that one. Several
-                # prompts of a side are passes of one name, in the order of the lists.
-                at = names.index(p.name, at + 1)
-                transformer_options.update({key: [values[at]] for key, values in told.items()})
-                if ("double_block", i) in replaced:
-                    p.x = _replaced(replaced["double_block", i], i, p, call, transformer_options)
-                else:
-                    p.x = call(i, p)
+                fetch()
+                at = -1
+                for p in passes:
+                    check_cancelled()
+                    # A replaced block and the host's attention get one pass, and are told of that one.
+                    # Several prompts of a side are passes of one name, in the order of the lists.
+                    at = names.index(p.name, at + 1)
+                    transformer_options.update({key: [values[at]] for key, values in told.items()})
+                    if ("double_block", i) in replaced:
+                        p.x = _replaced(replaced["double_block", i], i, p, call, transformer_options)
+                    else:
+                        p.x = call(i, p)
         transformer_options.update(told)
 
     return run
@@ -106,9 +114,9 @@ def _from_matrices(pe: Tensor) -> Tensor:
 
 
 @untraced
-def composed_runner(call: Call, transformer_options: dict) -> BlockRunner:
+def composed_runner(call: Call, transformer_options: dict, blocks: Sequence[nn.Module]) -> BlockRunner:
     """`runner_of` with those of a call's options around it."""
-    runner = untraced(runner_of(transformer_options))
+    runner = untraced(runner_of(transformer_options, blocks if call.plan.ahead else ()))
     for around in call.around:
         runner = untraced(around(runner))
 

@@ -1,7 +1,7 @@
 """A transformer block done on one part of the tokens after the other.
 
 Only self-attention needs all tokens at once. What the rest makes on the way is then as large as a part, the
-numbers are the same up to rounding, and each layer's weights are fetched once a part.
+numbers are the same up to rounding, and each layer's weights are used once a part.
 
 B batch, L tokens, D width, N heads, T text tokens, I image tokens.
 """

@@ -38,17 +38,21 @@ class MemoryPlan:
         joint: passes go through each block together; each keeps its tokens.
         parts: of the tokens, one after the other in all that is not self-attention (`wan.chunked`).
         spread: whether passes are on several devices; said and nothing else.
+        ahead: where weights are streamed, those of a block come whole and while the one before computes, once
+            for all passes and parts; else those of a layer, at each of its calls.
     """
 
     joint: bool = True
     parts: int = 1
     spread: bool = False
+    ahead: bool = True
 
     def __str__(self) -> str:
         walk = "passes together" if self.joint else "one pass after the other"
         if self.spread:
             walk = "each pass on its own device"
-        return walk + (f", tokens in {self.parts} parts" if self.parts > 1 else "")
+        walk += f", tokens in {self.parts} parts" if self.parts > 1 else ""
+        return walk + ("" if self.ahead else ", weights fetched layer by layer")
 
 
 JOINT = MemoryPlan()
@@ -66,7 +70,11 @@ def plans_from(joint: bool, passes: int = 2, spread: bool = False) -> tuple[Memo
 
 
 def choose_plans(
-    plans: Sequence[MemoryPlan], needs: Sequence[float], weights: float, budget: float
+    plans: Sequence[MemoryPlan],
+    needs: Sequence[float],
+    weights: float,
+    budget: float,
+    ahead: float = 0.0,
 ) -> Sequence[MemoryPlan]:
     """The plans less those that are known not to fit.
 
@@ -75,14 +83,15 @@ def choose_plans(
         needs: activations of each, in bytes.
         weights: of the model, in bytes.
         budget: bytes of the device that may be used for both.
+        ahead: what the blocks that are fetched ahead take, of plans that do so, where weights are streamed.
 
     Returns:
         The plans from the first that leaves room for all weights; if there is none (weights are streamed),
         from the first whose activations fit in nine tenths; if there is none, the last.
     """
-    for limit in (budget - weights, 0.9 * budget):
+    for limit, fetched in ((budget - weights, 0.0), (0.9 * budget, ahead)):
         for i, need in enumerate(needs):
-            if need <= limit:
+            if need + (fetched if plans[i].ahead else 0.0) <= limit:
                 return plans[i:]
     return plans[-1:]
 
