@@ -154,6 +154,7 @@ class HostWanModel(WanModel):
         """
         raise IN_ORIG
 
+    @untraced
     def check_call(self, x: Tensor, conditioning: Mapping[str, Any], patched: Refusal | None) -> None:
         """Refuses a call that would not do what it is made for.
 
@@ -193,7 +194,7 @@ class HostWanModel(WanModel):
                 pass_names=names,
                 frequencies=scaled_frequencies(call.frequencies, self.config.head_dim, transformer_options),
                 attention=attention,
-                runner=composed_runner(call, transformer_options, self.blocks),
+                runner=composed_runner(call, transformer_options, [*self.blocks]),
                 execute=block_executor(call.plan.parts),
                 context_attention=call.context_attention,
                 contexts={name: c.to(context) for name, c in transformer_options.get(TEXTS, {}).items()},

@@ -32,6 +32,12 @@ def whole(vae, samples):
         return vae.decode(samples)[0]
 
 
+def same(images, whole):
+    """Bit for bit on the CPU; on a GPU the node's chunks of frames are longer than those of the host's call."""
+    on_cpu = management.get_torch_device().type == "cpu"
+    return torch.equal(images, whole) if on_cpu else relative(images, whole) < 1e-5
+
+
 @pytest.fixture
 def decode(vae, samples, caplog):
     """Runs the node; keywords replace the latent's entries. -> (frames, what it said)"""
@@ -67,7 +73,7 @@ def test_auto_decodes_whole_frames_where_they_fit(decode, whole):
     images, said = decode()
     assert images.shape == (4 * (T - 1) + 1, H * 8, W * 8, 3)
     assert images.min() >= 0 and images.max() <= 1
-    assert torch.equal(images, whole)
+    assert same(images, whole)
     assert said == []
 
 
@@ -103,7 +109,7 @@ def test_out_of_memory_goes_on_in_smaller_tiles(vae, decode, whole):
 
 def test_a_batch_is_a_row_of_clips(decode, whole, samples):
     images, _ = decode(samples=torch.cat([samples, samples]))
-    assert torch.equal(images, torch.cat([whole, whole]))
+    assert same(images, torch.cat([whole, whole]))
 
 
 def test_the_native_vae_is_decoded_by_the_host(files, decode, whole):
@@ -143,7 +149,7 @@ def test_an_error_names_the_file_that_resumes(vae, decode, samples, output):
 def test_an_output_folder_that_cannot_be_written_does_not_stop_the_decode(decode, whole, output):
     (output / "wan21").write_text("a file where the folder should be")
     images, said = decode(**{SAMPLING_SECONDS: 100})
-    assert torch.equal(images, whole)
+    assert same(images, whole)
     assert "could not keep the latent" in said[0]
 
 
@@ -168,14 +174,14 @@ def test_frames_that_do_not_fit_into_host_memory_cost_no_latent(decode, output, 
 def test_a_file_that_cannot_be_removed_does_not_cost_the_frames(decode, whole, output, monkeypatch):
     monkeypatch.setattr("pathlib.Path.unlink", fails(PermissionError("in use by another program")))
     images, said = decode(**{SAMPLING_SECONDS: 100})
-    assert torch.equal(images, whole)
+    assert same(images, whole)
     assert "could not remove" in said[-1] and "in use by another program" in said[-1]
 
 
 def test_an_output_folder_that_is_a_link_to_elsewhere(decode, whole, output, tmp_path_factory):
     (output / "wan21").symlink_to(tmp_path_factory.mktemp("another_disk"))
     images, said = decode(**{SAMPLING_SECONDS: 100})
-    assert torch.equal(images, whole)
+    assert same(images, whole)
     assert "could not keep the latent" in said[0]
 
 
@@ -193,7 +199,7 @@ def test_cancel_stops_within_a_layer_and_keeps_the_latent(vae, decode, whole, ou
         assert blocks == [1]
         assert "the latent is kept in" in caplog.records[-1].getMessage()
     assert len([*output.rglob("*.latent")]) == 2
-    assert torch.equal(decode()[0], whole)
+    assert same(decode()[0], whole)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +227,7 @@ def test_an_end_image_alone_is_no_video(decode):
 
 def test_sides_may_be_odd_in_latent_pixels(decode, vae):
     latent = torch.zeros(1, 16, 1, 3, 5)
-    assert torch.equal(decode(samples=latent)[0], vae.decode(latent)[0])
+    assert same(decode(samples=latent)[0], vae.decode(latent)[0])
 
 
 @pytest.mark.parametrize("by_native", [False, True])

@@ -109,7 +109,7 @@ def test_cancel_and_decode_again(client, faulty, vae, tmp_path):
     threading.Timer(0.2, cancel).start()
     with pytest.raises(management.InterruptProcessingException):
         decode(faulty, latent(9))
-    assert time.monotonic() - cancelled[0] < 5
+    assert time.monotonic() - cancelled[0] < 15
     for pid in pids(client):
         (tmp_path / str(pid)).unlink()
     assert relative(decode(faulty, latent(3)), decode(vae, latent(3))) < 1e-5
@@ -124,7 +124,7 @@ def test_a_window_lost_with_its_worker_is_decoded_again(client, faulty, vae, sai
     said.clear()
     began = time.monotonic()
     assert relative(decode(faulty, latent(5)), expected) < 1e-5
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert f"process {victim}) died" in said[1] and "part of the frame is decoded again" in said[1]
 
 

@@ -117,12 +117,12 @@ def test_two_machines(machines, models, prompts, sample, tmp_path, monkeypatch):
         threading.Timer(0.2, machines.cut).start()
         began = time.monotonic()
         latent, report = sample(model, *job)
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 60
         torch.testing.assert_close(latent["samples"], whole["samples"], rtol=1e-5, atol=1e-6)
         assert f"on {ADDRESSES[1]} (process" in report and "gave no sign of life for 3 s; 1 left" in report
         began = time.monotonic()
         latent, report = sample(model, *job)  # nobody is waited for
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 60
         torch.testing.assert_close(latent["samples"], whole["samples"], rtol=1e-5, atol=1e-6)
         assert "2 passes on 1" in report and ADDRESSES[1] not in report
     finally:

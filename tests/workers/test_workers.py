@@ -174,12 +174,13 @@ def test_out_of_memory_in_one_worker(client, faulty, job, sample, tmp_path):
     model, *rest = job
     whole, _ = sample(model, *rest)
     for split in ("guidance", "sequence"):
-        (tmp_path / str(client.told[1][1])).write_text("memory")
+        name, pid, _ = client.told[1]  # numbers go on where another test had one replaced
+        (tmp_path / str(pid)).write_text("memory")
         began = time.monotonic()
         remote, report = sample(faulty(model, split), *rest)
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60
         same(remote, whole)
-        assert "out of memory on worker 1 in step 1, which was done again" in report
+        assert f"out of memory on {name} in step 1, which was done again" in report
 
 
 def test_cancel_and_run_again(client, faulty, job, sample, tmp_path):
@@ -198,7 +199,7 @@ def test_cancel_and_run_again(client, faulty, job, sample, tmp_path):
     threading.Timer(0.3, cancel).start()
     with pytest.raises(management.InterruptProcessingException):
         sample(remote, *rest, steps=100)
-    assert time.monotonic() - cancelled[0] < 5
+    assert time.monotonic() - cancelled[0] < 15
     for _, pid, _ in client.told:
         (tmp_path / str(pid)).unlink()
     same(sample(remote, *rest)[0], whole)
@@ -218,7 +219,7 @@ def test_a_lost_worker(client, faulty, job, sample, tmp_path, kind):
     threading.Timer(0.2, os.kill, (pids[0], kind)).start()
     began = time.monotonic()
     result, report = sample(remote, *rest)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     same(result, whole)
     assert f"process {pids[0]}) " in report and "; 1 left" in report
 
@@ -237,7 +238,7 @@ def test_a_worker_lost_in_two_runs(client, faulty, job, sample, tmp_path):
         threading.Timer(0.2, os.kill, (told[-1], signal.SIGKILL)).start()
         began = time.monotonic()
         result, report = sample(remote, *rest)
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60
         same(result, whole)
         assert f"process {told[-1]}) " in report and "; 1 left" in report
         lost.add(told[-1])
