@@ -33,7 +33,7 @@ def whole(vae, samples):
 
 
 def same(images, whole):
-    """Bit for bit on the CPU; on a GPU the node's chunks of frames are longer than those of the host's call."""
+    """Bit for bit on the CPU; on a GPU the node's chunks are longer than those of the host's call."""
     on_cpu = management.get_torch_device().type == "cpu"
     return torch.equal(images, whole) if on_cpu else relative(images, whole) < 1e-5
 
