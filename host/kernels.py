@@ -3,6 +3,7 @@
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
+from ..wan import fp8_rows
 from ..wan.glue import kernel_choices
 from ..wan.kernels import describe
 from .devices import devices_of
@@ -19,10 +20,12 @@ def kernels_of(model: ModelPatcher) -> str | None:
     if TORCH_COMPILE_KWARGS in model.model_options:
         return "none of our own: the MODEL is compiled, and the compiler makes them"
     config, dtype = model.model.diffusion_model.config, model.model.get_dtype_inference()
-    said = {
-        str(device): describe(kernel_choices(device, dtype, config.dim, config.head_dim))
-        for device in devices
-    }
+    said = {}
+    for device in devices:
+        choices = kernel_choices(device, dtype, config.dim, config.head_dim)
+        if any(getattr(layer, "by_rows", False) for layer in model.model.diffusion_model.modules()):
+            choices |= fp8_rows.choices(device, dtype, config.ffn_dim)
+        said[str(device)] = describe(choices)
     if len(set(said.values())) == 1:
         return next(iter(said.values()))
     return "; ".join(f"on {device} {sentence}" for device, sentence in said.items())

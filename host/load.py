@@ -25,12 +25,13 @@ from ..wan.dit import WanModel
 from ..wan.files.gguf import BLOCKS, dequantize, read_gguf
 from ..wan.files.marks import check_scales, unpacked_shapes
 from ..wan.refusal import Refusal
-from .eight_bits import EIGHT_BITS, quantised
+from .eight_bits import EIGHT_BITS, FP8_ROWS, quantised
 from .fp16_sums import FP16_FAST, IN_FP16_SUMS, check_fp16_sums
 from .guide import sample_with_guide
 from .lora import work_in_at_use
 from .model import Wan21, refuse_replaced, refuse_unread
 from .operations import GGUFOperations, casting_operations, fp8_operations
+from .products import multiply_by_rows
 from .progress import tell, tell_left_out
 from .quantised import multiply_exactly, quantised_layers, tell_unpacked, with_formats
 from .reader import read_checkpoint
@@ -235,6 +236,8 @@ class _Safetensors:
         for name, part in model.diffusion_model.named_children():
             if name != "blocks":
                 multiply_exactly(part)
+        if self.weight_dtype == FP8_ROWS:
+            multiply_by_rows(model.diffusion_model.blocks)
 
 
 def is_mapped(load_device: torch.device) -> bool:

@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.ops
+import torch
 import torch.nn.functional as F
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
+from ..wan.fp8_rows import product_of, quantised_rows
 from ..wan.inplace import may_overwrite
 
 Addition = Callable[[Tensor, Tensor], Tensor]
@@ -18,14 +20,60 @@ class EightBits:
 
     Attributes:
         beside: what is added to its result y, in order: (x, y) -> y, which may be changed in place.
+        by_rows: of one in fp8, whether its input has a scale for each row; the host's has 1 for all.
     """
 
     beside: Sequence[Addition] = ()
+    by_rows: bool = False
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = super().forward(input, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.by_rows and self._multiplies_in_8_bits():
+            y = self._of_rows(input, False)
+        else:
+            y = super().forward(input, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         for add in self.beside:
             y = add(input, y)
+        return y
+
+    def folds_gelu(self, device: torch.device) -> bool:
+        """Whether `of_gelu` takes fewer passes over its input than GELU and then this layer."""
+        if device.type != "cuda" or self.beside or torch.compiler.is_compiling():
+            return False
+        return self._multiplies_in_8_bits() and (self.by_rows or self._is_int8())
+
+    def of_gelu(self, x: Tensor) -> Tensor:
+        """This layer on GELU(x), by tanh: in the kernel that rounds its input, the host's or ours."""
+        if self.by_rows:
+            return self._of_rows(x, True)
+        comfy.ops.run_every_op()
+        return comfy.ops.linear_input_act(self, x, "gelu_tanh")
+
+    def _is_int8(self) -> bool:
+        return getattr(getattr(self, "weight", None), "_layout_cls", None) == "TensorWiseINT8Layout"
+
+    def _multiplies_in_8_bits(self) -> bool:
+        layer: Any = self
+        exact = (getattr(layer, name, False) for name in ("_full_precision_mm", "comfy_force_cast_weights"))
+        return not (any(exact) or layer.weight_function or layer.bias_function)
+
+    def _of_rows(self, x: Tensor, gelu: bool) -> Tensor:
+        """The product in fp8 with a scale for each row of x [..., K]; exact where the device has none."""
+        layer: Any = self
+        comfy.ops.run_every_op()
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            layer, dtype=layer.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True,
+            compute_dtype=x.dtype, want_requant=True,
+        )  # fmt: skip
+        multiply = None if torch.compiler.is_compiling() else product_of(x.device, x.dtype, x.shape[-1])
+        if multiply and isinstance(weight, QuantizedTensor):
+            tensors: Any = weight
+            rows = quantised_rows(x.flatten(0, -2), gelu)
+            y = multiply(*rows, tensors._qdata, tensors._params.scale, bias, x.dtype)
+            y = y.unflatten(0, x.shape[:-1])
+        else:
+            exact: Any = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+            y = F.linear(F.gelu(x, approximate="tanh") if gelu else x, exact.to(x.dtype), bias)
+        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
         return y
 
 
@@ -56,3 +104,10 @@ def add_low_rank(x: Tensor, y: Tensor, up: Tensor, down: Tensor, strength: Tenso
     rows, inner, up = y.flatten(0, -2), inner.flatten(0, -2).to(y.dtype), up.to(y).t()
     y_rows = rows.addmm_(inner, up) if may_overwrite() else rows.addmm(inner, up)
     return y_rows.unflatten(0, y.shape[:-1])
+
+
+def multiply_by_rows(layers: nn.Module) -> None:
+    """Gives the input of all layers in 8 bits a scale for each row."""
+    for layer in layers.modules():
+        if isinstance(layer, EightBits) and takes_additions(layer):
+            layer.by_rows = True

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import AttentionFn, sdpa
+from .changed import is_changed
 from .config import PATCH_SIZE, WanConfig
 from .device import is_wide
 from .glue import GELU, activated, added, added_then_modulated, added_then_normed, modulated, normed_heads
@@ -164,6 +165,11 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         up, activation, down = self
+        # A host's layer that rounds its input anyway may do GELU on the way.
+        folds: Any = getattr(down, "folds_gelu", None) if type(activation) is GELU else None
+        if folds and not (is_changed(activation) or is_changed(down)) and folds(x.device):
+            of_gelu: Any = down.of_gelu
+            return of_gelu(up(x))  # (B, rows, D)
         return down(activated(x, up, activation))  # (B, rows, D)
 
 

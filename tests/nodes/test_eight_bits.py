@@ -8,12 +8,14 @@ import comfy.quant_ops
 import comfy.sd
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import relative
 from helpers_nodes import host_euler
 from safetensors.torch import load_file, save_file
 from test_gguf import pair  # noqa: F401
 from test_weights import METADATA, quantise, save, store_in
 from wan21 import host
+from wan21.host import products
 from wan21.host.eight_bits import EIGHT_BITS, FP8_ROWS, INT8, quantised
 from wan21.host.lora import _detach, changes_weights_at_use, run_of
 
@@ -218,3 +220,66 @@ def test_a_lora_acts_as_on_exact_weights(loaded, models, lora_of, prompts, sampl
         ours, exact = (sampled(lora_of(m, file, 1.0, schedule)) for m in (loaded[name], models["t2v"]))
         whole = relative(exact, plain)
         assert whole > 0.05 and relative(ours, exact) < 0.3 * whole, (schedule, whole)
+
+
+# --- products by rows, and GELU on the way -------------------------------------------------------------
+
+
+def multiplied(x, x_scale, weight, weight_scale, bias, dtype):
+    """`row_product`, which PyTorch does not have on a CPU."""
+    return F.linear(x.float() * x_scale, weight.float() * weight_scale, bias.float()).to(dtype)
+
+
+@pytest.fixture
+def on_a_gpu(files, monkeypatch):
+    """MODELs as on a GPU that multiplies in fp8, where GELU is folded into what rounds."""
+    monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device=None: True)
+    monkeypatch.setattr(products, "product_of", lambda *_: multiplied)
+    return {name: host.load_model(files["t2v"], name) for name in EIGHT_BITS}
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_gelu_rides_where_the_input_is_rounded(on_a_gpu, loaded, models, prompts, sample, monkeypatch, name):
+    model, ran = on_a_gpu[name], []
+    folded, asked = products.EightBits.of_gelu, products.EightBits.folds_gelu
+    monkeypatch.setattr(products.EightBits, "folds_gelu", lambda self, _: asked(self, torch.device("cuda")))
+    monkeypatch.setattr(products.EightBits, "of_gelu", lambda self, x: ran.append(1) or folded(self, x))
+    ours, apart, exact = (
+        sample(m, *prompts, LATENT, steps=1)[0]["samples"] for m in (model, loaded[name], models["t2v"])
+    )
+    assert len(ran) == 2 * 2 * (2 if name == INT8 else 1)  # passes, blocks; in int8 those of `loaded` too
+    assert relative(ours, exact) < (0.03 if name == INT8 else 0.06)
+    assert name == INT8 or relative(ours, apart) > 1e-3  # the input is rounded too
+
+
+def test_a_scale_for_each_row_bears_what_one_for_all_does_not(on_a_gpu):
+    """Tokens of very different sizes, as behind a GELU; the host's own product cuts what is above 448."""
+    layer = on_a_gpu[FP8_ROWS].model.diffusion_model.blocks[0].ffn[2]
+    x = torch.randn(2, 7, 512) * torch.logspace(-3, 4, 7)[:, None]
+    exact = F.linear(F.gelu(x, approximate="tanh"), layer.weight.dequantize(), layer.bias)
+    rows = (layer.of_gelu(x.clone()) - exact).norm(dim=-1) / exact.norm(dim=-1)
+    apart = (layer(F.gelu(x, approximate="tanh")) - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert rows.max() < 0.06 and apart.max() < 0.06, rows
+    layer.by_rows = False
+    host_way = (layer(F.gelu(x, approximate="tanh")) - exact).norm(dim=-1) / exact.norm(dim=-1)
+    layer.by_rows = True
+    assert host_way.max() > 0.5
+
+
+def test_without_the_product_weights_are_unpacked(on_a_gpu, monkeypatch):
+    layer = on_a_gpu[FP8_ROWS].model.diffusion_model.blocks[0].ffn[0]
+    x = torch.randn(1, 5, 256)
+    monkeypatch.setattr(products, "product_of", lambda *_: None)
+    exact = F.linear(x, layer.weight.dequantize(), layer.bias)
+    assert relative(layer(x), exact) < 1e-6
+
+
+def test_a_lora_takes_gelu_as_it_is(on_a_gpu, lora_of, monkeypatch):
+    """The factors read GELU's result, so that it is written once and not folded."""
+    g = torch.Generator().manual_seed(1)
+    for model in on_a_gpu.values():
+        patched = lora_of(model, low_rank(g, "blocks.0.ffn.2", 256, 512))
+        with running(patched):
+            down = model.model.diffusion_model.blocks[0].ffn[2]
+            assert down.beside and not down.folds_gelu(torch.device("cuda"))
+        assert down.folds_gelu(torch.device("cuda")) and not down.folds_gelu(torch.device("cpu"))

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 import triton.language as tl
 from triton.runtime import interpreter
-from wan21.wan import glue, kernels
+from wan21.wan import fp8_rows, glue, kernels
 from wan21.wan.attention import sdpa
 from wan21.wan.chunked import block_executor
 from wan21.wan.config import WanConfig
 from wan21.wan.dit import WanAttentionBlock
 from wan21.wan.kernels.add_bias import add_bias
 from wan21.wan.kernels.norm_silu import norm_silu
+from wan21.wan.kernels.quantise_rows import quantise_rows
 from wan21.wan.kernels.residual_norm import residual_norm
 from wan21.wan.kernels.rms_rope import rms_rope
 from wan21.wan.rope import apply_rope, axis_frequencies, rope_table
@@ -37,8 +38,9 @@ def rand(*shape):
 
 
 def as_a_gpu_rounds():
-    """The interpreter cuts float32 to bfloat16; a GPU rounds to the nearest."""
+    """The interpreter cuts float32 to bfloat16 and errs on small fp8; a GPU rounds to the nearest."""
     cut = interpreter.InterpreterBuilder.create_fp_trunc
+    to_fp8 = interpreter.InterpreterBuilder.create_fp_to_fp
 
     def rounded(self, value, dtype):
         if dtype.scalar != tl.bfloat16:
@@ -46,7 +48,14 @@ def as_a_gpu_rounds():
         numbers = torch.from_numpy(value.data).bfloat16().view(torch.uint16).numpy()
         return interpreter.TensorHandle(numbers, dtype.scalar)
 
+    def rounded_to_fp8(self, value, dtype, mode):
+        if dtype.scalar != tl.float8e4nv:
+            return to_fp8(self, value, dtype, mode)
+        numbers = torch.from_numpy(value.data).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return interpreter.TensorHandle(numbers, dtype.scalar)
+
     interpreter.InterpreterBuilder.create_fp_trunc = rounded
+    interpreter.InterpreterBuilder.create_fp_to_fp = rounded_to_fp8
 
 
 def compared(ours, expected, size):
@@ -138,6 +147,24 @@ def cuda_distances(dtype, width):
     }
 
 
+def rows_in_fp8():
+    """Rows in fp8 beside the reference: how far apart the scales are, and the numbers in steps of fp8."""
+    for (name, dtype), width, gelu in itertools.product(DTYPES.items(), (5120, 13824, 200), (False, True)):
+        x = (rand(5, width) * torch.tensor([1e-3, 1, 3, 50, 0])[:, None]).to(dtype)
+        ours, scale = quantise_rows(x, gelu)
+        expected, of = fp8_rows._quantised_rows(x, gelu)
+        a, b = (t.float() * s for t, s in ((ours, scale), (expected, of)))
+        step = b.abs().clamp_min(of / 64) / 8  # the largest between two numbers of three bits
+        yield (
+            f"{name}, width {width}, gelu {gelu}",
+            {
+                "scale": ((scale - of).abs() / of).max().item(),
+                "steps": ((a - b).abs() / step).max().item(),
+                "equal": (ours.view(torch.uint8) == expected.view(torch.uint8)).float().mean().item(),
+            },
+        )
+
+
 def traffic():
     """Bytes that each kernel loads and stores for one token of the 14B model."""
     moved = []
@@ -166,6 +193,7 @@ def traffic():
         "gated step": lambda: residual_norm(x, y, vector, None, EPS, half),
         "heads' norm": lambda: rms_rope(q, vector[0, 0].half(), EPS, 40, None),
         "turned": lambda: rms_rope(q, vector[0, 0].half(), EPS, 40, table),
+        "rows in fp8": lambda: quantise_rows(q[0], True),
     }
     for name, call in calls.items():
         moved.clear()
@@ -220,8 +248,8 @@ def main():
         for width in (96, 8)
         for what, found in vae_cases(dtype, width)
     }
-    found = {"numbers": numbers, "vae": vae, "blocks": dict(blocks()), "traffic": dict(traffic())}
-    print(json.dumps(found))
+    found = {"numbers": numbers, "vae": vae, "rows": dict(rows_in_fp8())}
+    print(json.dumps(found | {"blocks": dict(blocks()), "traffic": dict(traffic())}))
 
 
 main()

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from wan21.wan import glue, kernels
+from wan21.wan import fp8_rows, glue, kernels
 from wan21.wan.kernels.gelu_product import gelu_product
+from wan21.wan.kernels.row_product import row_product
 
 try:
     import triton
@@ -67,6 +68,15 @@ def test_the_interpreter_gives_the_numbers_of_the_vaes_layers(interpreted):
 
 
 @needs_triton
+def test_rows_in_fp8_are_those_of_pytorch(interpreted):
+    """GELU is another formula there; where a number lies between two of fp8 it may go to the other."""
+    found = interpreted["rows"]
+    assert len(found) == 12
+    for numbers in found.values():
+        assert numbers["scale"] < 1e-5 and numbers["steps"] <= 1.001 and numbers["equal"] > 0.999, found
+
+
+@needs_triton
 def test_a_block_on_kernels_is_the_block(interpreted):
     blocks = interpreted["blocks"]
     assert blocks.pop("taken") == {
@@ -94,6 +104,7 @@ def test_a_kernel_reads_and_writes_each_number_once(interpreted):
         "gated step": 2 * wide + half + vector,
         "heads' norm": 3 * half,
         "turned": 3 * half + turns,
+        "rows in fp8": half + 5120 + 4,  # and a scale
     }
 
 
@@ -105,12 +116,14 @@ POINTERS = {
     "rms_rope": {"x_ptr": "*bf16", "weight_ptr": "*bf16", "table_ptr": "*fp32", "out_ptr": "*bf16"},
     "norm_silu": {"x_ptr": "*bf16", "gamma_ptr": "*bf16", "out_ptr": "*bf16"},
     "add_bias": {"y_ptr": "*bf16", "bias_ptr": "*bf16", "add_to_ptr": "*bf16"},
+    "quantise_rows": {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
 }  # fmt: skip
 WAYS = {
     "residual_norm": {"HAS_Y": True, "HAS_GATE": True, "HAS_NORM": True, "BLOCK": 8192},
     "rms_rope": {"HEAD": 128, "HAS_TABLE": True, "BLOCK": 8192},
     "norm_silu": {"PIXELS": 16, "BLOCK": 128},
     "add_bias": {"HAS_RESIDUAL": True, "PIXELS": 16, "BLOCK": 128},
+    "quantise_rows": {"LARGEST": 448.0, "GELU": True, "BLOCK": 16384},
 }
 SCALARS = {"width": "i32", "pixels": "i32", "eps": "fp32", "scale": "fp32", "largest": "fp32"}
 
@@ -143,17 +156,26 @@ def compiled(name, capability, folder):
 
 
 @pytest.mark.skipif(not CUOBJDUMP.is_file(), reason="this Triton brings no ptxas and cuobjdump of NVIDIA's")
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(
+    "name, capability",
+    [(name, c) for name in WAYS for c in CAPABILITIES if divmod(c, 10) >= kernels.LEAST.get(name, (8, 0))],
+)
 def test_code_for_a_gpu_spills_nothing_and_moves_128_bits_at_a_time(name, capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     registers, stack, moves = compiled(name, capability, tmp_path)
     assert registers <= 128 and stack == 0, (registers, stack)
-    # Of each program of 8 warps: every thread has 32 of the 8192 numbers; of the VAE's of 4, 16 of 2048.
-    least = {"residual_norm": 36 + 12, "rms_rope": 8 + 4, "norm_silu": 3 + 2, "add_bias": 5 + 2}[name]
+    # Of each program of 8 warps: every thread has 32 of the 8192 numbers; of 16 warps, of the 16384; of the
+    # VAE's of 4, 16 of 2048.
+    least = {
+        "residual_norm": 36 + 12, "rms_rope": 8 + 4, "quantise_rows": 4 + 2,
+        "norm_silu": 3 + 2, "add_bias": 5 + 2,
+    }[name]  # fmt: skip
     narrow = [move for move in moves if ".128" not in move]
-    vectors = ["LDG.E.U16"] if name in ("norm_silu", "add_bias") else []  # of 96 numbers, one a thread
-    assert len(moves) >= least and narrow == vectors, moves
+    # One scale a row of fp8; of 96 numbers of the VAE, one a thread.
+    one = {"quantise_rows": 1, "norm_silu": 1, "add_bias": 1}.get(name, 0)
+    assert len(moves) - len(narrow) * (name == "quantise_rows") >= least and len(narrow) == one, moves
+    if name in ("norm_silu", "add_bias"):
+        assert narrow == ["LDG.E.U16"], moves
 
 
 @pytest.fixture
@@ -286,6 +308,38 @@ def test_gelu_rides_on_products_up_to_hopper(device, monkeypatch, capability, ta
     choice = kernels.choose("gelu_product", device, BF16, (5120,), lambda function: 0.0)
     assert (choice.function is not None) == taken
     assert taken or choice.why == "of use up to compute capability 9.0, and the device has 12.0"
+
+
+@pytest.mark.parametrize("capability, taken", [((8, 0), False), ((8, 9), True), ((12, 0), True)])
+def test_fp8_takes_a_newer_device(device, monkeypatch, capability, taken):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for name in kernels.LEAST:
+        module = f"wan21.wan.kernels.{name}"
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: lambda: None}))
+        monkeypatch.setattr(kernels, "_without_triton", lambda: None)
+        choice = kernels.choose(name, device, BF16, (13824,), lambda function: 0.0)
+        assert (choice.function is not None) == taken
+        assert taken or choice.why == "they need compute capability 8.9 and the device has 8.0"
+        if name == "quantise_rows":
+            why = kernels.choose(name, device, BF16, (16400,), lambda function: 0.0).why
+            assert not taken or why == "they take a width of up to 16384 and the model has 16400"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_the_product_by_rows(monkeypatch, dtype):
+    """What is given to PyTorch's product, which a CPU does not have for rows; by it the check agrees."""
+    given = []
+
+    def scaled(x, weight, x_scale, scales, *, out_dtype, use_fast_accum):
+        given.append((x_scale.shape, scales.shape, scales.is_contiguous(), x.dtype, weight.stride()))
+        return ((x.float() * x_scale) @ (weight.float() * scales)).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled)
+    off = fp8_rows._product_distance(torch.device("cpu"), dtype, 192, row_product)
+    assert off < (1e-6 if dtype == torch.float32 else 5e-3)
+    assert given == [((64, 1), (1, 64), True, torch.float8_e4m3fn, (1, 192))]
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: scaled(*args, **kwargs) * torch.nan)
+    assert fp8_rows._product_distance(torch.device("cpu"), dtype, 192, row_product) == math.inf
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])

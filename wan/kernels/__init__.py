@@ -1,4 +1,4 @@
-"""Kernels of `wan.glue` and of the VAE, in Triton but for one, and where they are taken.
+"""Kernels of `wan.glue`, `wan.fp8_rows` and the VAE, in Triton but for two, and where they are taken.
 
 They are for NVIDIA GPUs and 16 bits, the VAE's for float32 too. Each is run on a few tokens
 or pixels at its first use on a device and compared with PyTorch's own operations; where it differs, cannot be
@@ -22,10 +22,12 @@ from ..out_of_memory import is_out_of_memory
 
 SWITCH = "WAN21_KERNELS"
 CAPABILITY = (8, 0)  # least; bfloat16 needs it
+LEAST: dict[str, tuple[int, int]] = dict.fromkeys(("quantise_rows", "row_product"), (8, 9))  # fp8
 NEWEST = {"gelu_product": (9, 0)}  # on 12.0 product and GELU apart are faster (SGLang, pull request 34350)
-WITHOUT_TRITON = {"gelu_product"}
+WITHOUT_TRITON = {"gelu_product", "row_product"}
 IN_FLOAT32 = {"norm_silu", "add_bias"}  # too: the VAE's encoder computes in it
 MAX_WIDTH = 8192  # of a token that stays in the registers of one program
+WIDEST = {"quantise_rows": 16384}  # of twice as many warps
 TOLERANCE = 0.01  # of the relative difference; bfloat16 rounds by up to 0.004
 TOLERANCE_IN_FLOAT32 = 1e-5
 
@@ -114,7 +116,7 @@ def obstacle(name: str, device: torch.device, dtype: torch.dtype, width: int) ->
     if dtype.itemsize != 2 and not (name in IN_FLOAT32 and dtype == torch.float32):
         return f"they work in 16 bits and the model in {str(dtype).removeprefix('torch.')}"
     capability = torch.cuda.get_device_capability(device)
-    least, newest = CAPABILITY, NEWEST.get(name, capability)
+    least, newest = LEAST.get(name, CAPABILITY), NEWEST.get(name, capability)
     if capability < least:
         return f"they need compute capability {_version(least)} and the device has {_version(capability)}"
     if capability > newest:
@@ -123,8 +125,8 @@ def obstacle(name: str, device: torch.device, dtype: torch.dtype, width: int) ->
         )
     if name in WITHOUT_TRITON:
         return None
-    if width > MAX_WIDTH:
-        return f"they take a width of up to {MAX_WIDTH} and the model has {width}"
+    if width > (widest := WIDEST.get(name, MAX_WIDTH)):
+        return f"they take a width of up to {widest} and the model has {width}"
     return _without_triton()
 
 
