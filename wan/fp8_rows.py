@@ -47,7 +47,9 @@ def _choice(name: str, device: torch.device, dtype: torch.dtype, width: int) -> 
 @torch.no_grad()
 def _rows_distance(device: torch.device, dtype: torch.dtype, width: int, kernel: Callable) -> float:
     x = _random(CHECK_ROWS, width).to(device, dtype)
-    return max(relative(_wide(kernel(x, gelu)), _wide(_quantised_rows(x, gelu))) for gelu in (False, True))
+    return max(
+        kernels.relative(_wide(kernel(x, gelu)), _wide(_quantised_rows(x, gelu))) for gelu in (False, True)
+    )
 
 
 @torch.no_grad()
@@ -57,7 +59,7 @@ def _product_distance(device: torch.device, dtype: torch.dtype, width: int, kern
     rows, matrix = (_quantised_rows(part.to(device), False) for part in x)
     scale, bias = weight[0].abs().to(device), bias.to(device, dtype)
     expected = F.linear(_wide(rows), matrix[0].float() * scale, bias.float())
-    return relative(kernel(*rows, matrix[0], scale, bias, dtype), expected)
+    return kernels.relative(kernel(*rows, matrix[0], scale, bias, dtype), expected)
 
 
 def _random(*shape: int) -> Tensor:
@@ -66,12 +68,6 @@ def _random(*shape: int) -> Tensor:
 
 def _wide(rows: tuple[Tensor, Tensor]) -> Tensor:
     return rows[0].float() * rows[1]
-
-
-def relative(ours: Tensor, expected: Tensor) -> float:
-    """Distance of two tensors; infinite for NaN."""
-    off = float((ours.float() - expected.float()).norm() / expected.float().norm())
-    return off if off == off else float("inf")
 
 
 _DISTANCES: dict[str, Callable[..., Any]] = {
