@@ -2,26 +2,19 @@
 
 import importlib.util
 import os
-import secrets
-import socket
 import subprocess
 import sys
-import tempfile
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
-from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
 
-import psutil
-
 from ..wan.out_of_memory import OutOfMemoryOn
 from ..wan.refusal import Refusal
+from .process import ROOT, RayProcess
 from .wire import Packer
 
-ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.05  # between looks whether the user has cancelled
 CANCEL_SECONDS = 60.0  # for the engine to answer a cancel; it kills who does not come back sooner
 HUNG_SECONDS = 20.0  # see `engine.Engine`
@@ -95,8 +88,7 @@ class Client:
         self.setup = setup
         self.hung_seconds = hung_seconds
         self.lock = RLock()
-        self.process: subprocess.Popen | None = None
-        self.pipe: Any = None
+        self.engine: Any = None  # a RayProcess
         self.told: list[tuple[str, int, str]] = []
         self.notes: list[str] = []
         self.unwanted: list[str] = []  # keys of models that nobody holds any more
@@ -104,32 +96,20 @@ class Client:
         self.has_lost = False  # a worker since the last load
         self._stop = weakref.finalize(self, lambda: None)
 
+    @property
+    def process(self) -> subprocess.Popen:
+        """The engine's, while there is one."""
+        return self.engine.process
+
     def start(self, check: Check) -> int:
         """Starts the engine if there is none. Gives the generation of its workers."""
         with self.lock:
-            if self.process is not None and self.process.poll() is None and self.told:
+            if self.engine is not None and self.process.poll() is None and self.told:
                 return self.generation
             self.close()
-            ours, theirs = socket.socketpair()
-            self.log: Any = tempfile.TemporaryFile()  # noqa: SIM115 (read when the engine has ended)
-            environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
-            environment.pop("RAY_ADDRESS", None)
-            if not self.setup.address:  # in no file: only this user's processes read it
-                environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-            command = [sys.executable, str(ROOT / "workers"), str(theirs.fileno())]
-            self.process = subprocess.Popen(
-                command,
-                env=environment,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=self.log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl+C is for this process, which then closes the pipe
-            )
-            theirs.close()
-            self.pipe = Connection(ours.detach())
+            self.engine = RayProcess(os.environ, not self.setup.address)
             self._stop.detach()
-            self._stop = weakref.finalize(self, _end, self.pipe, self.process)
+            self._stop = weakref.finalize(self, _end, self.engine)
             count, gpus, settings, paths, threads, address = self.setup
             packed = Packer().pack(settings).plain()
             self._send((str(ROOT), count, gpus, (packed, paths, threads), self.hung_seconds, address))
@@ -141,9 +121,8 @@ class Client:
         """Ends the engine and its workers."""
         with self.lock:
             self.told = []
-            if self.process is not None:
-                _end(self.pipe, self.process)
-                self.process = None
+            if self.engine is not None:
+                _end(self.engine)
 
     def request(self, check: Check, *request: Any, take: Take | None = None) -> Any:
         """What the engine answers.
@@ -165,9 +144,9 @@ class Client:
 
     def _send(self, request: tuple) -> None:
         try:
-            self.pipe.send(request)
+            self.engine.pipe.send(request)
         except OSError as error:
-            raise EngineGone(self._last_words()) from error
+            raise EngineGone(self.engine.last_words()) from error
 
     def _answer(self, check: Check, take: Take | None = None) -> Any:
         """Waits for it, and hands on a cancel: what `check` raised is raised when the workers are idle."""
@@ -178,7 +157,7 @@ class Client:
                 self._or_call_back(take, *value)
                 kind, value, notes = self._next(check)
         except (EOFError, OSError) as error:
-            raise EngineGone(self._last_words()) from error
+            raise EngineGone(self.engine.last_words()) from error
         self.notes += notes
         self.has_lost |= bool(notes)
         if kind == "lost":
@@ -188,9 +167,9 @@ class Client:
         return value
 
     def _next(self, check: Check) -> tuple[str, Any, list[str]]:
-        while not self.pipe.poll(POLL_SECONDS):
+        while not self.engine.pipe.poll(POLL_SECONDS):
             self._or_call_back(check)
-        return self.pipe.recv()
+        return self.engine.pipe.recv()
 
     def _or_call_back(self, do: Callable[..., object], *args: Any) -> None:
         try:
@@ -203,29 +182,16 @@ class Client:
         """Cancels what the engine does; one that is still starting, or does not answer, is ended."""
         if self.told:
             self._send(("cancel",))
-            while self.pipe.poll(CANCEL_SECONDS):
-                if self.pipe.recv()[0] != "part":
+            while self.engine.pipe.poll(CANCEL_SECONDS):
+                if self.engine.pipe.recv()[0] != "part":
                     return
         self.close()
 
-    def _last_words(self) -> str:
-        self.log.seek(0)
-        lines = self.log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
 
-
-def _end(pipe: Any, process: subprocess.Popen) -> None:
-    pipe.close()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    # Of an engine that was killed, Ray's agents would stay for a minute; all are in its session.
-    for other in psutil.process_iter():
-        with suppress(OSError, psutil.Error):
-            if os.getsid(other.pid) == process.pid:
-                other.kill()
+def _end(engine: RayProcess) -> None:
+    if not engine.pipe.closed:
+        engine.end()
+        engine.pipe.close()
 
 
 def _error_of(answer: dict[str, Any]) -> Exception:
