@@ -86,7 +86,7 @@ def machines(tmp_path_factory, monkeypatch):
         python = tmp_path_factory.mktemp("bin") / "python"
         python.write_text(f'#!/bin/sh\nexec {" ".join(made.inside(0, [sys.executable]))} "$@"\n')
         python.chmod(0o700)
-        monkeypatch.setattr("wan21.workers.client.sys", type("sys", (), {"executable": str(python)}))
+        monkeypatch.setattr("wan21.workers.process.sys", type("sys", (), {"executable": str(python)}))
         yield made
 
 
