@@ -42,7 +42,7 @@ def fetched_ahead(
     It lets go of all that is fetched, also when the walk is cut short.
     """
     queue: Any = None
-    if model_prefetch is not None and blocks:
+    if model_prefetch is not None and blocks and transformer_options.get(AHEAD):
         groups = [nn.ModuleList(layers_of(block)) for block in blocks]
         queue = model_prefetch.make_prefetch_queue(groups, device, transformer_options)
     if model_prefetch is None or queue is None:
