@@ -28,6 +28,7 @@ PIECE_BYTES = 1 << 20
 FETCH_SECONDS = 6 * 3600  # limit of one call of `fetch`; the next call resumes
 WAIT_SECONDS = 0.2  # between looks whether the user has cancelled, while another process fetches
 HEAD_BYTES = 1 << 16  # given to `check_head`
+MOST = 1 << 63  # bytes that a server may state: what it says has any number of digits
 MAX_NAME = 120  # bytes
 RAISE_LIMIT = "The server's owner may raise WAN21_MAX_DOWNLOAD_GB"
 _LOCK = threading.Lock()  # one download at a time: two jobs with one link must not share a partial file
@@ -178,8 +179,7 @@ def _download(
         if response.status != 206 or not _continues(response, done):
             done = 0
         name = _name(response, url, last, suffix)
-        length = response.getheader("Content-Length")
-        total = done + int(length) if length and length.isdecimal() else 0
+        total = done + min(response.length, MOST) if response.length else 0
         _check_room(total, done, limit, part, url)
         _remember(part, {"etag": _etag(response), "total": total, "name": name})
         try:
@@ -201,7 +201,7 @@ def _check_status(status: int, url: str) -> None:
 
 
 def _continues(response: http.client.HTTPResponse, done: int) -> bool:
-    span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.getheader("Content-Range", ""))
+    span = re.fullmatch(r"bytes (\d{1,19})-\d+/(\d+|\*)", response.getheader("Content-Range", ""))
     return span is not None and int(span[1]) == done
 
 

@@ -29,6 +29,7 @@ PUBLIC_SCHEMES = ("https",)
 PORTS = {"https": 443, "http": 80}
 REDIRECTS = (301, 302, 303, 307, 308)
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+DOCUMENTATION = ipaddress.ip_network("3fff::/20")  # of RFC 9637; Pythons of before 2025 take it for public
 
 
 class Link(NamedTuple):
@@ -60,7 +61,7 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner:
             return is_public(str(inner))
-        if ip.is_site_local:
+        if ip.is_site_local or ip in DOCUMENTATION:
             return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
@@ -78,7 +79,7 @@ def check_link(url: str) -> Link:
         target = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
         query = urllib.parse.quote(parts.query, safe="=&%/:?@!$'()*+,;~")
         host = parts.hostname
-        if host and not host.isascii():
+        if host:  # an ASCII one too: names that are too long are found before the system asks for them
             host = host.encode("idna").decode()
         if host and not re.fullmatch(r"[\w.:%-]+", host, re.ASCII):
             raise ValueError(f"{host!r} is no name of a server")
@@ -130,8 +131,18 @@ def open_link(
             if not redirects or response.status not in REDIRECTS:
                 yield response, url
                 return _check_time(deadline)
-            url = urllib.parse.urljoin(url, response.getheader("Location", ""))
+            url = _joined(url, response.getheader("Location", ""))
     raise Refusal(f"{shown(url)} redirects more than {redirects} times", "Copy the link of the file itself")
+
+
+def _joined(url: str, location: str) -> str:
+    try:
+        return urllib.parse.urljoin(url, location)
+    except ValueError as error:
+        raise Refusal(
+            f"{shown(url)} redirects to a link that cannot be read ({error})",
+            "Copy the link of the file itself",
+        ) from error
 
 
 def _host_header(link: Link) -> str:

@@ -175,6 +175,8 @@ REFUSED_LINKS = [
     ("x.safetensors", "must be an https link"),
     ("https://example.com:99999/x", "cannot be read"),
     ("https://exam ple.com/x.safetensors", "'exam ple.com' is no name of a server"),
+    ("https://.example.com/x.safetensors", "the link cannot be read"),
+    (f"https://{'a' * 64}.example.com/x.safetensors", "the link cannot be read"),
 ]
 
 
@@ -214,7 +216,7 @@ PRIVATE = (
     "10.1.2.3", "172.16.0.1", "192.168.1.1", "127.0.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
     "224.0.0.1", "255.255.255.255", "::", "::1", "fe80::1%eth0", "fd00::1", "ff02::1", "::ffff:127.0.0.1",
     "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "2002:7f00:1::", "2001:0:0:0:0:0:80ff:fffe",
-    "fec0::1",
+    "fec0::1", "3fff:abc::1", "64:ff9b:1::a00:1",
 )  # fmt: skip
 
 
@@ -264,6 +266,22 @@ def test_one_private_address_among_public_ones_is_enough(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: both)
     with pytest.raises(ValueError, match=r"mixed\.test is at 10\.0\.0\.1"):
         fetch("https://mixed.test/x.safetensors", tmp_path)
+
+
+@pytest.mark.parametrize("place", ["https://[x", "//a]b/", "https://..example/", "https://a:1e9/"])
+def test_a_redirect_that_cannot_be_read(server, tmp_path, place):
+    server.answer = lambda request: send(request, b"", 302, Location=place)
+    with pytest.raises(Refusal, match=r"cannot be read \(.*\)\. Copy"):
+        fetch(f"{server.url}/x.safetensors?token=secret", tmp_path)
+
+
+@pytest.mark.parametrize("digits", [30, 400, 5000])
+def test_a_size_of_any_number_of_digits(server, tmp_path, digits):
+    """Python had failed on it in words of its own."""
+    server.answer = lambda request: send(request, BODY, length="9" * digits)
+    with pytest.raises(Refusal, match=r"is \d+\.\d\d GB; at most|sends more than") as error:
+        fetch(f"{server.url}/x.safetensors", tmp_path / "none", lambda _: None, max_bytes=10)
+    assert len(str(error.value)) < 300
 
 
 def test_endless_redirects(server, tmp_path):
