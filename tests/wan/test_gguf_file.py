@@ -227,6 +227,14 @@ DAMAGED = {
         one(tensor(), values=a_list(5, 2, struct.pack("<ii", 3, 3), "comfy.gguf.orig_shape.a"), num_values=1),
         r"a is \[4\], and by its metadata \[3, 3\]",
     ),
+    "a first shape of truths": (
+        one(
+            tensor(shape=(1,)),
+            values=a_list(7, 2, b"\1\1", "comfy.gguf.orig_shape.a"),
+            num_values=1,
+        ),
+        r"a has the shape \[True, True\]",
+    ),
     "a first shape in words": (
         one(tensor(), values=a_list(8, 1, text("4"), "comfy.gguf.orig_shape.a"), num_values=1),
         r"a has the shape \['4'\]",

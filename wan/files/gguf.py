@@ -318,7 +318,7 @@ def _shape(file: Container, name: str, shape: tuple[int, ...]) -> tuple[int, ...
     given = file.value(f"comfy.gguf.orig_shape.{name}")
     given = shape if given is None else given
     sides = tuple(given) if isinstance(given, (list, tuple)) else ()
-    if not sides or len(sides) > MAX_RANK or not all(isinstance(n, int) and n > 0 for n in sides):
+    if not sides or len(sides) > MAX_RANK or not all(type(n) is int and n > 0 for n in sides):
         raise Refusal(f"damaged: {name} has the shape {str(given)[:80]}", AGAIN)
     if math.prod(sides) != math.prod(shape):
         raise Refusal(
