@@ -155,9 +155,13 @@ class Tasks:
 
     def stop_at_exit(self) -> None:
         """Ends the running task when the process ends without its event loop, as by Ctrl+C. Blocking."""
-        running = [live.row for live in self._live.values() if live.row.status not in states.NOT_STARTED]
+        begun = [live for live in self._live.values() if live.row.status not in states.NOT_STARTED]
+        running = [
+            live.row for live in begun if not live.ending
+        ]  # what ends is stored, or fails at the start
         self._queue.stop_running(STOP_SECONDS)
         for row in running:
+            self._remove_outputs(row)
             cancelled = row.status == states.CANCELLING
             row.status, row.error = (states.CANCELLED, "") if cancelled else (states.FAILED, LOST)
             row.updated_at = time.time()
@@ -366,9 +370,10 @@ class Tasks:
         if row.webhook:
             changes |= {"hook_state": "pending", "hook_next": now}
         try:
-            await self._store.end_task(
-                row, changes, files, now + KEEP_USED_SECONDS
-            )  # first: what clients are told outlives a kill
+            if status != states.COMPLETED:  # before the task is over: nobody would look for them after a kill
+                await asyncio.to_thread(self._remove_outputs, row)
+            # Before clients are told, as that outlives a kill.
+            await self._store.end_task(row, changes, files, now + KEEP_USED_SECONDS)
         except BaseException:
             live.ending = False  # `_watch` tries again
             raise
@@ -379,11 +384,12 @@ class Tasks:
         self._by_prompt.pop(row.prompt_id, None)
         live.publish()
         live.release()
-        if status != states.COMPLETED:  # nothing that it may have written has a row
-            folder = self._outputs / "wan21" / row.id
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
         if row.webhook:
             self._on_end()
+
+    def _remove_outputs(self, row: TaskRow) -> None:
+        """Removes what a task has written that is not completed, and of which no file has a row."""
+        shutil.rmtree(self._outputs / "wan21" / row.id, ignore_errors=True)
 
     # --- help ------------------------------------------------------------------------------------------
 

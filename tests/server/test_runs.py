@@ -9,6 +9,7 @@ import requests
 from helpers_server import STEPS, serve, stored_status, wait_until
 from inferencesh import TaskStatus
 from wan21.server import app
+from wan21.server.store import Store
 
 
 def test_run_waits_for_the_output(api, job):
@@ -240,6 +241,24 @@ def test_what_a_job_wrote_goes_when_it_fails(api, job):
     wait_until(lambda: not folder.exists())
 
 
+def test_what_a_job_wrote_goes_before_its_end_is_stored(api, job, monkeypatch):
+    """A server that was killed in between had left it for ever: nobody looks at tasks that are over."""
+    task, seen = api.client.run(job(), wait=False)["id"], []
+    folder, real = api.host.output_directory / "wan21" / task, Store.end_task
+
+    async def watch(self, *args):
+        seen.append(folder.exists())
+        await real(self, *args)
+
+    monkeypatch.setattr(Store, "end_task", watch)
+    [prompt_id] = api.host.queue
+    api.do(api.host.start, prompt_id)
+    api.do(api.host.write_outputs, prompt_id)
+    api.client.cancel(task)
+    wait_until(lambda: api.client.get_task(task).data["status"] == 12)
+    assert seen == [False]
+
+
 @pytest.mark.parametrize("cancelling", [False, True])
 def test_the_end_of_the_process_is_written_without_its_event_loop(host, job, monkeypatch, cancelling):
     at_exit = []
@@ -247,6 +266,7 @@ def test_the_end_of_the_process_is_written_without_its_event_loop(host, job, mon
     with serve(host) as api:
         running, waiting = (api.client.run(job(), wait=False)["id"] for _ in range(2))
         api.do(host.start, host.queue[0])
+        api.do(host.write_outputs, host.queue[0])
         if cancelling:
             host.cancel = lambda prompt_id: "interrupted"  # and not heard yet
             api.client.cancel(running)
@@ -254,3 +274,4 @@ def test_the_end_of_the_process_is_written_without_its_event_loop(host, job, mon
         stop()
         expected = TaskStatus.CANCELLED if cancelling else TaskStatus.FAILED
         assert [stored_status(host, task) for task in (running, waiting)] == [expected, TaskStatus.QUEUED]
+        assert not (host.output_directory / "wan21" / running).exists()
