@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aiohttp import StreamReader
+from sqlalchemy.exc import DatabaseError
 
+from .fields import FIELDS, MAX_SEGMENTS
 from .problems import Problem, invalid
 from .settings import Settings
 from .store import FileRow, Store
 
 URI = "wan21://files/"
 IMAGE_FIELDS = ("image", "end_image")
+TEXT_FIELDS = {row.name for row in FIELDS}.difference(IMAGE_FIELDS)
 ARRIVING = "arriving"  # role of a picture whose task is not stored yet
 KEEP_USED_SECONDS = 3600  # life of an upload after a run used it, and of a picture after its task is over
 RETRY_SECONDS = 60  # where nobody knows when there is room again
@@ -148,10 +151,14 @@ class Files:
             part.rename(path)
         except BaseException:
             part.unlink(missing_ok=True)
-            await self._store.delete(row)
+            with contextlib.suppress(DatabaseError):  # the row expires
+                await self._store.delete(row)
             raise
         row.token, row.expires_at = None, time.time() + self._settings.keep_uploads_seconds
-        await self._store.save(row, "token", "expires_at")
+        try:
+            await self._store.save(row, "token", "expires_at")
+        except DatabaseError:  # the URL is used up, and to send the file again would be no help
+            logging.exception("Wan2.1 jobs: the upload %s is kept for an hour only", row.id)
 
     async def find(self, owner: str, file_id: str) -> FileRow:
         """The row of one complete file of an owner.
@@ -171,11 +178,12 @@ class Files:
             Problem: 422 when the text was the name of a file on the client's machine, which it uploads too.
         """
         restored = dict(values)
-        for name, value in values.items():
-            if isinstance(value, list):
-                restored[name] = [await self._text(owner, name, item) for item in value]
-            elif name not in IMAGE_FIELDS:
+        for name in TEXT_FIELDS & values.keys():  # others are refused: they are not worth 64 KB each
+            value = values[name]
+            if not isinstance(value, list):
                 restored[name] = await self._text(owner, name, value)
+            elif len(value) < MAX_SEGMENTS:
+                restored[name] = [await self._text(owner, name, item) for item in value]
         return restored
 
     async def _text(self, owner: str, field: str, value: Any) -> Any:
@@ -219,10 +227,7 @@ class Files:
         for row in rows:
             path = Path(row.path)
             there = path.exists()
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:  # on Windows, somebody plays the video
-                logging.warning("Wan2.1 jobs: %s cannot be removed: %s", path, error)
+            if not _unlink(path):
                 removed.failed.append(row.id)
                 continue
             (removed.deleted if there else removed.skipped).append(row.id)
@@ -242,12 +247,22 @@ class Files:
         rows = await self._store.select(FileRow, FileRow.role.in_((ARRIVING, "upload")))
         half = [row for row in rows if row.role == ARRIVING or (not row.token and not _is_there(row))]
         for row in half:
-            Path(row.path).with_suffix(".fetched").unlink(missing_ok=True)
+            _unlink(Path(row.path).with_suffix(".fetched"))
         await self.remove(half)
         known = {row.path for row in rows}
         for path in self._uploads.iterdir():
             if str(path) not in known:
-                path.unlink(missing_ok=True)
+                _unlink(path)
+
+
+def _unlink(path: Path) -> bool:
+    """Whether a file is gone: on Windows, somebody may play the video."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logging.warning("Wan2.1 jobs: %s cannot be removed: %s", path, error)
+        return False
+    return True
 
 
 def _is_there(row: FileRow) -> bool:

@@ -15,6 +15,7 @@ from helpers_server import serve, wait_until
 from inferencesh import APIError
 from PIL import Image
 from wan21.server import jobs
+from wan21.server.files import Files
 
 
 def png(size=(80, 64), **options):
@@ -46,6 +47,23 @@ def test_texts_that_the_client_takes_for_base64_come_back(api, job):
     assert task["input"]["prompt"] == "photorealistic42"
     with pytest.raises(APIError, match="is a file"):
         api.client.run(job(prompt=job()["input"]["image"]), wait=False)
+
+
+@pytest.mark.parametrize("name", ["segments", "other"])
+def test_one_uploaded_text_is_not_read_any_number_of_times(api, job, monkeypatch, name):
+    """One of 64 KB, named 20,000 times in a body of 1 MB, had taken 1.7 GB."""
+    link = announce(api, b"x" * 3000)
+    assert requests.put(link["upload_url"], data=b"x" * 3000).ok
+    read, real = [], Files.upload
+
+    async def count(self, *args):
+        read.append(args)
+        return await real(self, *args)
+
+    monkeypatch.setattr(Files, "upload", count)
+    body = job(image="wan21://files/x", **{name: [link["uri"]] * 500})
+    assert requests.post(f"{api.url}/apps/run", json=body).status_code == 422
+    assert not read
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import errno
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import requests
@@ -47,6 +48,31 @@ def test_a_cancel_that_meets_a_lock_is_carried_out_later(locked, host, job):
         assert answer.status_code == 503 and not host.queue
     wait_until(lambda: locked.client.get_task(waiting).data["status"] == 12)
     assert locked.client.get_task(waiting).data["error"] == ""
+
+
+def test_an_upload_that_meets_a_lock_at_its_end_is_there(host, job, monkeypatch):
+    """Its URL is used up by then: a 503 had asked for what a 404 answers."""
+    data = Path(job()["input"]["image"]).read_bytes()
+
+    async def claim_and_lock(self, *args):
+        row = await real(self, *args)
+        other.execute("BEGIN EXCLUSIVE")
+        return row
+
+    monkeypatch.setattr(store, "LOCK_SECONDS", 0.2)
+    real = store.Store.claim_upload
+    with serve(host) as api:
+        with closing(sqlite3.connect(database_of(host), check_same_thread=False)) as other:
+            monkeypatch.setattr(store.Store, "claim_upload", claim_and_lock)
+            link, cut = (
+                requests.post(f"{api.url}/files", json={"files": [{"size": len(data)}]}).json()["data"][0]
+                for _ in range(2)
+            )
+            assert requests.put(link["upload_url"], data=data).status_code == 204
+            other.rollback()
+            assert requests.put(cut["upload_url"], data=data + b"x").status_code == 413
+            other.rollback()
+        assert requests.post(f"{api.url}/apps/run", json=job(image=link["uri"])).ok
 
 
 def test_a_full_disk_is_not_the_pictures_fault(api, host, job, monkeypatch):
