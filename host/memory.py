@@ -18,21 +18,11 @@ from ..wan.refusal import Refusal
 from .devices import devices_of
 from .lora import changes_weights_at_use, factor_bytes
 from .prefetch import ahead_bytes, forget_fetched
+from .room import usable_bytes
 from .stored import weight_bytes
 
 LORA_COPIES = 4  # of a matrix changed at its use: the weight, its clone, the difference, that scaled
 LEAST_ROOM = GIB  # at least so many bytes of weights are taken off the device at a time
-
-
-def usable_bytes(device: torch.device) -> float:
-    """Bytes of a device for models and activations: what is free, and what the host would free for us."""
-    management = comfy.model_management
-    # Entries of collected MODELs (`model` is None) stay in the list until the host's next load.
-    loaded = (m for m in management.current_loaded_models if m.device == device and m.model is not None)
-    held = 0 if device.type == "cpu" else sum(m.model_loaded_memory() for m in loaded)
-    free = management.get_free_memory(device)
-    assert isinstance(free, (int, float))  # a pair only where it is asked for
-    return free + held - management.extra_reserved_memory()
 
 
 def plan_memory(

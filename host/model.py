@@ -34,7 +34,8 @@ from .patches import (
     scaled_frequencies,
     written_in_call,
 )
-from .prefetch import AHEAD, ahead_bytes
+from .prefetch import AHEAD, ahead_beside
+from .products import beside_product
 from .progress import tell
 from .runner import composed_runner, pass_name
 from .stored import matrix_bytes, store_as
@@ -297,7 +298,7 @@ class Wan21(comfy.model_base.WAN21):
         passes = 1 if batch % 2 else 2
         frames += max((shape[2] for shape in cond_shapes.get("time_dim_concat", ())), default=0)
         step = step_bytes(self.step_size((batch // passes, channels, frames, *sides), passes))
-        return step + (0 if self.current_patcher is None else ahead_bytes(self.current_patcher))
+        return step + (0 if self.current_patcher is None else ahead_beside(self.current_patcher, step))
 
     def step_size(self, latent: tuple[int, ...], passes: int) -> StepSize:
         """What the memory of a step depends on, by the attention and weights as they are now.
@@ -309,6 +310,11 @@ class Wan21(comfy.model_base.WAN21):
         image_tokens = 0 if config.image_dim is None else config.image_tokens or CLIP_TOKENS
         own = "sage" if comfy.model_management.sage_attention_enabled() else "sdpa"
         itemsize = self.get_dtype_inference().itemsize
+        patcher = self.current_patcher
+        device = comfy.model_management.get_torch_device() if patcher is None else patcher.load_device
+        of_attention, of_ffn = (
+            beside_product(self._layer(name), device, itemsize) for name in ("self_attn.q", "ffn.2")
+        )
         return StepSize(
             config,
             latent,
@@ -317,13 +323,19 @@ class Wan21(comfy.model_base.WAN21):
             attention=own,
             image_tokens=image_tokens,
             matrix_bytes=self.matrix_bytes(itemsize),
+            attention_beside=of_attention,
+            ffn_beside=of_ffn,
         )
 
     def matrix_bytes(self, itemsize: int) -> int:
         """Bytes for each number of the largest matrix while it is in use; see `stored.matrix_bytes`."""
+        return matrix_bytes(self._layer("ffn.0"), itemsize)
+
+    def _layer(self, name: str) -> torch.nn.Module | None:
+        """The layer of this name in the first block that has it; None where another node replaced all."""
+        pattern = re.compile(rf"blocks\.\d+\.(_orig_mod\.)?{re.escape(name)}")
         named = self.diffusion_model.named_modules()
-        layers = (layer for name, layer in named if re.fullmatch(r"blocks\.\d+\.(_orig_mod\.)?ffn\.0", name))
-        return matrix_bytes(next(layers, None), itemsize)  # none where another node replaced all
+        return next((layer for key, layer in named if pattern.fullmatch(key)), None)
 
     def velocity(self, x: Tensor, timestep: Tensor, transformer_options: dict, **conds: Any) -> Tensor:
         """`apply_model` without its change to denoised space; wrappers such as torch.compile apply.

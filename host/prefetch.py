@@ -13,7 +13,8 @@ import torch
 from comfy.model_patcher import LowVramPatch, ModelPatcher
 from torch import Tensor, nn
 
-from .stored import kept_dtype
+from .room import usable_bytes
+from .stored import kept_dtype, weight_bytes
 
 try:
     from comfy import model_prefetch
@@ -88,6 +89,18 @@ def ahead_bytes(patcher: ModelPatcher) -> int:
     ):
         return 0
     return BUFFERS * max((_block_bytes(block) for block in patcher.model.diffusion_model.blocks), default=0)
+
+
+def ahead_beside(patcher: ModelPatcher, step: float) -> int:
+    """`ahead_bytes` where weights are streamed; 0 where all of them stay on the device beside a step.
+
+    Args:
+        step: its bytes.
+    """
+    ahead = ahead_bytes(patcher)
+    if ahead and step + weight_bytes(patcher) <= usable_bytes(patcher.load_device):
+        return 0
+    return ahead
 
 
 def _block_bytes(block: nn.Module) -> int:

@@ -6,11 +6,13 @@ from typing import Any
 import comfy.ops
 import torch
 import torch.nn.functional as F
+from comfy import quant_ops
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ..wan.fp8_rows import product_of, quantised_rows
 from ..wan.inplace import may_overwrite
+from ..wan.memory import EXACT, Beside
 
 Addition = Callable[[Tensor, Tensor], Tensor]
 
@@ -39,7 +41,9 @@ class EightBits:
         """Whether `of_gelu` takes fewer passes over its input than GELU and then this layer."""
         if device.type != "cuda" or self.beside or torch.compiler.is_compiling():
             return False
-        return self._multiplies_in_8_bits() and (self.by_rows or self._is_int8())
+        if not self._multiplies_in_8_bits():
+            return False
+        return self.by_rows or (self._is_int8() and has_fast_kernels(device))
 
     def of_gelu(self, x: Tensor) -> Tensor:
         """This layer on GELU(x), by tanh: in the kernel that rounds its input, the host's or ours."""
@@ -64,7 +68,9 @@ class EightBits:
             layer, dtype=layer.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True,
             compute_dtype=x.dtype, want_requant=True,
         )  # fmt: skip
-        multiply = None if torch.compiler.is_compiling() else product_of(x.device, x.dtype, x.shape[-1])
+        multiply = None
+        if not torch.compiler.is_compiling():
+            multiply = product_of(x.device, x.dtype, x.shape[-1], len(weight))
         if multiply and isinstance(weight, QuantizedTensor):
             tensors: Any = weight
             rows = quantised_rows(x.flatten(0, -2), gelu)
@@ -75,6 +81,32 @@ class EightBits:
             y = F.linear(F.gelu(x, approximate="tanh") if gelu else x, exact.to(x.dtype), bias)
         comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
         return y
+
+
+def has_fast_kernels(device: torch.device) -> bool:
+    """Whether the host rounds to 8 bits in one pass: on NVIDIA GPUs, by a PyTorch for CUDA 13 or newer.
+
+    Its other way makes copies of the input in the dtype to compute in.
+    """
+    return device.type == "cuda" and quant_ops._CK_AVAILABLE and quant_ops.ck.registry.is_available("cuda")
+
+
+def beside_product(layer: Any, device: torch.device, itemsize: int) -> Beside:
+    """What a layer's product takes on a device beside its input and result.
+
+    Args:
+        itemsize: e, bytes of a number in the compute dtype.
+    """
+    if layer is None or not takes_additions(layer) or not layer._multiplies_in_8_bits():
+        return EXACT
+    in_integers = getattr(layer, "quant_format", None) in ("int8_tensorwise", "convrot_w4a4")
+    if layer.by_rows or isinstance(layer, comfy.ops.fp8_ops.Linear) or has_fast_kernels(device):
+        # Before compute capability 8.0 the host's sums in int32 are a tensor of their own.
+        apart = in_integers and torch.cuda.get_device_capability(device) < (8, 0)
+        return Beside(1.0, 4.0 if apart else 0.0)
+    # The input rotated, scaled and rounded; of integers the sums in int32, and these scaled in pieces.
+    rotated = getattr(layer.weight._params, "convrot", in_integers)
+    return Beside((2 if rotated else 1) * itemsize + 1, itemsize + 4 if in_integers else 0.0)
 
 
 def with_additions(linear: type) -> type | None:

@@ -13,6 +13,7 @@ from ..wan.files.gguf import dequantize
 from ..wan.refusal import Refusal
 
 GGUF_UNPACKING_BYTES = 13  # measured peak bytes per weight of dequantize, 16-bit result included
+UNPACKING_BYTES = 8  # of the host's formats but fp8: two copies in float32, one after the other
 
 
 _PACKED = Refusal(
@@ -104,7 +105,12 @@ def matrix_bytes(layer: nn.Module | None, itemsize: int) -> int:
     Args:
         itemsize: bytes of a number in the compute dtype.
     """
-    return GGUF_UNPACKING_BYTES if getattr(layer, "packed", None) else itemsize
+    if getattr(layer, "packed", None):
+        return GGUF_UNPACKING_BYTES
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, QuantizedTensor) and getattr(layer, "_full_precision_mm", False):
+        return 2 * itemsize if weight._qdata.dtype.is_floating_point else UNPACKING_BYTES
+    return itemsize
 
 
 def weight_bytes(patcher: ModelPatcher) -> int:

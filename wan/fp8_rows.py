@@ -15,16 +15,32 @@ from . import kernels
 
 FP8 = torch.float8_e4m3fn
 CHECK_ROWS = 64  # on which a kernel is compared
+ROWS_AT_ONCE = 4096  # of PyTorch's own operations, which make copies in float32
+SIDES = 16  # widths of a product are multiples of it
 
 
 def quantised_rows(x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
     """Rows [M, K] -> (float8_e4m3fn [M, K], scale [M, 1] in float32); see `_quantised_rows`."""
     choice = _choice("quantise_rows", x.device, x.dtype, x.shape[-1])
-    return (choice.function or _quantised_rows)(x.contiguous(), gelu)
+    if choice.function:
+        return choice.function(x.contiguous(), gelu)
+    rows, scale = x.new_empty(x.shape, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32)
+    for i in range(0, len(x), ROWS_AT_ONCE):
+        some = slice(i, i + ROWS_AT_ONCE)
+        rows[some], scale[some] = _quantised_rows(x[some], gelu)
+    return rows, scale
 
 
-def product_of(device: torch.device, dtype: torch.dtype, width: int) -> Callable[..., Tensor] | None:
-    """The product of such rows, see `kernels.row_product`; None where the device does not have it."""
+def product_of(
+    device: torch.device, dtype: torch.dtype, width: int, hidden: int
+) -> Callable[..., Tensor] | None:
+    """The product of such rows, see `kernels.row_product`; None where the device does not have it.
+
+    Args:
+        width, hidden: K and N.
+    """
+    if width % SIDES or hidden % SIDES:
+        return None
     return _choice("row_product", device, dtype, width).function
 
 

@@ -11,6 +11,7 @@ them.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.torch_version import TorchVersion
@@ -28,6 +29,23 @@ LATENT_COPIES = 6  # noise, start and the history of the solver (UniPC keeps mos
 ATTENTION_COPIES = {"sage": 3.0, "kitchen": 1.5}
 # Before, RMSNorm is a product after the other: the input in float32, that normed, and that times the weight.
 FUSED_NORM = TorchVersion(torch.__version__) >= "2.9"
+
+
+class Beside(NamedTuple):
+    """Bytes that a product takes beside its input and its result, for each number of these.
+
+    One in 8 bits rounds its input to a copy, and may sum into wider numbers than it gives.
+    """
+
+    input: float = 0.0
+    result: float = 0.0
+
+    def bytes(self, width: int, hidden: int) -> float:
+        """Of a token, by the widths of input and result."""
+        return self.input * width + self.result * hidden
+
+
+EXACT = Beside()
 
 
 @dataclass(frozen=True)
@@ -110,6 +128,7 @@ class StepSize:
         nag: whether NAG is on, which works on what a pass found in two texts.
         text_tokens, image_tokens: of the context; no image tokens without CLIP features.
         matrix_bytes: what a number of a matrix takes while it is used; None is e.
+        attention_beside, ffn_beside: of the products of attention and of the feed-forward.
         fused_norm: whether RMSNorm is one kernel.
         lora_bytes: of LoRA factors that lie beside the weights.
         ranks: devices that share the tokens of a pass, see `wan.shard`; this one has the most to hold.
@@ -125,6 +144,8 @@ class StepSize:
     text_tokens: int = 512
     image_tokens: int = 0
     matrix_bytes: float | None = None
+    attention_beside: Beside = EXACT
+    ffn_beside: Beside = EXACT
     fused_norm: bool = FUSED_NORM
     lora_bytes: int = 0
     ranks: int = 1
@@ -185,24 +206,26 @@ def _embedding_bytes(size: StepSize) -> int:
 
 def _block_bytes(size: StepSize, parts: int) -> int:
     """The most that one block makes on the way, one pass in it, with the largest matrix cast to e bytes."""
-    config, e = size.config, size.itemsize
+    config, e, hidden = size.config, size.itemsize, size.config.ffn_dim
     row = e * config.dim  # a token in the compute dtype
     norm = 4 * config.dim + (row if e < 4 else 0)  # LayerNorm in float32, then cast
     part = size.here / parts
     turned = 2 * 4 * config.dim * min(TOKENS_AT_ONCE, part)  # RoPE in float32, bytes
     normed = 0 if size.fused_norm else 4 * config.dim * (3 if e < 4 else 2)  # RMSNorm of queries and keys
-    project = max(norm * part, (3 * row + max(row, normed)) * part, 3 * row * part + turned)
+    rounded = size.attention_beside.bytes(config.dim, config.dim)
+    project = max(norm * part, (3 * row + max(row + rounded, normed)) * part, 3 * row * part + turned)
     if parts > 1:
         project += 3 * row * size.here
     copies = ATTENTION_COPIES.get(size.attention, 0)
     attend = (4 * row + 2 * copies * config.dim + 4 * config.num_heads) * size.attended
     if size.ranks > 1:  # beside queries, keys and values of these tokens, from which those were traded
         attend += 3 * row * size.here
-    output = row * size.here + max(row, norm) * part
+    output = row * size.here + max(row + rounded, norm) * part
     # With NAG: tokens, queries, what was found in two texts and its result; beside them three float32 copies.
     texts = 5 * row + 3 * 4 * config.dim if size.nag else 4 * row
     found = row * size.here if parts > 1 else 0  # by self-attention, kept until the last part is through
-    cross = max(row + norm, texts, 2 * row + normed) * part + found
-    feed_forward = (2 * row + e * config.ffn_dim) * part + found
-    matrix = (size.matrix_bytes or e) * config.dim * config.ffn_dim
+    cross = max(row + norm, texts, 2 * row + max(rounded, normed)) * part + found
+    up, down = (size.ffn_beside.bytes(*w) for w in ((config.dim, hidden), (hidden, config.dim)))
+    feed_forward = (row + e * hidden + max(up, row + down)) * part + found
+    matrix = (e if size.matrix_bytes is None else size.matrix_bytes) * config.dim * hidden
     return round(max(project, attend, output, cross, feed_forward) + matrix)

@@ -241,7 +241,11 @@ def on_a_gpu(files, monkeypatch):
 @pytest.mark.parametrize("name", EIGHT_BITS)
 def test_gelu_rides_where_the_input_is_rounded(on_a_gpu, loaded, models, prompts, sample, monkeypatch, name):
     model, ran = on_a_gpu[name], []
+    down = model.model.diffusion_model.blocks[0].ffn[2]
+    # Without the host's kernels its way makes a copy of GELU's result: ours works in place.
+    assert down.folds_gelu(torch.device("cuda")) == (name == FP8_ROWS)
     folded, asked = products.EightBits.of_gelu, products.EightBits.folds_gelu
+    monkeypatch.setattr(products, "has_fast_kernels", lambda device: device.type == "cuda")
     monkeypatch.setattr(products.EightBits, "folds_gelu", lambda self, _: asked(self, torch.device("cuda")))
     monkeypatch.setattr(products.EightBits, "of_gelu", lambda self, x: ran.append(1) or folded(self, x))
     ours, apart, exact = (
@@ -276,6 +280,7 @@ def test_without_the_product_weights_are_unpacked(on_a_gpu, monkeypatch):
 
 def test_a_lora_takes_gelu_as_it_is(on_a_gpu, lora_of, monkeypatch):
     """The factors read GELU's result, so that it is written once and not folded."""
+    monkeypatch.setattr(products, "has_fast_kernels", lambda device: device.type == "cuda")
     g = torch.Generator().manual_seed(1)
     for model in on_a_gpu.values():
         patched = lora_of(model, low_rank(g, "blocks.0.ffn.2", 256, 512))

@@ -3,11 +3,16 @@
 from dataclasses import replace
 
 import comfy.ops
+import comfy_kitchen.tensor.int8_utils as rotations
 import pytest
 import torch
+from comfy.quant_ops import QuantizedTensor, TensorCoreFP8Layout
+from comfy_kitchen.backends.eager import quantization as eager
 from helpers_kernels import ROOM
 from helpers_memory import PeakBytes
 from torch._subclasses.fake_tensor import FakeTensorMode
+from wan21.host import products
+from wan21.host.operations import lending
 from wan21.wan import glue, kernels
 from wan21.wan.chunked import block_executor
 from wan21.wan.config import SIZES, WanConfig
@@ -15,6 +20,7 @@ from wan21.wan.dit import WanModel, run_blocks
 from wan21.wan.memory import (
     GIB,
     LATENT_COPIES,
+    Beside,
     MemoryPlan,
     StepSize,
     step_bytes,
@@ -45,11 +51,13 @@ class NoOthers:
 
 
 def counted(
-    config, latent, dtype, plan, passes=2, image_tokens=0, device="cuda", teacache=False, nag=None, ranks=1
-):
+    config, latent, dtype, plan, passes=2, image_tokens=0, device="cuda", teacache=False, nag=None, ranks=1,
+    operations=comfy.ops.manual_cast, prepare=lambda model: None,
+):  # fmt: skip
     """Peak of the new tensors of a step. On `cuda` they are fake: shapes, and no device needed.
 
     The model computes float32 where the loaded one does: patches, time, modulation, residual stream.
+    `prepare` may change it before.
     """
 
     def attention(q, k, v):
@@ -58,7 +66,8 @@ def counted(
     count = passes if plan.joint else 1
     mode = FakeTensorMode() if device == "cuda" else torch.no_grad()
     with torch.no_grad(), mode:
-        model = WanModel(config, comfy.ops.manual_cast, device=device, dtype=dtype)
+        model = WanModel(config, operations, device=device, dtype=dtype)
+        prepare(model)
         batch = count * latent[0]
         x = torch.zeros(batch, config.in_dim, *latent[2:], device=device)
         text = torch.zeros(batch, 512, config.text_dim, device=device, dtype=dtype)
@@ -135,6 +144,79 @@ def test_estimate_with_kernels(plan, dtype, monkeypatch):
     real = counted(config, SHORT, dtype, plan, image_tokens=257)
     ours = estimated(config, SHORT, dtype, plan, image_tokens=257)
     assert 0.97 < ours / real < 1.1, f"{ours / GIB:.2f} estimated, {real / GIB:.2f} GiB counted"
+
+
+def stored_in_fp8(model):
+    """Matrices of the blocks, as weight_dtype fp8_e4m3fn_fast stores them."""
+    for layer in model.blocks.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def multiplied_by_rows(model):
+    """The feed-forward as weight_dtype fp8_e4m3fn_rows has it."""
+    for block in model.blocks:
+        for layer in (block.ffn[0], block.ffn[2]):
+            rows, dtype = layer.weight.to(torch.float8_e4m3fn), layer.weight.dtype
+            params = TensorCoreFP8Layout.Params(
+                scale=rows.new_ones((), dtype=torch.float32), orig_dtype=dtype, orig_shape=tuple(rows.shape)
+            )
+            weight = QuantizedTensor(rows, "TensorCoreFP8E4M3Layout", params)
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+            layer.by_rows = True
+
+
+def rounded_room(x, gelu):
+    return torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), 1, dtype=torch.float32)
+
+
+def product_room(x, x_scale, weight, weight_scale, bias, dtype):
+    return x.new_empty(len(x), len(weight), dtype=dtype)
+
+
+@pytest.mark.parametrize("plan", PLANS[::3], ids=str)
+@pytest.mark.parametrize("prepare", [stored_in_fp8, multiplied_by_rows])
+def test_estimate_with_8_bits(plan, prepare, monkeypatch):
+    """The hidden layer, the largest tensor of a step, has a rounded copy beside it."""
+    ran = []
+    monkeypatch.setattr(products, "quantised_rows", lambda *how: ran.append(1) or rounded_room(*how))
+    monkeypatch.setattr(products, "product_of", lambda *_: product_room)
+    config = replace(SIZES["i2v-14B"], num_layers=1)
+    how = {"operations": lending(comfy.ops.fp8_ops), "image_tokens": 257}
+    real = counted(config, SHORT, torch.bfloat16, plan, prepare=prepare, **how)
+    plain = counted(config, SHORT, torch.bfloat16, plan, image_tokens=257)
+    beside = Beside(1.0, 0.0)
+    everywhere = {"attention_beside": beside} if prepare is stored_in_fp8 else {}
+    ours = estimated(config, SHORT, torch.bfloat16, plan, image_tokens=257, ffn_beside=beside, **everywhere)
+    assert 0.97 < ours / real < 1.1, f"{ours / GIB:.2f} estimated, {real / GIB:.2f} GiB counted"
+    assert bool(ran) == (prepare is multiplied_by_rows)
+    if plan.parts == 1:
+        hidden = 32760 * config.ffn_dim
+        assert real == pytest.approx(plain + hidden, rel=0.01)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("width, hidden", [(5120, 13824), (13824, 5120)])
+def test_what_the_hosts_int8_takes_without_its_own_kernels(width, hidden, rotated, monkeypatch):
+    """A PyTorch for CUDA 12: its function runs PyTorch's operations, at 81 frames of 832x480."""
+    monkeypatch.setattr(rotations, "_HADAMARD_CACHE", {})  # tensors without data are none to keep
+    tokens, mode = 32760, FakeTensorMode()
+    with mode, torch.no_grad():
+        x = torch.empty(tokens, width, dtype=torch.bfloat16)
+        weight, scale = torch.empty(hidden, width, dtype=torch.int8), torch.ones(hidden)
+        bias = torch.empty(hidden, dtype=torch.bfloat16)
+        with PeakBytes() as meter:
+            eager.int8_linear(x, weight, scale, bias, torch.bfloat16, convrot=rotated)
+    layer = products.with_additions(comfy.ops.mixed_precision_ops({}).Linear)(16, 16)
+    layer.weight, layer.quant_format = (
+        QuantizedTensor.from_float(
+            torch.ones(16, 256), "TensorWiseINT8Layout", per_channel=True, convrot=rotated
+        ),
+        "int8_tensorwise",
+    )
+    beside = products.beside_product(layer, torch.device("cpu"), 2)
+    ours = tokens * (2 * hidden + beside.bytes(width, hidden)) + width * hidden
+    assert 0.97 < ours / meter.peak < 1.35, (ours / GIB, meter.peak / GIB)
 
 
 @pytest.mark.parametrize("plan", PLANS[::3], ids=str)

@@ -11,6 +11,7 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from helpers import relative
 from wan21 import host
 from wan21.host import prefetch, runner
+from wan21.host.stored import weight_bytes
 from wan21.wan.memory import GIB, MemoryPlan
 
 pretended_aimdo = pytest.importorskip("pretended_aimdo")
@@ -229,3 +230,14 @@ def test_two_blocks_are_counted_where_weights_are_streamed(model, job, sample, m
     (first, *others), need, said = planned()
     assert first == replace(plans[0], ahead=False) and not others and need == step
     assert said.startswith("passes together, weights fetched layer by layer; ")
+
+
+@pytest.mark.usefixtures("fetched")
+def test_the_hosts_samplers_are_told_of_these_blocks_only_where_weights_are_streamed(model, monkeypatch):
+    monkeypatch.setattr(model.model, "current_patcher", model)
+    weights, shape = weight_bytes(model), (1, 16, 3, 8, 8)
+    monkeypatch.setattr(prefetch, "usable_bytes", lambda device: 1e15)
+    step = model.model.memory_required(shape)
+    for usable, ahead in ((step + weights, 0), (step + weights - 1, 2 * of_one_block(model))):
+        monkeypatch.setattr(prefetch, "usable_bytes", lambda device, usable=usable: usable)
+        assert model.model.memory_required(shape) == step + ahead
