@@ -25,7 +25,7 @@ from ..wan.dit import WanModel
 from ..wan.files.gguf import BLOCKS, dequantize, read_gguf
 from ..wan.files.marks import check_scales, unpacked_shapes
 from ..wan.refusal import Refusal
-from .eight_bits import EIGHT_BITS, FP8_ROWS, quantised
+from .eight_bits import EIGHT_BITS, FP8_ROWS, INT8, quantised
 from .fp16_sums import FP16_FAST, IN_FP16_SUMS, check_fp16_sums
 from .guide import sample_with_guide
 from .lora import work_in_at_use
@@ -33,7 +33,7 @@ from .model import Wan21, refuse_replaced, refuse_unread
 from .operations import GGUFOperations, casting_operations, fp8_operations
 from .products import multiply_by_rows
 from .progress import tell, tell_left_out
-from .quantised import multiply_exactly, quantised_layers, tell_unpacked, with_formats
+from .quantised import multiply_exactly, quantised_layers, tell_unpacked, unpacked_formats, with_formats
 from .reader import read_checkpoint
 from .stored import PackedPatcher, kept_dtype
 
@@ -66,6 +66,7 @@ def load_model(
             `weight_dtype` is not for it, or not for the device.
     """
     path = Path(path)
+    refuse_missing_fp8(weight_dtype, comfy.model_management.get_torch_device())
     is_gguf = path.suffix.lower() == ".gguf"
     file = _GGUFFile(path, weight_dtype) if is_gguf else _Safetensors(path, weight_dtype)
     config = detect_config(file.shapes, file.metadata)
@@ -105,6 +106,22 @@ def load_model(
     # The host builds further patchers of this model (hooks, several GPUs) from this recipe.
     patcher.cached_patcher_init = (load_model, (path, weight_dtype))
     return patcher
+
+
+def refuse_missing_fp8(weight_dtype: str, device: torch.device) -> None:
+    """Refuses to store weights in fp8 for a device that has no such numbers.
+
+    Raises:
+        Refusal: says what to choose.
+    """
+    dtype = torch.float8_e4m3fn if weight_dtype == FP8_ROWS else STORED_AS.get(weight_dtype)
+    if dtype is None or dtype.itemsize > 1 or comfy.model_management.supports_cast(device, dtype):
+        return
+    raise Refusal(
+        f"weight_dtype is {weight_dtype}, and {comfy.model_management.get_torch_device_name(device)} has no "
+        "numbers in fp8",
+        f"Set weight_dtype to {INT8}, which halves the memory of the feed-forward there, or to default",
+    )
 
 
 def _unread_marks(file: "_Safetensors | _GGUFFile") -> list[str]:
@@ -236,6 +253,8 @@ class _Safetensors:
         for name, part in model.diffusion_model.named_children():
             if name != "blocks":
                 multiply_exactly(part)
+        unpacked = unpacked_formats(set(self.formats.values()), patcher.load_device)
+        multiply_exactly(model.diffusion_model.blocks, unpacked)
         if self.weight_dtype == FP8_ROWS:
             multiply_by_rows(model.diffusion_model.blocks)
 

@@ -7,13 +7,16 @@ import comfy.model_management
 import comfy.quant_ops
 import comfy.utils
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..wan.device import multiplies_in_int8
 from ..wan.files.bad_file import AGAIN
 from ..wan.files.marks import MARK, mark_of, marks_in
 from ..wan.refusal import Refusal
 from .progress import tell
 
+INT8_FORMAT = "int8_tensorwise"
 OLD_MARK = "scaled_fp8"  # key of one marker for all layers of a part
 
 
@@ -62,24 +65,42 @@ def quantised_layers(state_dict: dict[str, Tensor]) -> dict[str, str]:
     return formats
 
 
-def tell_unpacked(formats: set[str], device: torch.device) -> None:
-    """Says which formats the host unpacks before each multiplication on this device."""
+def unpacked_formats(formats: set[str], device: torch.device) -> set[str]:
+    """Those whose weights are unpacked before each product on this device, which cannot multiply in them.
+
+    The host does so with all but int8, which fails at its first product there (on Apple's GPUs).
+    """
     management = comfy.model_management
     multiplies = {"nvfp4": management.supports_nvfp4_compute, "mxfp8": management.supports_mxfp8_compute}
     multiplies |= dict.fromkeys(("float8_e4m3fn", "float8_e5m2"), management.supports_fp8_compute)
-    unpacked = sorted(name for name in formats & multiplies.keys() if not multiplies[name](device))
-    if unpacked:
-        name = management.get_torch_device_name(device)
+    multiplies[INT8_FORMAT] = multiplies_in_int8
+    return {name for name in formats & multiplies.keys() if not multiplies[name](device)}
+
+
+def tell_unpacked(formats: set[str], device: torch.device) -> None:
+    """Says which formats are unpacked before each multiplication on this device."""
+    if unpacked := sorted(unpacked_formats(formats, device)):
+        name = comfy.model_management.get_torch_device_name(device)
         tell(f"{name} cannot multiply in {', '.join(unpacked)}: weights are unpacked at each use")
 
 
-def multiply_exactly(layers: nn.Module) -> None:
+def multiply_exactly(layers: nn.Module, formats: set[str] | None = None) -> None:
     """Makes quantised layers unpack their weights and multiply these, where the host would round the input.
 
     Of the DiT those outside the blocks, which read float32: rounded to fp8 that is off by 2 %. They run once
     a pass, so nothing is lost in speed.
+
+    Args:
+        formats: which; None is all.
     """
     layer: Any
     for layer in layers.modules():
-        if hasattr(layer, "_full_precision_mm"):
+        chosen = formats is None or getattr(layer, "quant_format", None) in formats
+        if chosen and hasattr(layer, "_full_precision_mm"):
             layer._full_precision_mm = True
+            layer._forward = _unpacked_linear  # int8 weights multiply in int8 as they are, whatever that says
+
+
+def _unpacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    exact: Any = weight.dequantize() if isinstance(weight, comfy.quant_ops.QuantizedTensor) else weight
+    return F.linear(x, exact, bias)

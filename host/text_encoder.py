@@ -19,7 +19,7 @@ from ..wan.files.umt5 import TOKENIZER_KEY, tokenizer_beside
 from ..wan.files.umt5_gguf import read_umt5_gguf
 from ..wan.refusal import Refusal
 from .progress import tell, tell_left_out
-from .quantised import quantised_layers, with_formats
+from .quantised import INT8_FORMAT, multiply_exactly, quantised_layers, unpacked_formats, with_formats
 from .reader import read_checkpoint
 
 MAX_TOKENIZER_BYTES = 100_000_000  # umT5's has 4.5 million
@@ -76,7 +76,7 @@ def load_text_encoder(path: str | Path, device: str = "default") -> comfy.sd.CLI
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     detected = comfy.text_encoders.sd3_clip.t5_xxl_detect(state_dict)
-    return comfy.sd.CLIP(
+    clip = comfy.sd.CLIP(
         comfy.supported_models_base.ClipTarget(UMT5Tokenizer, comfy.text_encoders.wan.te(**detected)),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         tokenizer_data={"spiece_model": tokenizer},
@@ -84,6 +84,10 @@ def load_text_encoder(path: str | Path, device: str = "default") -> comfy.sd.CLI
         state_dict=[state_dict],
         model_options=options,
     )
+    # The other formats the host unpacks by itself where the device does not multiply in them.
+    in_int8 = {INT8_FORMAT} & set(formats.values())
+    multiply_exactly(clip.cond_stage_model, unpacked_formats(in_int8, clip.patcher.load_device))
+    return clip
 
 
 def _tokenizer(path: Path, stored: Tensor | None, vocab_size: int) -> bytes:

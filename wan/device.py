@@ -1,6 +1,13 @@
 """What a device can and cannot compute in."""
 
+from functools import cache
+from typing import Any
+
 import torch
+
+from .out_of_memory import is_out_of_memory
+
+SIDE = 32  # of a matrix that is multiplied to see whether a device does it
 
 
 def is_wide(device: torch.device) -> bool:
@@ -24,3 +31,20 @@ def multiplies_in_bf16(device: torch.device | str) -> bool:
         has = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
         return torch.backends.mkldnn.is_available() and any(ask() for ask in has if ask)
     return False
+
+
+@cache
+def multiplies_in_int8(device: torch.device) -> bool:
+    """Whether PyTorch multiplies matrices of int8 on a device; tried once.
+
+    Apple's GPUs and DirectML have none, NVIDIA's from compute capability 7.5 on.
+    """
+    public: Any = torch
+    multiply = getattr(public, "int8_mm", None) or public._int_mm  # one of both, by version
+    ones = torch.ones(SIDE, SIDE, dtype=torch.int8, device=device)
+    try:
+        return int(multiply(ones, ones)[0, 0]) == SIDE
+    except Exception as error:  # each backend has its own way to say so
+        if is_out_of_memory(error):  # nothing is known of the device
+            raise
+        return False

@@ -6,14 +6,17 @@ from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.quant_ops
+import comfy.sd
 import pytest
 import torch
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 from helpers import relative
+from helpers_nodes import host_euler
 from safetensors.torch import load_file, save_file
 from wan21 import host
-from wan21.host import load, operations, patches
+from wan21.host import load, operations, patches, quantised
 from wan21.wan import linear_cpu
+from wan21.wan.device import multiplies_in_int8
 
 METADATA = {"config": '{"transformer": {"text_dim": 128}}'}
 # By how much a run may differ from one with the unpacked weights. The int8 formats round their input too.
@@ -311,3 +314,61 @@ def test_large_products_on_the_cpu_are_ours(files, job, sample, monkeypatch, tmp
     monkeypatch.setattr(operations, "linear", counted)
     assert relative(sample(model, *job)[0]["samples"], plain) < 1e-5
     assert len(taken) > 10 and set(taken) == {torch.float32}
+
+
+# --- a device without products of int8 -----------------------------------------------------------------
+
+
+@pytest.fixture
+def without_int8(monkeypatch):
+    """As on Apple's GPUs: the operation is there and fails."""
+
+    def missing(*_):
+        raise NotImplementedError("The operator 'aten::_int_mm' is not currently implemented for this device")
+
+    multiplies_in_int8.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", missing)
+    yield
+    multiplies_in_int8.cache_clear()
+
+
+@pytest.mark.parametrize("way", ["file", "weight_dtype"])
+def test_int8_is_unpacked_where_it_cannot_be_multiplied(
+    files, job, sample, tmp_path, monkeypatch, without_int8, way
+):
+    """The host's own loader fails at its first product. What is unpacked rounds no input."""
+    state, told = load_file(files["t2v"]), []
+    monkeypatch.setattr(quantised, "tell", told.append)
+    if way == "file":
+        stored, unpacked = quantise(state, "int8_tensorwise")
+        path = save(stored, tmp_path / "stored.safetensors")
+        with pytest.raises(NotImplementedError, match="_int_mm"):
+            host_euler(comfy.sd.load_diffusion_model(str(path)), *job, [1.0, 0.0], 1.0, 0)
+        model = host.load_model(path)
+    else:
+        model = host.load_model(files["t2v"], "int8_convrot")
+        layers = model.model.diffusion_model.blocks.named_modules()
+        in_int8 = {key: layer.weight for key, layer in layers if getattr(layer, "layout_type", None)}
+        unpacked = state | {f"blocks.{key}.weight": weight.dequantize() for key, weight in in_int8.items()}
+        assert len(in_int8) == 4
+    assert told and told[0].endswith("cannot multiply in int8_tensorwise: weights are unpacked at each use")
+    exact = host.load_model(save(unpacked, tmp_path / "unpacked.safetensors"))
+    ours, expected = (sample(m, *job, steps=1)[0]["samples"] for m in (model, exact))
+    assert relative(ours, expected) < 1e-5
+
+
+def test_an_int8_text_encoder_is_unpacked_too(files, tmp_path, without_int8):
+    state = load_file(files["umt5"])
+    stored, _ = quantise(state, "int8_tensorwise", lambda key: ".layer." in key and "bias" not in key)
+    save_file(stored, tmp_path / "umt5.safetensors")
+    clip, plain = (host.load_text_encoder(path) for path in (tmp_path / "umt5.safetensors", files["umt5"]))
+    ours, exact = (c.encode_from_tokens(c.tokenize("a cat in the grass")) for c in (clip, plain))
+    assert 1e-4 < relative(ours, exact) < 0.05
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3fn", "fp8_e5m2", "fp8_e4m3fn_fast", "fp8_e4m3fn_rows"])
+def test_fp8_is_refused_by_name_where_there_are_no_such_numbers(files, monkeypatch, name):
+    """Of a Mac; the host's loader fails when the weights go to the device."""
+    monkeypatch.setattr(comfy.model_management, "supports_cast", lambda device, dtype: dtype.itemsize > 1)
+    with pytest.raises(ValueError, match=f"weight_dtype is {name}, and .* has no numbers in fp8.*Set .*int8"):
+        host.load_model(files["t2v"], name)
