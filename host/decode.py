@@ -16,7 +16,8 @@ from ..wan.vae.fallback import Piece, Retreat, decode_pieces
 from ..wan.vae.spread import spread_windows
 from .progress import Progress, check_cancelled, tell
 from .rank import check_file, gpu_of, mark_of
-from .vae import DecodeNeed, HostWanVAE, load_vae
+from .vae import HostWanVAE, load_vae
+from .vae_memory import DecodeNeed
 
 Place = tuple[int, ...]  # sample, rows from, to, columns from, to, first pixel frame
 
@@ -88,7 +89,8 @@ class LoadedVae:
         need = DecodeNeed(self.vae, self.model, latent.shape, asked.tile_size, window=window)
         need.load()
         tile = need.tile(0, said.append)
-        retreat = Retreat(torch.device("cpu"), need.retreat(said.append), need.last_resort())
+        go_on = need.retreat(said.append), need.last_resort(), need.chunk_frames(tile, 0)
+        retreat = Retreat(torch.device("cpu"), *go_on)
         z = latent.to(device, self.model.decode_dtype)
         yield from decode_pieces(self.model, z, put, tile, retreat, watch, window)
 

@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -14,23 +13,22 @@ import comfy.sd
 import torch
 from comfy.cli_args import args
 from comfy.ldm.modules.diffusionmodules.model import vae_attention
-from comfy.model_prefetch import cleanup_prefetched_modules
 from torch import Tensor
 
 from ..wan import files
 from ..wan.kernels import describe
 from ..wan.vae import WanVAE
 from ..wan.vae.cuda import kernel_choices, suits
-from ..wan.vae.fallback import decode_within_memory, on_cpu
+from ..wan.vae.fallback import decode_within_memory
 from ..wan.vae.layers import AttendFrame, AttentionBlock, attend_frame
-from ..wan.vae.memory import LONG_CHUNK, choose_tile, decode_bytes, encode_bytes
-from ..wan.vae.tiling import Window
+from ..wan.vae.memory import LONG_CHUNK, decode_bytes, encode_bytes
 from .load import DTYPES
 from .memory import need_host_bytes
 from .operations import lending
 from .progress import Progress, check_cancelled, tell, tell_left_out
 from .reader import read_checkpoint
 from .stored import spoilt_weight
+from .vae_memory import DecodeNeed, in_long_chunks
 
 Device: TypeAlias = torch.device | str | None
 
@@ -94,8 +92,18 @@ class HostWanVAE(WanVAE):
         return not (conv.weight_function or conv.bias_function)  # patches that act inside forward()
 
     def encode(self, x: Tensor, device: Device = None, **options: Any) -> Tensor:
-        self.log_kernels(torch.device(device or x.device), self.encode_dtype)
-        return super().encode(whole_latents(x).to(self.encode_dtype), device, **_watched(options))
+        x, on = whole_latents(x), torch.device(device or x.device)
+        self.log_kernels(on, self.encode_dtype)
+        x, encode = x.to(self.encode_dtype), super().encode
+        needed = math.inf  # of what is no clip, and refused
+        if x.ndim == 5:
+            batch, _, frames, height, width = x.shape
+            needed = batch * encode_bytes(self, frames, height, width, on, x.element_size(), LONG_CHUNK)
+
+        def run(chunk_frames: int | None) -> Tensor:
+            return encode(x, device, chunk_frames=chunk_frames, **_watched(options))
+
+        return in_long_chunks(on, needed, run)
 
     def decode(self, z: Tensor, output_buffer: Tensor | None = None, **options: Any) -> Tensor:
         if self.elsewhere is not None:
@@ -103,7 +111,16 @@ class HostWanVAE(WanVAE):
             if self.elsewhere.decode(z, output_buffer, "auto"):
                 return output_buffer
         self.log_kernels(z.device, self.decode_dtype)
-        return super().decode(z.to(self.decode_dtype), output_buffer, **_watched(options))
+        z, decode = z.to(self.decode_dtype), super().decode
+        needed = math.inf
+        if z.ndim == 5:
+            batch, height, width = len(z), *z.shape[3:]
+            needed = batch * decode_bytes(self, height, width, z.device, chunk_frames=LONG_CHUNK)
+
+        def run(chunk_frames: int | None) -> Tensor:
+            return decode(z, output_buffer, chunk_frames=chunk_frames, **_watched(options))
+
+        return in_long_chunks(z.device, needed, run)
 
     def encode_tiled(
         self,
@@ -324,81 +341,6 @@ def _decode_ours(
         chunk_frames=need.chunk_frames(tile, taken),
     )
     return vae.process_output(out).movedim(1, -1)
-
-
-class DecodeNeed:
-    """The memory of a decode on the device of a VAE.
-
-    Args:
-        vae, model: ours, and the model in it.
-        shape: of the latent, [B, 16, T, h, w].
-        tile_size: as for `decode_video`.
-        held_frames, window: as for `decode_bytes`.
-    """
-
-    def __init__(
-        self,
-        vae: comfy.sd.VAE,
-        model: HostWanVAE,
-        shape: Sequence[int],
-        tile_size: str,
-        held_frames: int = 0,
-        window: Window | None = None,
-    ):
-        self.vae, self.model, self.tile_size = vae, model, tile_size
-        self.size = (model, shape[-2], shape[-1], vae.device)
-        self.given = {
-            "itemsize": model.decode_dtype.itemsize, "held_frames": held_frames, "window": window,
-        }  # fmt: skip
-        tile = None if tile_size == "auto" else int(tile_size)
-        self.bytes = decode_bytes(*self.size, tile=tile, **self.given)
-
-    def load(self) -> None:
-        """Brings the weights to the device, with room beside them."""
-        vae = self.vae
-        comfy.model_management.load_models_gpu(
-            [vae.patcher], memory_required=self.bytes, force_full_load=vae.disable_offload
-        )
-
-    def chunk_frames(self, tile: int | None, taken: int) -> int | None:
-        """Frames at once in tiles of so many pixels: more than usual on a GPU with room for them."""
-        needed = decode_bytes(*self.size, tile=tile, chunk_frames=LONG_CHUNK, **self.given)
-        device = self.vae.device
-        roomy = device.type == "cuda" and needed + taken <= self.vae.patcher.get_free_memory(device)
-        return LONG_CHUNK if roomy else None
-
-    def tile(self, taken: int, say: Callable[[str], None]) -> int | None:
-        """Pixels of a tile to begin with; None and 0 are whole frames.
-
-        Args:
-            taken: bytes of the device that are not free for it.
-            say: called with a sentence if memory alone asks for tiles.
-        """
-        if self.tile_size != "auto":
-            return int(self.tile_size)
-        free = self.vae.patcher.get_free_memory(self.vae.device) - taken
-        tile = choose_tile(*self.size, free_bytes=free, **self.given)
-        if tile:
-            say(
-                f"decodes tiles of {tile} pixels: whole frames take {self.bytes / 2**30:.2f} GiB, "
-                f"{free / 2**30:.2f} GiB are free"
-            )
-        return tile
-
-    def retreat(self, say: Callable[[str], None]) -> Callable[[str], None]:
-        """What frees memory and says so, as of `decode_within_memory`."""
-
-        def retreat(sentence: str) -> None:
-            say(sentence)
-            if self.vae.patcher.is_dynamic():  # as in memory.make_room
-                cleanup_prefetched_modules(self.model.modules())
-            comfy.model_management.soft_empty_cache()
-
-        return retreat
-
-    def last_resort(self) -> Callable[[], WanVAE] | None:
-        """The same VAE on the CPU, unless it is there."""
-        return None if self.vae.device.type == "cpu" else partial(on_cpu, self.model)
 
 
 def why_nan(vae: comfy.sd.VAE) -> str:

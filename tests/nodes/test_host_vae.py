@@ -9,8 +9,11 @@ from helpers_vae import latents
 from lib.random_weights import randomise
 from safetensors.torch import load_file
 from wan21 import host
+from wan21.host import vae_memory
 from wan21.host.vae import HostWanVAE, frame_attention
+from wan21.wan.vae import WanVAE
 from wan21.wan.vae.layers import attend_frame
+from wan21.wan.vae.memory import LONG_CHUNK, decode_bytes, encode_bytes
 
 
 @pytest.fixture(scope="module")
@@ -240,3 +243,82 @@ def test_a_vae_loads_with_the_hosts_attention(files, monkeypatch):
     monkeypatch.setattr("wan21.host.vae.frame_attention", lambda device: chosen.append(device) or len)
     loaded = host.load_vae(files["vae"])
     assert chosen == [loaded.device] and loaded.first_stage_model.decoder.middle[1].attend is len
+
+
+# --- more frames at once on a GPU ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """`on_a_gpu(bytes)`: calls of the host's own nodes as on a GPU with so much free -> frames asked for."""
+    in_chunks, per_chunk, asked = vae_memory.in_long_chunks, WanVAE.decode.__globals__["frames_per_chunk"], []
+
+    def watched(chunk_frames, device):
+        asked.append(chunk_frames)
+        return per_chunk(chunk_frames, device)
+
+    def switch(free):
+        monkeypatch.setattr(vae_memory, "_free_bytes", lambda device: free)
+        monkeypatch.setattr(
+            "wan21.host.vae.in_long_chunks", lambda device, *how: in_chunks(torch.device("cuda", 0), *how)
+        )
+        monkeypatch.setattr("wan21.wan.vae.frames_per_chunk", watched)
+        return asked
+
+    return switch
+
+
+def needed_by(vae, way):
+    """Bytes of the clip of 9 frames of 96x64, four frames at once."""
+    model = vae.first_stage_model
+    if way == "encode":
+        return encode_bytes(model, 9, 64, 96, vae.device, model.encode_dtype.itemsize, LONG_CHUNK)
+    return decode_bytes(model, 8, 12, vae.device, chunk_frames=LONG_CHUNK)
+
+
+@pytest.mark.parametrize("way", ["encode", "decode"])
+def test_the_hosts_own_nodes_take_four_frames_at_once_where_a_gpu_has_room(vae, clip, on_a_gpu, way):
+    given = clip if way == "encode" else vae.encode(clip)
+    plain, need = getattr(vae, way)(given), needed_by(vae, way)
+    for free, expected in ((need, LONG_CHUNK), (need - 1, None)):
+        asked = on_a_gpu(free)
+        asked.clear()
+        assert relative(getattr(vae, way)(given), plain) < 1e-6
+        assert asked == [expected]
+
+
+@pytest.mark.parametrize("way", ["encode", "decode"])
+def test_where_the_room_was_not_there_it_goes_on_as_usual(vae, clip, on_a_gpu, monkeypatch, way):
+    """And not in the host's tiles."""
+    given = clip if way == "encode" else vae.encode(clip)
+    plain, failed = getattr(vae, way)(given), []
+    head = vae.first_stage_model.encoder.head if way == "encode" else vae.first_stage_model.decoder.head
+
+    def runs_out(module, inputs):
+        if len(failed) < 2:
+            failed.append(1)
+            if len(failed) == 2:
+                raise torch.OutOfMemoryError("none left")
+
+    handle = head.register_forward_pre_hook(runs_out)
+    try:
+        asked = on_a_gpu(1e15)
+        asked.clear()
+        found = getattr(vae, way)(given)
+    finally:
+        handle.remove()
+    assert asked == [LONG_CHUNK, None] and len(failed) == 2
+    assert relative(found, plain) < 1e-6
+
+
+def test_what_is_no_lack_of_memory_is_raised_at_once(vae, clip, on_a_gpu, monkeypatch):
+    def cancelled():
+        raise comfy.model_management.InterruptProcessingException
+
+    asked = on_a_gpu(1e15)
+    monkeypatch.setattr("wan21.host.vae.check_cancelled", cancelled)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        vae.encode(clip)
+    assert asked == [LONG_CHUNK]
+    with pytest.raises(ValueError, match="Wan VAE latent of shape"):
+        vae.first_stage_model.decode(torch.zeros(1, 4, 3, 8))

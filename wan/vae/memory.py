@@ -77,7 +77,13 @@ def decode_bytes(
 
 
 def encode_bytes(
-    vae: WanVAE, frames: int, h: int, w: int, device: torch.device, itemsize: int | None = None
+    vae: WanVAE,
+    frames: int,
+    h: int,
+    w: int,
+    device: torch.device,
+    itemsize: int | None = None,
+    chunk_frames: int | None = None,
 ) -> int:
     """Bytes that encoding one clip takes on `device` beyond weights, pixels and result.
 
@@ -86,9 +92,10 @@ def encode_bytes(
         frames, h, w: of the pixels.
         device: where it is encoded.
         itemsize: bytes of a number; None is that of the weights.
+        chunk_frames: as for `WanVAE.encode`.
     """
     itemsize = itemsize or vae.conv1.weight.element_size()
-    chunk = frames_per_chunk(None, device)
+    chunk = frames_per_chunk(chunk_frames, device)
     kept, widest, pixels = 0, 0, h * w
     for layers in vae.encoder.stages():
         kept += kept_values(layers, frames) * pixels
