@@ -6,9 +6,8 @@ import pytest
 import torch
 from helpers import relative
 from helpers_kernels import ROOM, counting
+from helpers_memory import Moved
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from wan21.wan import glue, kernels
 from wan21.wan.attention import sdpa
 from wan21.wan.chunked import block_executor
@@ -16,47 +15,7 @@ from wan21.wan.config import SIZES, WanConfig
 from wan21.wan.dit import WanAttentionBlock
 from wan21.wan.rope import axis_frequencies, rope_table
 
-aten = torch.ops.aten
-PRODUCTS = {aten.addmm.default, aten.mm.default, aten.bmm.default}
-MAKES = {aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default}  # room, and nothing in it
 GB = 1e9
-
-
-def nbytes(tensors):
-    """Bytes of the numbers in memory, each once: those that `expand` repeats are there once."""
-    return sum(
-        t.element_size() * torch.Size(n for n, step in zip(t.shape, t.stride()) if step).numel()
-        for t in tensors
-        if isinstance(t, torch.Tensor)
-    )
-
-
-class Moved(TorchDispatchMode):
-    """Bytes that operations read and write, tensor by tensor, less those of the products."""
-
-    def __init__(self):
-        super().__init__()
-        self.by_name = {}
-
-    @property
-    def bytes(self):
-        return sum(self.by_name.values())
-
-    def count(self, name, read, written):
-        self.by_name[name] = self.by_name.get(name, 0) + nbytes(read) + nbytes(written)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        read, written = tree_leaves((args, kwargs)), tree_leaves(out)
-        if func is aten.copy_.default:
-            read = read[1:]
-        places = {t.untyped_storage()._cdata for t in read if isinstance(t, torch.Tensor)}
-        is_view = not func._schema.is_mutable and all(
-            t.untyped_storage()._cdata in places for t in written if isinstance(t, torch.Tensor)
-        )
-        if func not in PRODUCTS | MAKES and not is_view:
-            self.count(str(func), read, written)
-        return out
 
 
 def fake_kernels(moved):

@@ -1,9 +1,11 @@
 """The VAE's way on NVIDIA GPUs, on the CPU: the numbers of the plain one, and channels last throughout."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import relative
-from helpers_memory import peak_bytes
+from helpers_memory import Moved, peak_bytes
 from helpers_vae import latents, pixels
 from lib.random_weights import randomise
 from wan21.wan.vae import WanVAE, cuda, memory
@@ -113,14 +115,17 @@ def test_a_changed_convolution_is_called(on_gpu, change):
     assert relative(vae.decode(latents(3)), plain) > 1e-3
 
 
-def room_of_convolution(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    """A result without numbers, as cuDNN lays it out."""
+def room_of_convolution(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, moved=None):
+    """A result without numbers, as cuDNN lays it out. A bias is added in a pass of its own."""
     count = x.ndim - 2
     steps, pads = (n if isinstance(n, tuple) else (n,) * count for n in (stride, padding))
     sides = zip(x.shape[2:], weight.shape[2:], steps, pads)
     shape = [(side + 2 * pad - kernel) // step + 1 for side, kernel, step, pad in sides]
     layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    return torch.empty((len(x), len(weight), *shape), dtype=x.dtype, memory_format=layout)
+    y = torch.empty((len(x), len(weight), *shape), dtype=x.dtype, device=x.device, memory_format=layout)
+    if moved is not None and bias is not None:
+        moved.count("bias", [y], [y])
+    return y
 
 
 @pytest.mark.parametrize("chunk", [2, 4])
@@ -140,9 +145,59 @@ def test_the_estimate_is_near_the_counted_tensors(on_gpu, way, tile, chunk, monk
         estimate = memory.decode_bytes(vae, h, w, CUDA, tile, held_frames=t, chunk_frames=chunk)
     else:
         real = peak_bytes(vae.encode, torch.zeros(1, 3, 4 * t - 3, 8 * h, 8 * w))
-        monkeypatch.setitem(CHUNK_FRAMES, "cuda", chunk)
-        estimate = memory.encode_bytes(vae, 4 * t - 3, 8 * h, 8 * w, CUDA)
+        estimate = memory.encode_bytes(vae, 4 * t - 3, 8 * h, 8 * w, CUDA, chunk_frames=chunk)
     assert 1 <= estimate / real < 1.15, (estimate / 2**20, real / 2**20)
+
+
+def kernels_room(moved):
+    """The kernels as far as memory goes: test_kernels.py counts what the real ones load and store."""
+
+    def norm_silu(x, gamma, scale, out):
+        moved.count("norm_silu", [x, gamma], [out])
+
+    def add_bias(y, bias, add_to):
+        moved.count("add_bias", [y, bias, add_to], [y])
+
+    return {"norm_silu": norm_silu, "add_bias": add_bias}
+
+
+def moved_by_a_frame(monkeypatch, way, kernels):
+    """Bytes a frame of 832x480 in the middle of a clip, four at once; tensors without data."""
+    with torch.device("meta"):
+        vae = WanVAE(dtype=torch.bfloat16)
+
+    def moved_by(t):
+        moved = Moved()
+        room = kernels_room(moved) if kernels else {}
+        monkeypatch.setattr(cuda, "_kernel", lambda name, *_: room.get(name))
+        for name in ("conv2d", "conv3d"):
+            monkeypatch.setattr(torch.nn.functional, name, partial(room_of_convolution, moved=moved))
+        shape = (1, 16, t, 60, 104) if way == "decode" else (1, 3, 4 * t - 3, 480, 832)
+        given = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        with moved:
+            getattr(vae, way)(given, chunk_frames=4)
+        return moved
+
+    short, long = moved_by(3), moved_by(7)
+    return (long.bytes - short.bytes) / 16, long.by_name
+
+
+BYTES = [
+    ("decode", True, True, 5.9),
+    ("decode", True, False, 12.7),
+    ("decode", False, False, 13.5),
+    ("encode", True, True, 4.0),
+    ("encode", False, False, 8.5),
+]
+
+
+@pytest.mark.parametrize("way, on, kernels, most", BYTES)
+def test_bytes_between_the_convolutions(on_gpu, monkeypatch, way, on, kernels, most):
+    """GB a frame."""
+    on_gpu(on)
+    monkeypatch.setattr(AttentionBlock, "attend", staticmethod(lambda q, k, v: torch.empty_like(q)))
+    moved, by_name = moved_by_a_frame(monkeypatch, way, kernels)
+    assert 0.97 * most < moved / 1e9 <= most, by_name
 
 
 SUITS = [
