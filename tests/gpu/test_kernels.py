@@ -12,6 +12,7 @@ from wan21.wan.kernels import describe
 from wan21.wan.rope import axis_frequencies, rope_table
 from wan21.wan.vae import WanVAE
 from wan21.wan.vae import cuda as vae_cuda
+from wan21.wan.vae.norm import RMSNorm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 GRID = (21, 30, 52)  # 81 frames of 832x480
@@ -111,6 +112,49 @@ def test_a_block_on_kernels(choices, monkeypatch, dtype, batch):
         expected = block(x.clone(), modulation, text, image, rope, sdpa)
     print(f"relative difference {kernels.relative(ours, expected):.1e}")
     assert 0 < kernels.relative(ours, expected) < kernels.TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("width, sides", [(96, (480, 832)), (192, (240, 416)), (384, (60, 104))])
+def test_passes_of_the_vae_give_the_numbers_of_pytorch(monkeypatch, dtype, width, sides):
+    """And print what they take: each level of a decode of 832x480, a chunk of four frames."""
+    found = vae_cuda.kernel_choices(DEVICE, dtype, width)
+    if any(choice.function is None for choice in found.values()):
+        pytest.skip(f"{torch.cuda.get_device_name()}: {describe(found)}")
+    shape, layout = (1, width, 4, *sides), torch.channels_last_3d
+    x, y, z = (torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=layout) for _ in "xyz")
+    norm = RMSNorm(width, 3, DEVICE, dtype)
+    bias, out = torch.randn(width, device=DEVICE).to(dtype), torch.empty_like(x)
+    calls = {
+        "norm_silu": (lambda y: vae_cuda.norm_silu_into(out, x, norm) or out, 2),
+        "add_bias": (lambda y: vae_cuda.add_bias(y, bias), 2),
+        "add_bias, residual": (lambda y: vae_cuda.add_bias(y, bias, z), 3),
+    }
+    with torch.no_grad():
+        for name, (call, passes) in calls.items():
+            ours, took = call(y.clone()).clone(), milliseconds(partial(call, y))
+            with monkeypatch.context() as patch:
+                patch.setattr(vae_cuda, "_kernel", lambda *_: None)
+                expected, eager = call(y.clone()).clone(), milliseconds(partial(call, y))
+            speed = passes * x.nbytes / took / 1e9
+            print(f"{name}, {width}: {took:.3f} ms, {speed:.2f} TB/s; PyTorch {eager:.3f} ms")
+            limit = kernels.TOLERANCE if dtype.itemsize == 2 else kernels.TOLERANCE_IN_FLOAT32
+            assert kernels.relative(ours, expected) <= limit, name
+
+
+def test_longer_chunks_of_the_vae_give_the_same_frames():
+    """Four frames at once, as where there is room, beside two."""
+    g = torch.Generator(DEVICE).manual_seed(0)
+    vae = WanVAE(dim=96, device=DEVICE, dtype=torch.bfloat16).requires_grad_(False)
+    for p in vae.parameters():
+        p.copy_(torch.randn(p.shape, device=DEVICE, generator=g) / p[0].numel() ** 0.5)
+    z = torch.randn(1, 16, 5, 30, 52, device=DEVICE, generator=g).bfloat16()
+    x = torch.rand(1, 3, 17, 240, 416, device=DEVICE, generator=g).bfloat16() * 2 - 1
+    with torch.no_grad():
+        for call, given in ((vae.decode, z), (vae.encode, x)):
+            error = kernels.relative(call(given, chunk_frames=4), call(given, chunk_frames=2))
+            print(f"relative difference {error:.1e}")
+            assert error < 0.02
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
