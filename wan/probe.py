@@ -5,12 +5,14 @@ random numbers. It must give what the first one gives, and be faster by `MARGIN`
 that are as fast would else take turns between restarts, and as they round differently give another video.
 """
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ CALLS = 10
 TURNS = 2  # a GPU that was idle is slow at first: each candidate is timed early and late
 COPIES = 7  # tensors of the size of q at the peak of a probe: q, k, v, three results, and what was repeated
 
+T = TypeVar("T")
 MakeRoom = Callable[[float], None]  # takes the bytes that a probe needs on the device
 
 _found: dict[tuple, Attention] = {}
@@ -107,11 +110,12 @@ def _race(candidates: list[Candidate], qkv: tuple[Tensor, ...], device: torch.de
     running: list[Candidate] = []
     expected = None
     for candidate in candidates:
-        out = _tried(candidate, qkv)
-        if out is None:
+        out = _unless_it_fails(partial(_called_quietly, candidate, qkv))
+        if not isinstance(out, Tensor) or out.shape != qkv[0].shape:
             continue
-        expected = out if expected is None else expected
-        if _is_near(out, expected, candidate.tolerance):
+        if expected is None and torch.isfinite(out).all():
+            expected = out
+        if expected is not None and _is_near(out, expected, candidate.tolerance):
             running.append(candidate)
         del out
     del expected
@@ -119,21 +123,33 @@ def _race(candidates: list[Candidate], qkv: tuple[Tensor, ...], device: torch.de
         return running[0].attention
     took = [float("inf")] * len(running)
     for _ in range(TURNS):
-        took = [min(least, _seconds(one, qkv, device)) for least, one in zip(took, running)]
+        now = [_unless_it_fails(partial(_seconds, one, qkv, device)) for one in running]
+        took = [float("inf") if s is None else min(least, s) for least, s in zip(took, now)]
     best, least = SDPA, float("inf")
     for candidate, seconds in zip(running, took):
         if MARGIN * seconds < least:
             best, least = candidate.attention, seconds
-    return replace(best, seconds=tuple((one.said, seconds) for one, seconds in zip(running, took)))
+    timed = zip(running, took)
+    return replace(best, seconds=tuple((one.said, s) for one, s in timed if math.isfinite(s)))
 
 
-def _tried(candidate: Candidate, qkv: tuple[Tensor, ...]) -> Tensor | None:
+def _unless_it_fails(call: Callable[[], T]) -> T | None:
+    """What a call gives; None where it raises, as another package's kernel may in any way.
+
+    For lack of memory it raises on: nothing is known then.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch says at length why a kernel is not there
-            return candidate.call(*qkv)
-    except Exception:  # another package's kernel may raise anything, and is left out then
+        return call()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return None
+
+
+def _called_quietly(candidate: Candidate, qkv: tuple[Tensor, ...]) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch says at length why a kernel is not there
+        return candidate.call(*qkv)
 
 
 def _is_near(out: Tensor, expected: Tensor, tolerance: float) -> bool:

@@ -346,6 +346,8 @@ def test_a_barred_backend_is_not_taken_and_says_why(install, seconds):
         lambda q, k, v: sdpa(q, k[:, :-3], v[:, :-3] + 0.1),
         lambda q, k, v: torch.full_like(q, float("nan")),
         lambda q, k, v: 1 / 0,
+        lambda q, k, v: sdpa(q, k, v)[:, :-1],
+        lambda q, k, v: None,
     ],
 )
 def test_auto_takes_nothing_that_errs(install, seconds, wrong):
@@ -353,6 +355,46 @@ def test_auto_takes_nothing_that_errs(install, seconds, wrong):
     install("xformers")
     seconds |= {"flash": 0.1, "xformers": 0.5}
     assert auto().name == "xformers"
+
+
+def test_what_fails_when_it_is_called_again_is_left_out(install, hopper, monkeypatch):
+    monkeypatch.setattr(probe, "CALLS", 1)
+    calls = []
+
+    def once(q, k, v, **_):
+        calls.append(1)
+        return sdpa(q, k, v) if len(calls) == 1 else 1 / 0
+
+    install("flash3", once)
+    chosen = auto()
+    assert chosen.name == "sdpa" and "flash3" not in dict(chosen.seconds) and len(chosen.seconds) == 3
+
+
+def test_the_first_kernel_may_err(hopper, seconds, monkeypatch):
+    """What the others give is compared with the first that gives numbers."""
+    spoilt = probe.Candidate(
+        "sdpa cuDNN", probe.replace(SDPA, function=lambda q, k, v: q / 0, kernel="cuDNN")
+    )
+    others = probe._of_pytorch
+    monkeypatch.setattr(probe, "_of_pytorch", lambda device: [spoilt, *others(device)[1:]])
+    seconds |= {"sdpa cuDNN": 0.01}
+    assert auto().kernel == "flash"
+
+
+def test_without_room_for_a_kernel_the_next_run_tries_again(install, seconds):
+    """Else it would be left out for the process."""
+    full = [1]
+
+    def needs_room(q, k, v, **_):
+        if full:
+            raise torch.OutOfMemoryError("none left")
+        return sdpa(q, k, v)
+
+    install("flash3", needs_room)
+    seconds |= {"flash3": 0.5}
+    assert auto() is SDPA
+    full.clear()
+    assert auto().name == "flash3"
 
 
 def test_kernels_that_a_device_lacks_are_left_out(hopper, seconds, monkeypatch):
