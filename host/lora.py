@@ -18,11 +18,12 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
+from ..wan.files import is_quantization_key
 from ..wan.lora import Lora, Patch, UnreadKind, apply_patch, match_lora
 from ..wan.refusal import Refusal
 from .lora_run import PREFIX, LoraRun, ScheduledLora, beside_products, is_bare
 from .reader import read_checkpoint
-from .stored import kept_dtype, kept_shapes
+from .stored import integers_as_they_are, kept_dtype, kept_shapes
 
 KEY = "wan21_loras"  # names our wrapper and our attachment on a MODEL
 
@@ -242,7 +243,9 @@ class AtUse:
         _refuse_scheduled(patcher, "saved")
         # The host merges what belongs to layers: neither these nor the parameters of none.
         keys = [*_unmerged(patcher), *(PREFIX + key for key in _merged_bare(patcher))]
-        saved = super().model_state_dict_for_saving(model, prefix)  # pyright: ignore[reportAttributeAccessIssue]
+        with integers_as_they_are(patcher.model) as integers:
+            saved = super().model_state_dict_for_saving(model, prefix)  # pyright: ignore[reportAttributeAccessIssue]
+        keys += [key for key in integers if key in patcher.patches and key not in keys]
         for key in keys:
             weight: Any = patcher.patch_weight_to_device(key, patcher.load_device, return_weight=True)
             name = key.removeprefix(prefix)
@@ -263,10 +266,14 @@ class AtUse:
         return super().get_key_patches(filter_prefix)  # pyright: ignore[reportAttributeAccessIssue]
 
     def model_state_dict(self, filter_prefix: str | None = None) -> dict:
-        """The host's; with a prefix LoraSave asks for it."""
+        """The host's; with a prefix LoraSave asks for it.
+
+        Without scales and marks of quantised weights, which are no parameters: a merge would look for them.
+        """
         if filter_prefix is not None:
             _refuse_scheduled(cast(ModelPatcher, self), "saved")
-        return super().model_state_dict(filter_prefix)  # pyright: ignore[reportAttributeAccessIssue]
+        found = super().model_state_dict(filter_prefix)  # pyright: ignore[reportAttributeAccessIssue]
+        return {key: value for key, value in found.items() if not is_quantization_key(key)}
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
         """The host's, which gives unloaded layers their patches anew."""

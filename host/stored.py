@@ -4,6 +4,10 @@ The host keeps quantised weights in a `QuantizedTensor`; a GGUF layer holds the 
 `packed`; with the host's dynamic memory a parameter has the file's dtype until its layer is called.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
@@ -13,6 +17,7 @@ from ..wan.files.gguf import dequantize
 from ..wan.refusal import Refusal
 
 GGUF_UNPACKING_BYTES = 13  # measured peak bytes per weight of dequantize, 16-bit result included
+PATCHED = "comfy_patched_weights"  # the host's mark of a layer whose weight has its patches
 UNPACKING_BYTES = 8  # of the host's formats but fp8: two copies in float32, one after the other
 
 
@@ -123,3 +128,27 @@ def weight_bytes(patcher: ModelPatcher) -> int:
             numbers = getattr(value, "_qdata", value).numel()
             total += numbers * kept_dtype(layer, name).itemsize
     return total
+
+
+@contextmanager
+def integers_as_they_are(model: nn.Module) -> Iterator[list[str]]:
+    """Context in which the host saves weights as they are whose numbers are integers; gives their keys.
+
+    Of weights that are not on the device it makes parameters that require gradients, which integers cannot.
+    Those on the device, patches and all, it takes as they are by itself.
+    """
+    named = model.named_modules()
+    layers = {f"{name}.weight": layer for name, layer in named if _in_integers(layer)}
+    layers = {key: layer for key, layer in layers.items() if not getattr(layer, PATCHED, False)}
+    for layer in layers.values():
+        setattr(layer, PATCHED, True)
+    try:
+        yield [*layers]
+    finally:
+        for layer in layers.values():
+            setattr(layer, PATCHED, False)
+
+
+def _in_integers(layer: nn.Module) -> bool:
+    weight: Any = getattr(layer, "weight", None)
+    return isinstance(weight, QuantizedTensor) and not weight._qdata.dtype.is_floating_point

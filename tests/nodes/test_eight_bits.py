@@ -2,13 +2,16 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.quant_ops
 import comfy.sd
 import pytest
 import torch
 import torch.nn.functional as F
+from comfy_extras.nodes_model_merging import ModelMergeSimple
 from helpers import relative
 from helpers_nodes import host_euler
 from safetensors.torch import load_file, save_file
@@ -113,6 +116,45 @@ def test_a_host_without_the_format_is_named(files, monkeypatch, name):
     monkeypatch.delitem(comfy.quant_ops.QUANT_ALGOS, EIGHT_BITS[name])
     with pytest.raises(ValueError, match=rf"does not have its format {EIGHT_BITS[name]}.*Update ComfyUI"):
         host.load_model(files["t2v"], name)
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_it_is_saved_before_its_weights_are_on_the_device(files, tmp_path, lora_of, name):
+    """As with dynamic memory, where they never are; the host's way cannot hold integers."""
+    g, key = torch.Generator().manual_seed(1), "blocks.0.ffn.0.weight"
+    model = host.load_model(files["t2v"], name)
+    layer = model.model.diffusion_model.blocks[0].ffn[0]
+    layer.comfy_patched_weights = False
+    if name == INT8:
+        with pytest.raises(RuntimeError, match="can require gradients"):
+            comfy.model_patcher.ModelPatcher.model_state_dict_for_saving(model)
+    plain, change = layer.weight.dequantize(), torch.randn(512, 256, generator=g) / 50
+    native = model.clone()
+    native.add_patches({f"diffusion_model.{key}": ("diff", (change,))}, 0.5)
+    ours = lora_of(model, {f"diffusion_model.{key.removesuffix('weight')}diff": change}, 0.5)
+    for one, expected in ((model, plain), (native, plain + 0.5 * change), (ours, plain + 0.5 * change)):
+        saved = one.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
+        kept = {part: saved[f"{key}{part}"].to("cpu") for part in ("", "_scale")}
+        params = replace(layer.weight._params, scale=kept["_scale"])
+        found = comfy.quant_ops.QuantizedTensor(kept[""], layer.weight._layout_cls, params).dequantize()
+        assert kept[""].dtype == STORAGE[name] and relative(found, expected) < 0.05
+    assert layer.comfy_patched_weights is False
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+@pytest.mark.parametrize("in_8_bits_is", [0, 1], ids=["first", "second"])
+def test_a_merge_takes_it_as_either_model(loaded, models, prompts, sample, name, in_8_bits_is):
+    """The host's own MODEL of such a file fails as the second."""
+    other, key = models["t2v"].clone(), "blocks.0.ffn.0.weight"
+    weight = other.model.diffusion_model.get_parameter(key)
+    other.add_patches({f"diffusion_model.{key}": ("diff", (-4 * weight,))}, 1.0)
+    found = []
+    for one in (loaded[name], models["t2v"]):
+        both = (one, other) if in_8_bits_is == 0 else (other, one)
+        merged = ModelMergeSimple().merge(*both, 0.3)[0]
+        found.append(sample(merged, *prompts, LATENT, steps=1)[0]["samples"])
+    plain = sample(models["t2v"], *prompts, LATENT, steps=1)[0]["samples"]
+    assert relative(*found) < 0.03 < relative(found[0], plain)
 
 
 # --- LoRAs on them -------------------------------------------------------------------------------------
