@@ -17,13 +17,15 @@ def kernels_of(model: ModelPatcher) -> str | None:
     devices = [device for device in devices_of(model) if device.type == "cuda"]
     if not devices:
         return None
+    by_rows = any(getattr(layer, "by_rows", False) for layer in model.model.diffusion_model.modules())
     if TORCH_COMPILE_KWARGS in model.model_options:
-        return "none of our own: the MODEL is compiled, and the compiler makes them"
+        said = "none of our own: the MODEL is compiled, and the compiler makes them"
+        return f"{said}; weights of fp8_e4m3fn_rows are unpacked then at each use" if by_rows else said
     config, dtype = model.model.diffusion_model.config, model.model.get_dtype_inference()
     said = {}
     for device in devices:
         choices = kernel_choices(device, dtype, config.dim, config.head_dim)
-        if any(getattr(layer, "by_rows", False) for layer in model.model.diffusion_model.modules()):
+        if by_rows:
             choices |= fp8_rows.choices(device, dtype, config.ffn_dim)
         said[str(device)] = describe(choices)
     if len(set(said.values())) == 1:

@@ -95,7 +95,9 @@ def test_the_report_says_which_kernels_a_gpu_runs(models, prompts, sample, monke
     assert f"kernels: {expected}\n" in sample(model, *prompts, LATENT, steps=1)[1]
     compiled = model.clone()
     compiled.model_options[TORCH_COMPILE_KWARGS] = {"backend": "inductor"}
-    assert "the MODEL is compiled" in host.kernels_of(compiled)
+    assert "the MODEL is compiled" in host.kernels_of(compiled) and "fp8" not in host.kernels_of(compiled)
+    monkeypatch.setattr(model.model.diffusion_model.blocks[0].ffn[0], "by_rows", True, raising=False)
+    assert host.kernels_of(compiled).endswith("weights of fp8_e4m3fn_rows are unpacked then at each use")
 
 
 def test_the_report_says_which_attention_a_gpu_runs(models, prompts, sample, monkeypatch):
