@@ -147,7 +147,8 @@ def test_encode_goes_on_in_tiles_when_memory_runs_out(vae):
     handle = vae.first_stage_model.encoder.downsamples[0].register_forward_pre_hook(run_out)
     latent = vae.encode(wide)
     handle.remove()
-    assert seen[0] == 640 and 0 < max(seen[1:]) < 640
+    tries = seen.count(640)  # a GPU with room tries more frames at once first
+    assert tries in (1, 2) and 0 < max(seen[tries:]) < 640
     assert torch.equal(latent, tiled)
 
 
@@ -268,17 +269,22 @@ def on_a_gpu(monkeypatch):
     return switch
 
 
+@pytest.fixture
+def few(clip):
+    return clip[:, :24, :32]  # 9 frames
+
+
 def needed_by(vae, way):
-    """Bytes of the clip of 9 frames of 96x64, four frames at once."""
+    """Bytes of these, four frames at once."""
     model = vae.first_stage_model
     if way == "encode":
-        return encode_bytes(model, 9, 64, 96, vae.device, model.encode_dtype.itemsize, LONG_CHUNK)
-    return decode_bytes(model, 8, 12, vae.device, chunk_frames=LONG_CHUNK)
+        return encode_bytes(model, 9, 24, 32, vae.device, model.encode_dtype.itemsize, LONG_CHUNK)
+    return decode_bytes(model, 3, 4, vae.device, chunk_frames=LONG_CHUNK)
 
 
 @pytest.mark.parametrize("way", ["encode", "decode"])
-def test_the_hosts_own_nodes_take_four_frames_at_once_where_a_gpu_has_room(vae, clip, on_a_gpu, way):
-    given = clip if way == "encode" else vae.encode(clip)
+def test_the_hosts_own_nodes_take_four_frames_at_once_where_a_gpu_has_room(vae, few, on_a_gpu, way):
+    given = few if way == "encode" else vae.encode(few)
     plain, need = getattr(vae, way)(given), needed_by(vae, way)
     for free, expected in ((need, LONG_CHUNK), (need - 1, None)):
         asked = on_a_gpu(free)
@@ -288,9 +294,9 @@ def test_the_hosts_own_nodes_take_four_frames_at_once_where_a_gpu_has_room(vae, 
 
 
 @pytest.mark.parametrize("way", ["encode", "decode"])
-def test_where_the_room_was_not_there_it_goes_on_as_usual(vae, clip, on_a_gpu, monkeypatch, way):
+def test_where_the_room_was_not_there_it_goes_on_as_usual(vae, few, on_a_gpu, way):
     """And not in the host's tiles."""
-    given = clip if way == "encode" else vae.encode(clip)
+    given = few if way == "encode" else vae.encode(few)
     plain, failed = getattr(vae, way)(given), []
     head = vae.first_stage_model.encoder.head if way == "encode" else vae.first_stage_model.decoder.head
 
@@ -311,14 +317,14 @@ def test_where_the_room_was_not_there_it_goes_on_as_usual(vae, clip, on_a_gpu, m
     assert relative(found, plain) < 1e-6
 
 
-def test_what_is_no_lack_of_memory_is_raised_at_once(vae, clip, on_a_gpu, monkeypatch):
+def test_what_is_no_lack_of_memory_is_raised_at_once(vae, few, on_a_gpu, monkeypatch):
     def cancelled():
         raise comfy.model_management.InterruptProcessingException
 
     asked = on_a_gpu(1e15)
     monkeypatch.setattr("wan21.host.vae.check_cancelled", cancelled)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        vae.encode(clip)
+        vae.encode(few)
     assert asked == [LONG_CHUNK]
     with pytest.raises(ValueError, match="Wan VAE latent of shape"):
         vae.first_stage_model.decode(torch.zeros(1, 4, 3, 8))

@@ -6,13 +6,13 @@ Kernels, streams and the use of memory are not imitated: those are for tests/gpu
 Imported before ComfyUI, it stands for a GPU of 24 GiB in this process.
 """
 
+import functools
 import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 aten = torch.ops.aten
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -51,6 +51,9 @@ class CudaTensor(torch.Tensor):
         return run(func, types, args, kwargs or {})
 
 
+KNOWN = frozenset((torch.Tensor, torch.nn.Parameter, CudaTensor))
+
+
 class PretendedCuda(TorchDispatchMode):
     """Also catches what makes tensors, which has none among its arguments."""
 
@@ -60,37 +63,63 @@ class PretendedCuda(TorchDispatchMode):
 
 def run(func, types, args, kwargs):
     """One operation, on the CPU, with its result on the device it would have."""
-    if any(t not in (torch.Tensor, torch.nn.Parameter, CudaTensor) for t in types):
+    if not KNOWN.issuperset(types):
         return NotImplemented  # another subclass, such as the host's quantised tensors, unpacks itself first
     if func is SAME_KIND:
         return False  # so that a parameter that moves is a new one
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-    if composite and func is not ATTENTION:
+    if is_composite(func):
         with PretendedCuda():
             return func.decompose(*args, **kwargs)
-    flat, spec = tree_flatten((args, kwargs))
-    ours = {id(t.inner): t for t in flat if isinstance(t, CudaTensor)}
-    if ours and func not in (COPY_TO, COPY_INTO):
-        check_devices(func, flat)
-    if "device" in kwargs and kwargs["device"] is not None:
+    ours, others = {}, []  # CudaTensors by their `inner`; tensors of the CPU
+    on_cuda = func is COPY_INTO and isinstance(args[0], CudaTensor)
+    args = [inner(value, ours, others) for value in args]
+    kwargs = {name: inner(value, ours, others) for name, value in kwargs.items()}
+    if ours and others and func not in (COPY_TO, COPY_INTO):
+        check_devices(func, others)
+    if kwargs.get("device") is not None:
         on_cuda = torch.device(kwargs["device"]).type == "cuda"
-    else:
-        on_cuda = isinstance(args[0], CudaTensor) if func is COPY_INTO else bool(ours)
-    args, kwargs = tree_unflatten([t.inner if isinstance(t, CudaTensor) else t for t in flat], spec)
-    kwargs |= {"device": CPU} if kwargs.get("device") is not None else {}
-    kwargs |= {"pin_memory": False} if kwargs.get("pin_memory") else {}
-
-    def named(t):
-        if not isinstance(t, torch.Tensor) or id(t) in ours:
-            return ours.get(id(t), t)  # what was changed in place is the same object
-        return CudaTensor(t) if on_cuda else t  # a view of `inner` stays one
-
-    return tree_map(named, func(*args, **kwargs))
+        kwargs["device"] = CPU
+    elif func is not COPY_INTO:
+        on_cuda = bool(ours)
+    if kwargs.get("pin_memory"):
+        kwargs["pin_memory"] = False
+    return named(func(*args, **kwargs), ours, on_cuda)
 
 
-def check_devices(func, flat):
-    for t in flat:
-        if isinstance(t, torch.Tensor) and not isinstance(t, CudaTensor) and t.ndim:
+@functools.cache
+def is_composite(func):
+    """Whether it is made of other operations, which are taken one by one."""
+    if func is ATTENTION:
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+def inner(value, ours, others):
+    """An argument with the tensors of the CPU that it holds."""
+    if isinstance(value, CudaTensor):
+        ours[id(value.inner)] = value
+        return value.inner
+    if isinstance(value, torch.Tensor):
+        others.append(value)
+    elif type(value) in (list, tuple):
+        return type(value)(inner(one, ours, others) for one in value)
+    return value
+
+
+def named(result, ours, on_cuda):
+    """A result under the name of the device that it would be on."""
+    if isinstance(result, torch.Tensor):
+        if id(result) in ours:
+            return ours[id(result)]  # what was changed in place is the same object
+        return CudaTensor(result) if on_cuda else result  # a view of `inner` stays one
+    if type(result) in (list, tuple):
+        return type(result)(named(one, ours, on_cuda) for one in result)
+    return result
+
+
+def check_devices(func, others):
+    for t in others:
+        if t.ndim:
             raise RuntimeError(f"{func}: a tensor {tuple(t.shape)} on the CPU beside others on {CUDA}")
 
 

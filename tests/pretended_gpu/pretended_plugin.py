@@ -15,9 +15,12 @@ def pytest_collection_finish(session):
     """After the host is imported, before a fixture is made."""
     import comfy.model_management
     import comfy.model_patcher
+    import comfy.quant_ops
     from comfy import memory_management
     from comfy.cli_args import args
 
+    if comfy.quant_ops._CK_AVAILABLE:
+        comfy.quant_ops.ck.disable_backend("cuda")  # kernels for a GPU of its own
     comfy.model_management.FORCE_FP32 = args.fp32_vae = args.fp32_text_enc = True
     if os.environ.get("PRETENDED_AIMDO") == "1":
         pretended_aimdo.install()
