@@ -40,9 +40,9 @@ def multiplies_in_int8(device: torch.device) -> bool:
     Apple's GPUs and DirectML have none, NVIDIA's from compute capability 7.5 on.
     """
     public: Any = torch
-    multiply = getattr(public, "int8_mm", None) or public._int_mm  # one of both, by version
     ones = torch.ones(SIDE, SIDE, dtype=torch.int8, device=device)
     try:
+        multiply = getattr(public, "int8_mm", None) or public._int_mm  # one of both, by version
         return int(multiply(ones, ones)[0, 0]) == SIDE
     except Exception as error:  # each backend has its own way to say so
         if is_out_of_memory(error):  # nothing is known of the device

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers_memory import peak_bytes
 from wan21.wan import fp8_rows, glue, kernels
 from wan21.wan.kernels.gelu_product import gelu_product
 from wan21.wan.kernels.row_product import row_product
@@ -335,6 +336,23 @@ def test_the_product_by_rows(monkeypatch, dtype):
     assert given == [((64, 1), (1, 64), True, torch.float8_e4m3fn, (1, 192))]
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: scaled(*args, **kwargs) * torch.nan)
     assert fp8_rows._product_distance(torch.device("cpu"), dtype, 192, row_product) == math.inf
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_rows_without_a_kernel_are_rounded_in_pieces(monkeypatch, gelu):
+    """Else copies in float32 of the hidden layer, the largest tensor of a step, would lie beside it."""
+    x = torch.randn(60, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = fp8_rows._quantised_rows(x, gelu)
+    monkeypatch.setattr(fp8_rows, "ROWS_AT_ONCE", 7)
+    ours = fp8_rows.quantised_rows(x, gelu)
+    assert torch.equal(ours[0].float(), expected[0].float()) and torch.equal(ours[1], expected[1])
+    assert peak_bytes(fp8_rows.quantised_rows, x, gelu) < 0.3 * peak_bytes(fp8_rows._quantised_rows, x, gelu)
+
+
+def test_a_product_of_widths_that_fp8_does_not_take_is_left_out(monkeypatch):
+    monkeypatch.setattr(kernels, "choose", lambda *_: kernels.Choice(len))
+    widths = [(512, 1408), (515, 1408), (512, 1400), (48, 48)]
+    assert [fp8_rows.product_of(CUDA, BF16, *both) is len for both in widths] == [True, False, False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
