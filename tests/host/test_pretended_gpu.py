@@ -32,9 +32,8 @@ GRAPHS = [
     "Wan2.1 video to video (v2v)",
 ]
 # Test files by whether weights come to the device at their use, and what is left out of them: it goes on on
-# the CPU where there is a GPU, gives models tensors of the CPU, looks at weights before their use, or reads
-# where a tensor lies; or it is long and asks no more of a device than others do: noise levels, words of a
-# refusal, files, further sizes.
+# the CPU where there is a GPU, gives models tensors of the CPU, or looks at weights before their use; or it
+# is long and asks no more of a device than others do: noise levels, words of a refusal, files, further sizes.
 NODES = {
     True: [
         "test_host_model",
@@ -46,7 +45,6 @@ NODES = {
         "test_lora_copies",
         "test_sampler",
         "test_streamed",
-        "test_eight_bits",
     ],
     False: [
         "test_host_vae",
@@ -59,7 +57,7 @@ NODES = {
 }
 LEFT_OUT = {
     True: "test_weight_dtype or test_fp8_stores or cannot_hold or test_each_step_has or "
-    "test_what_is_saved_the_hosts or told_apart or is_named or is_told_of or is_fetched_once",
+    "told_apart or is_named or is_told_of or is_fetched_once",
     False: "test_an_error_names_the_file_that_resumes or released_lengths or alpha_channel or "
     "chooses_the_size or of_several_is_read or prompts_are_not_changed or (is_resized and not crop) or "
     "(several_start_frames and size1) or (left_out_in_front and not 2-1)",
