@@ -1,4 +1,4 @@
-"""Tasks, files and sessions in SQLite, written by one thread in the order of the calls.
+"""Tasks, files and sessions in SQLite, written by one thread in the order of the calls, read by another.
 
 Rows are plain classes, used on the event loop as well: `Store` copies, it never hands out rows that are
 attached to a database session.
@@ -130,13 +130,14 @@ class Store:
         self._engine = create_engine(f"sqlite:///{path}", connect_args=wait)
         event.listen(self._engine, "connect", _on_connect)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan21-store")
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan21-reader")
 
-    async def _run(self, work: Callable[[Session], T]) -> T:
+    async def _run(self, work: Callable[[Session], T], thread: ThreadPoolExecutor | None = None) -> T:
         def in_session() -> T:
             with Session(self._engine, expire_on_commit=False) as session, session.begin():
                 return work(session)
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, in_session)
+        return await asyncio.get_running_loop().run_in_executor(thread or self._thread, in_session)
 
     async def open(self) -> None:
         """Creates the tables, or brings those of an older version up to date.
@@ -159,6 +160,7 @@ class Store:
     def close(self) -> None:
         """Finishes what was asked for and closes the file."""
         self._thread.shutdown()
+        self._reader.shutdown()
         self._engine.dispose()
 
     async def add(self, *rows: Row) -> None:
@@ -198,8 +200,8 @@ class Store:
             session.execute(update(type(row)).where(type(row).id == row.id).values(**values))
 
     async def get(self, kind: type[R], row_id: str) -> R | None:
-        """One row by its id."""
-        return await self._run(lambda session: session.get(kind, row_id))
+        """One row by its id, as it was last committed: who asks does not wait for the disk of who writes."""
+        return await self._run(lambda session: session.get(kind, row_id), self._reader)
 
     async def select(
         self, kind: type[R], *conditions: ColumnElement[bool], order: Any = None, limit: int | None = None

@@ -2,6 +2,7 @@
 
 import errno
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -38,6 +39,20 @@ def test_a_locked_database_asks_to_try_again(locked, host, job):
             assert "database is locked" in answer.json()["detail"] and "SELECT" not in answer.text
     assert requests.post(f"{locked.url}/apps/run", json=body).ok and len(host.queue) == 2
     assert len(list(host.input_directory.rglob("*.png"))) == 2
+
+
+def test_who_asks_for_a_task_does_not_wait_for_who_writes(host, job, monkeypatch):
+    monkeypatch.setattr(store, "LOCK_SECONDS", 60)
+    with serve(host) as api, ThreadPoolExecutor(1) as others:
+        done = api.client.run(job(), wait=False)["id"]
+        api.play_next()
+        wait_until(lambda: api.client.get_task(done).data["status"] == 10)
+        with closing(sqlite3.connect(database_of(host))) as other:
+            other.execute("BEGIN IMMEDIATE")
+            writes = others.submit(requests.post, f"{api.url}/files", json={"files": [{"size": 5}]})
+            answers = [requests.get(f"{api.url}/tasks/{done}", timeout=30).json() for _ in range(50)]
+            assert all(one["data"]["status"] == 10 for one in answers) and not writes.done()
+        assert writes.result().ok
 
 
 def test_a_cancel_that_meets_a_lock_is_carried_out_later(locked, host, job):
