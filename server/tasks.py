@@ -274,7 +274,7 @@ class Tasks:
             return
         if kind == "preview":
             live.preview = data
-        elif kind in ("requeued", "waits"):  # of a fleet
+        elif kind in ("requeued", "told"):  # of a fleet
             if kind == "requeued":
                 live.begin_again()
             live.log(data["why"])
@@ -331,11 +331,17 @@ class Tasks:
 
     async def _complete(self, live: LiveTask, outputs: dict[str, Any]) -> None:
         row = live.row
+        live.ending = True
         try:
-            files, output = self._collect(row, outputs)
+            files, output = await asyncio.to_thread(
+                self._collect, row, outputs
+            )  # other calls wait for no disk
         except (KeyError, IndexError, OSError) as error:
             logging.exception("Wan2.1 jobs: the outputs of %s could not be read", row.id)
             return await self._end(live, states.FAILED, f"the outputs could not be read: {error!r}")
+        except BaseException:
+            live.ending = False
+            raise
         await self._end(live, states.COMPLETED, files=files, output=output, progress=100.0)
 
     def _collect(self, row: TaskRow, outputs: dict[str, Any]) -> tuple[list[FileRow], dict[str, Any]]:
