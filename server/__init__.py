@@ -11,7 +11,7 @@ def mount() -> None:
     """Serves the API below /wan21; where that is not possible, the log says why and the nodes still load."""
     try:
         from ..host.queue import Host
-        from .app import create_app
+        from .app import create_app, create_failed_app
         from .routes import PREFIX
         from .stations.about import STATION, create_station_app
 
@@ -19,7 +19,12 @@ def mount() -> None:
         if os.environ.get(STATION):
             host.mount(PREFIX, create_station_app(host))
             return
-        host.mount(PREFIX, create_app(host, host.weight_formats))
+        try:
+            app = create_app(host, host.weight_formats)
+        except Exception as error:
+            host.mount(PREFIX, create_failed_app(f"{type(error).__name__}: {error}"))
+            raise
+        host.mount(PREFIX, app)
     except Exception as error:
         logging.warning("Wan2.1 jobs: the API is not served: %s: %s", type(error).__name__, error)
     else:

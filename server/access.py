@@ -34,7 +34,7 @@ class Gate:
         """
         if self._digests:
             return _matching(request, self._digests).hex()[:32]
-        if not _is_local(request):
+        if not is_local(request):
             raise Problem(403, "No API keys are configured, so only clients on this machine are served.")
         return LOCAL
 
@@ -69,7 +69,7 @@ def _matching(request: web.BaseRequest, digests: Sequence[bytes]) -> bytes:
     return given
 
 
-def _is_local(request: web.BaseRequest) -> bool:
+def is_local(request: web.BaseRequest) -> bool:
     """Whether a request comes from this machine, neither through a proxy nor from a web page elsewhere.
 
     The peer's address alone is not enough: a browser also sends it for a foreign name that resolves to

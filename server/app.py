@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from sqlalchemy.exc import DatabaseError
 
 from ..workers import cannot_join, cannot_run
-from .access import Gate, RateLimit
+from .access import Gate, RateLimit, is_local
 from .files import Files
 from .fleet import Fleet
 from .installed import Installed
@@ -69,6 +69,18 @@ def create_app(host: "Host", weight_formats: Collection[str] | None = None) -> w
     app.add_routes(routes.table())
     app.cleanup_ctx.append(life.run)
     app.on_shutdown.append(life.end_streams)  # the web server waits for open responses
+    return app
+
+
+def create_failed_app(why: str) -> web.Application:
+    """What is served where the API cannot be, as with a wrong setting: why, to who is on this machine."""
+
+    async def tell(request: web.Request) -> web.Response:
+        told = why if is_local(request) else "its log says why"
+        return Problem(503, f"The job API does not run: {told}").response()
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", tell)
     return app
 
 
