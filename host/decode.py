@@ -11,11 +11,12 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from ..wan.files.fingerprint import fingerprint
 from ..wan.refusal import Refusal
 from ..wan.vae.fallback import Piece, Retreat, decode_pieces
 from ..wan.vae.spread import spread_windows
 from .progress import Progress, check_cancelled, tell
-from .rank import check_file, gpu_of, mark_of
+from .rank import check_file, gpu_of
 from .vae import HostWanVAE, load_vae
 from .vae_memory import DecodeNeed
 
@@ -28,7 +29,7 @@ class VaeRecipe:
 
     Attributes:
         path, precision: as of `load_vae`.
-        mark: of the file, by `mark_of`.
+        mark: of the file, by `fingerprint`.
         hosts_gpu: the GPU that the host computes on, by `gpu_of`.
     """
 
@@ -199,7 +200,7 @@ def vae_recipe_of(vae: comfy.sd.VAE) -> tuple[Callable[[VaeRecipe], LoadedVae], 
     if patcher.patches or patcher.object_patches:
         raise Refusal("another node changes the VAE, which workers cannot be sent", "Remove that node")
     path, precision = model.loaded_from
-    return load_vae_recipe, (VaeRecipe(path, precision, mark_of(path), gpu_of(vae.device)),)
+    return load_vae_recipe, (VaeRecipe(path, precision, fingerprint(path), gpu_of(vae.device)),)
 
 
 def shared_vae(vae: comfy.sd.VAE, decoders: Decoders) -> comfy.sd.VAE:

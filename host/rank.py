@@ -1,6 +1,5 @@
 """What a worker holds: a MODEL of ours, loaded there by our own loader, and calls of its DiT."""
 
-import hashlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..wan.dit import ApplyBlock, BlockRunner, Pass
+from ..wan.files.fingerprint import fingerprint
 from ..wan.option import Around, Call
 from ..wan.refusal import Refusal
 from ..wan.run_state import forget_states
@@ -24,8 +24,6 @@ from .memory import make_room, tell_out_of_memory
 from .model import CALL, SHARD, TEXTS
 from .runner import pass_name
 
-MARKED = 2**20  # bytes of each end of a file
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -35,7 +33,7 @@ class Recipe:
         path: of the checkpoint.
         weight_dtype: as of `load_model`.
         changes: what stands on it beside the file's weights.
-        mark: of the file, by `mark_of`.
+        mark: of the file, by `fingerprint`.
         hosts_gpu: the GPU that the host computes on, by `gpu_of`.
     """
 
@@ -77,15 +75,6 @@ def gpu_of(device: torch.device) -> str:
     return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
 
 
-def mark_of(path: Path) -> str:
-    """What tells a file from others without reading all of it: its size, its beginning and its end."""
-    with path.open("rb") as file:
-        digest, size = hashlib.sha256(file.read(MARKED)), path.stat().st_size
-        file.seek(max(0, size - MARKED))
-        digest.update(file.read(MARKED))
-    return f"{size}-{digest.hexdigest()}"
-
-
 def check_file(path: Path, mark: str) -> None:
     """Whether a file is here, and the one that was meant.
 
@@ -95,7 +84,7 @@ def check_file(path: Path, mark: str) -> None:
     where = f"{path} on {platform.node()}"
     if not path.is_file():
         raise Refusal(f"there is no {where}", "Put the same file at the same path on every machine")
-    if mark_of(path) != mark:
+    if fingerprint(path) != mark:
         raise Refusal(
             f"{where} is another file than in ComfyUI (its size, beginning or end differs)",
             "Put the same file at the same path on every machine",

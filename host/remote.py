@@ -17,6 +17,8 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor, nn
 
 from ..wan.config import LATENT_CHANNELS, WanConfig
+from ..wan.files.fingerprint import fingerprint
+from ..wan.out_of_memory import OutOfMemoryError
 from ..wan.refusal import Refusal
 from ..wan.shard import WHOLE
 from ..wan.teacache import reused_step
@@ -25,7 +27,7 @@ from .devices import KEY as MULTIGPU
 from .lora import KEY as LORAS
 from .model import CALL, TEXTS, HostWanModel, Wan21
 from .progress import check_cancelled, tell
-from .rank import Asked, LoadedModel, Recipe, gpu_of, load_recipe, mark_of
+from .rank import Asked, LoadedModel, Recipe, gpu_of, load_recipe
 from .untraced import untraced
 
 # Of transformer_options what is plain data and says something to our DiT.
@@ -64,11 +66,12 @@ class RemoteDiT(HostWanModel):
     Attributes:
         elsewhere: where.
         here: the MODEL with its weights, for the rest of a run that has lost all workers.
+        lost: that it has, as a sentence without its full stop; empty while it has not.
     """
 
     elsewhere: Elsewhere
     here: LoadedModel
-    is_here: bool = False
+    lost: str = ""
 
     def __init__(self, config: WanConfig, operations: Any, device: torch.device | None, *dtypes: Any):
         # The layers' own classes hold weights of their own kind, and here are none.
@@ -89,8 +92,8 @@ class RemoteDiT(HostWanModel):
 
     def go_on_here(self, error: ConnectionError) -> None:
         """Says that the rest of the run is computed in this process."""
-        self.is_here = True
-        tell(f"{error}. This run goes on without workers, on {self.here.patcher.load_device}")
+        self.lost = f"{error}. This run goes on without workers, on {self.here.patcher.load_device}"
+        tell(self.lost)
 
     @untraced
     def _forward(self, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
@@ -115,7 +118,7 @@ class RemoteDiT(HostWanModel):
             None if call is None else replace(call, attention=None),
             attention,
         )
-        if not self.is_here:
+        if not self.lost:
             noted = len(self.elsewhere.notes)
             try:
                 return self.elsewhere.call(asked, count, check_cancelled).to(x.device)
@@ -126,7 +129,10 @@ class RemoteDiT(HostWanModel):
                     self.elsewhere.notes.append(
                         f"step {step + 1}, which TeaCache would reuse, was computed: what it reuses was lost"
                     )
-        return self.here.call(asked, range(count), WHOLE, check_cancelled)
+        try:
+            return self.here.call(asked, range(count), WHOLE, check_cancelled)
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(f"{self.lost}: {error}") from None
 
 
 def _rest(x: Tensor) -> list[int]:
@@ -220,7 +226,7 @@ def recipe_of(model: ModelPatcher) -> tuple[Callable[[Recipe], LoadedModel], tup
     path, weight_dtype, *_ = model.cached_patcher_init[1]
     gpu = gpu_of(model.load_device)
     path = Path(path).resolve()
-    return load_recipe, (Recipe(path, weight_dtype, changes_of(model), mark_of(path), gpu),)
+    return load_recipe, (Recipe(path, weight_dtype, changes_of(model), fingerprint(path), gpu),)
 
 
 def remote_model(model: ModelPatcher, elsewhere: Elsewhere) -> ModelPatcher:
@@ -263,9 +269,9 @@ def _end(model: ModelPatcher) -> None:
     for sentence in dit.elsewhere.report():
         tell(sentence)
     dit.elsewhere.end()
-    if dit.is_here:
+    if dit.lost:
         dit.here.end()
-        dit.is_here = False
+        dit.lost = ""
 
 
 def blocked(message: str) -> ExecutionBlocker:

@@ -11,10 +11,13 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..wan.files.bad_file import listed
+from ..workers import not_taken, unreachable
 from .graph import Graph, class_of
 from .installed import Shelf
 from .problems import Problem
 from .settings import Settings
+from .stations import roster
 from .stations.about import About, files_in, pack_digest
 from .stations.link import Link
 from .stations.roster import Job, Station, failed, interrupted, loaded_by, next_pair, places
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 TRIES = 2  # of a job whose station dies
 MAX_RECORDS = 256  # of jobs that are over, for the tasks to read
 NEW_DRIVER_SECONDS = 5.0  # after one that ended
+REFUSED_SECONDS = 30.0  # after one that the cluster did not take
 AGAIN_SECONDS = 10.0  # after a job could not be given, such as for a full disk
 
 OnGiven = Callable[[str, str], Awaitable[None]]
@@ -35,6 +39,7 @@ class Fleet:
 
     Attributes:
         on_given: awaited with a job's prompt id and the name of its station before the station has it.
+        stations: by number.
 
     Args:
         host: the ComfyUI whose web server the API is on.
@@ -53,12 +58,29 @@ class Fleet:
         self._background: set[asyncio.Task[None]] = set()
         self._on_message: OnMessage = lambda kind, data: None
         self.on_given: OnGiven | None = None
+        self.trouble = ""  # why there is no station at all; empty where there may be
+        self.had_one = False  # since this process began
         self.stations: dict[int, Station] = {}
 
     # --- life -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Starts the driver, which starts the stations."""
+        """Starts the driver, which starts the stations; on a cluster, as soon as that can be reached."""
+        if self._settings.ray_address is None:
+            self._start()
+        else:
+            self._spawn(self._start_in(self._settings.ray_address))
+
+    async def _start_in(self, address: str) -> None:
+        refusal = await asyncio.to_thread(unreachable, address)
+        if self._stopping:
+            return
+        if refusal is None:
+            return self._start()
+        self._have_none(f"{refusal.problem}. {refusal.fix}")
+        asyncio.get_running_loop().call_later(REFUSED_SECONDS, self.start)
+
+    def _start(self) -> None:
         main, args = self._host.program()
         program = {"main": main, "args": args, "env": self._settings.of_stations()}
         setup = (
@@ -68,6 +90,7 @@ class Fleet:
             program,
             str(self._host.input_directory),
             str(self._host.output_directory),
+            self._settings.hung_seconds,
         )
         self._link = Link(setup, self._on_news, self._on_end)
 
@@ -86,19 +109,51 @@ class Fleet:
         """The driver has ended, and with it the stations."""
         if self._stopping:
             return
-        logging.warning("Wan2.1 jobs: the driver of the stations ended (%s); another is started", words)
+        seconds = REFUSED_SECONDS if self.trouble else NEW_DRIVER_SECONDS
         for number in self.stations:
             self._gone(number, 0, f"the driver ended: {words}")
         if self._link is not None:
             self._link.close()
-        asyncio.get_running_loop().call_later(NEW_DRIVER_SECONDS, self.start)
+        if not self.trouble:
+            address = self._settings.ray_address
+            where = f" at WAN21_RAY_ADDRESS={address}" if address else ""
+            self._have_none(f"the driver of Ray{where} ended ({words}), and another is started")
+        asyncio.get_running_loop().call_later(seconds, self.start)
+
+    def _have_none(self, why: str) -> None:
+        """Notes why there are no stations, and says so in the log and to what waits; empty: there may be."""
+        if why and why != self.trouble:
+            logging.warning("Wan2.1 jobs: there are no stations: %s", why)
+            for job in self._waiting.values():
+                self._tell(job, f"there are no stations: {why}")
+        self.trouble = why
+
+    def _have_one(self, station: Station, is_there: bool) -> None:
+        """Notes that a station is there; or, where none was so far, why not."""
+        self.had_one |= is_there
+        if is_there or not self.had_one:
+            name = station.name or f"number {station.number + 1}"
+            self._have_none("" if is_there else f"station {name}: {station.why}")
+
+    def _tell(self, job: Job, why: str) -> None:
+        self._on_message("told", {"prompt_id": job.prompt_id, "why": why})
+
+    def check_there(self) -> None:
+        """Checks that there may be stations.
+
+        Raises:
+            Problem: 503, with the reason, where none has ever answered and none can.
+        """
+        if self.trouble and not self.had_one:
+            wait = {"Retry-After": f"{REFUSED_SECONDS:g}"}
+            raise Problem(503, f"There are no stations: {self.trouble}", headers=wait)
 
     # --- the queue ------------------------------------------------------------------------------------
 
     def observe(self, on_message: "OnMessage") -> None:
         """Lets `on_message(type, data)` be called for each message of a job.
 
-        Beside those of the host there are "requeued", the job waits again, and "waits", each with a `why`.
+        Beside those of the host there are "requeued", the job waits again, and "told", each with a `why`.
         """
         self._on_message = on_message
 
@@ -126,31 +181,12 @@ class Fleet:
         Raises:
             Problem: 422 for what there is not, 503 where no station has answered yet.
         """
-        if infra not in (None, "", "private"):
-            raise _wrong("infra", "jobs run on this server's own stations; leave it out, or say private")
-        if not workers:
-            return []
-        if not isinstance(workers, list) or not all(isinstance(name, str) for name in workers):
-            raise _wrong("workers", "must be a list of names of stations")
-        known = {name for one in self.stations.values() if one.name for name in (one.name, one.machine)}
-        if not known:
-            raise Problem(503, "No station has answered yet.", headers={"Retry-After": f"{AGAIN_SECONDS:g}"})
-        if unknown := [name for name in workers if name not in known]:
-            raise _wrong("workers", f"there is no {unknown[0][:100]!r}; there are {', '.join(sorted(known))}")
-        return workers
+        self.check_there()
+        return roster.chosen(infra, workers, self.stations.values())
 
     def lacking(self, graph: Graph, placement: Sequence[str]) -> list[tuple[str, str, str]]:
-        """Complaints, as of `check`, on files that no station has that may run a graph.
-
-        There are none while no station is known.
-        """
-        may = [(one.about, one.name) for one in self.stations.values() if one.is_chosen(placement)]
-        lacks = [(about.lacks(graph), name) for about, name in may if about is not None]
-        if not lacks:
-            return []
-        least, name = min(lacks, key=lambda one: len(one[0]))
-        told = "no station that may run it has {!r}; " + f"{name} lacks least"
-        return [(named.node_id, named.input, told.format(named.file)) for named in least]
+        """Complaints, as of `check`, on files that no station has that may run a graph."""
+        return roster.lacking(graph, [one for one in self.stations.values() if one.is_chosen(placement)])
 
     def put(
         self,
@@ -169,7 +205,9 @@ class Fleet:
             created_at: in seconds since 1970.
             owner, stations, tries: see `roster.Job`; `stations` is its placement.
         """
-        self._waiting[prompt_id] = Job(prompt_id, graph, created_at, owner, stations, tries)
+        job = self._waiting[prompt_id] = Job(prompt_id, graph, created_at, owner, stations, tries)
+        if self.trouble:
+            self._tell(job, f"there are no stations: {self.trouble}")
         self._give()
 
     def cancel(self, prompt_id: str) -> Literal["removed", "interrupted", "absent"]:
@@ -207,7 +245,7 @@ class Fleet:
             station.job = job
             self._served[job.owner] = 1 + max(self._served.values(), default=0)
             self._spawn(self._send(job, station))
-        if any(station.life for station in self.stations.values()):
+        if self.stations:
             self._tell_who_cannot_run()
 
     def _tell_who_cannot_run(self) -> None:
@@ -216,8 +254,7 @@ class Fleet:
             if not job.told and not any(one.life and one.can_run(job) for one in self.stations.values()):
                 job.told = True
                 which = f" of {', '.join(sorted(job.placement))}" if job.placement else ""
-                why = f"no station{which} that has its files answers now; it waits for one"
-                self._on_message("waits", {"prompt_id": job.prompt_id, "why": why})
+                self._tell(job, f"no station{which} that has its files answers now; it waits for one")
 
     async def _send(self, job: Job, station: Station) -> None:
         job.tries += 1
@@ -238,6 +275,8 @@ class Fleet:
         if job.cancelled or self._link is None:
             return self._over(station, interrupted())
         station.loaded = loaded_by(job.graph)
+        for sentence in station.differing(job.graph):
+            self._tell(job, sentence)
         names, folder = places(job.graph)
         self._link.send("run", station.number, station.life, job.prompt_id, job.graph, names, folder)
 
@@ -254,6 +293,11 @@ class Fleet:
                 self._ready(number, life, *news)
             elif kind == "gone":
                 self._gone(number, life, *news)
+            elif kind == "none":
+                self._have_none(*news)
+            elif kind == "refused" and (address := self._settings.ray_address):
+                refusal = not_taken(address, *news)
+                self._have_none(f"{refusal.problem}. {refusal.fix}")
             elif number in self.stations and self.stations[number].life == life:
                 self._take(self.stations[number], *news)
         except Exception:
@@ -262,14 +306,24 @@ class Fleet:
     def _ready(self, number: int, life: int, about: dict[str, Any]) -> None:
         station = self._station(number)
         station.named(about["machine"], {other.name for other in self.stations.values()})
-        station.about, station.loaded = About.of(about), frozenset()
-        if station.about.pack != pack_digest():
+        station.loaded, told = frozenset(), About.of(about)
+        self._know(station, told)
+        if told.pack != pack_digest():
             station.why = "its ComfyUI has another version of the Wan2.1 pack than the API's; update it"
             logging.warning("Wan2.1 jobs: station %s gets no jobs: %s", station.name, station.why)
-            return
+            return self._have_one(station, False)
         station.life, station.why = life, ""
+        self._have_one(station, True)
         logging.info("Wan2.1 jobs: station %s is ready", station.name)
         self._give()
+
+    def _know(self, station: Station, about: About) -> None:
+        """Notes what a station says of itself, and which of its files are others elsewhere."""
+        station.about, known = about, set(station.differing())
+        roster.compare(self.stations.values())
+        for sentence in station.differing():
+            if sentence not in known:
+                logging.warning("Wan2.1 jobs: %s; put one file on all machines", sentence)
 
     def _station(self, number: int) -> Station:
         if number not in self.stations:
@@ -284,6 +338,7 @@ class Fleet:
         station.life, station.why = 0, why
         name = station.name or f"number {number + 1}"
         logging.warning("Wan2.1 jobs: station %s is gone: %s", name, why)
+        self._have_one(station, False)
         job, station.job = station.job, None
         if job is None:
             return
@@ -292,10 +347,7 @@ class Fleet:
         if job.cancelled:
             self._end(station, job, interrupted())
         elif job.tries < TRIES:
-            self._waiting[job.prompt_id] = job
-            told = f"station {name} died while it ran it ({why}); it is queued once more"
-            self._on_message("requeued", {"prompt_id": job.prompt_id, "why": told})
-            self._give()
+            self._queue_again(job, f"station {name} died while it ran it ({why}); it is queued once more")
         else:
             told = f"station {name} died while it ran it ({why}), the second one; it is not tried again"
             self._end(station, job, failed("", told))
@@ -306,17 +358,29 @@ class Fleet:
         elif kind == "bytes":
             station.observer.hear_bytes(news[0])
         elif kind == "about":
-            station.about = About.of(news[0] | {"machine": station.machine})
+            self._know(station, About.of(news[0]))
             self._give()
         elif kind == "ended" and station.job is not None and station.job.prompt_id == news[0]:
-            self._over(station, self._record(station.job, news[1]))
+            if news[1] is not None and "refused" in news[1]:
+                self._refused(station, station.job, self._host.complaints(*news[1]["refused"]))
+            else:
+                self._over(station, news[1])
 
-    def _record(self, job: Job, record: dict[str, Any] | None) -> dict[str, Any] | None:
-        """A record as the host's history has it, of a graph that a station refused as well."""
-        if record is None or "refused" not in record:
-            return record
-        node_id, _, text = self._host.complaints(*record["refused"])[0]
-        return failed(class_of(job.graph, node_id), text)
+    def _refused(self, station: Station, job: Job, found: "Sequence[Complaint]") -> None:
+        """A station did not take a job: one that lost a file of it lets another try, where one has it."""
+        gone = station.lose({(one.node_id, one.input) for one in found}, job.graph)
+        others = [one for one in self.stations.values() if one.life and one.can_run(job)]
+        if not gone or not others or job.tries >= TRIES:
+            return self._over(station, failed(class_of(job.graph, found[0].node_id), found[0].message))
+        station.job = None
+        del self._running[job.prompt_id]
+        why = f"station {station.name} has {listed(map(repr, gone))} no more; it is queued once more"
+        self._queue_again(job, why)
+
+    def _queue_again(self, job: Job, why: str) -> None:
+        self._waiting[job.prompt_id] = job
+        self._on_message("requeued", {"prompt_id": job.prompt_id, "why": why})
+        self._give()
 
     def _over(self, station: Station, record: dict[str, Any] | None) -> None:
         """Ends the job of a station, which is free then."""
@@ -333,7 +397,3 @@ class Fleet:
         while len(self._records) > MAX_RECORDS:
             del self._records[next(iter(self._records))]
         station.observer.hear({"type": "executing", "data": {"node": None, "prompt_id": job.prompt_id}})
-
-
-def _wrong(path: str, message: str) -> Problem:
-    return Problem(422, f"{path}: {message}", [{"path": path, "message": message}])

@@ -150,15 +150,17 @@ def build_graph(
 
 
 def add_workers(job: JobGraph, devices: int) -> None:
-    """Lets each call of the model be shared between devices, where there are several for a job."""
+    """Lets steps and decodes be shared between devices, where there are several for a job."""
     if devices == 1:
         return
-    samplers = [node for node in job.nodes.values() if node["class_type"] == SAMPLER]
-    inputs = {"model": samplers[0]["inputs"]["model"], "devices": devices, "split": "auto"}
     number = str(1 + max(map(int, job.nodes)))
+    inputs: dict[str, Any] = {"devices": devices, "split": "auto"}
+    for output, (name, kind) in enumerate((("model", SAMPLER), ("vae", DECODE))):
+        users = [node["inputs"] for node in job.nodes.values() if node["class_type"] == kind]
+        inputs[name] = users[0][name]
+        for user in users:
+            user[name] = [number, output]
     job.nodes[number] = {"class_type": WORKERS, "inputs": inputs, "_meta": {"title": "Workers"}}
-    for sampler in samplers:
-        sampler["inputs"]["model"] = [number, 0]
 
 
 def _shift(values: Mapping[str, Any], first_last: bool) -> float:

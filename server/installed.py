@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, TimeoutError
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..wan.files import INDEX_SUFFIX, SHARD_NAME
 from ..wan.files.bad_file import listed
+from ..wan.files.fingerprint import fingerprint
 from ..wan.refusal import printable
 from .graph import LOADERS
 from .model_notes import FOLDERS, WANTED, Lack, lack_of, notes_on
@@ -21,6 +22,7 @@ from .traits import Traits, read_traits
 if TYPE_CHECKING:
     from ..host.queue import Host
 
+T = TypeVar("T")
 Shelf = Mapping[str, Mapping[str, File]]  # what there is, by part and name
 BUNDLED = Path(__file__).parents[1] / "models"
 WHOLE_PIPELINES = "checkpoints"  # a second folder of models: files that hold all parts
@@ -28,24 +30,29 @@ LOOK_SECONDS = 30.0  # for the header of one file
 MODELS_TOLD = 3  # of those that lack a partner
 
 
-class _Look:
-    """One look at a file, in a thread of its own, so that a disk that does not answer stops no other job."""
+class _Look(Generic[T]):
+    """One look at a file, in a thread of its own, so that a disk that does not answer stops no other job.
 
-    def __init__(self, part: str, path: Path, formats: Collection[str] | None):
-        self._path, self._ends = path, time.monotonic() + LOOK_SECONDS
-        self._found: Future[Traits] = Future()
-        job = lambda: self._found.set_result(read_traits(part, path, formats))  # noqa: E731
+    Args:
+        read: gives what is found.
+        unread: what is given in its place where that takes longer than `LOOK_SECONDS`.
+    """
+
+    def __init__(self, path: Path, read: Callable[[], T], unread: T):
+        self._path, self._ends, self._unread = path, time.monotonic() + LOOK_SECONDS, unread
+        self._found: Future[T] = Future()
+        job = lambda: self._found.set_result(read())  # noqa: E731
         threading.Thread(target=job, name="wan21 look", daemon=True).start()
 
-    def traits(self) -> Traits:
-        """What the file is, as soon as it is known; after `LOOK_SECONDS` that it cannot be known for now."""
+    def found(self) -> T:
+        """What the file is, as soon as it is known."""
         try:
             return self._found.result(max(0, self._ends - time.monotonic()))
         except TimeoutError:
             logging.warning(
                 "Wan2.1 jobs: %s was not read within %g s", printable(str(self._path)), LOOK_SECONDS
             )
-            return Traits(refusal=f"not read within {LOOK_SECONDS:g} s: its disk is slow or gone")
+            return self._unread
 
 
 class Installed:
@@ -66,7 +73,8 @@ class Installed:
         self._shelves = shelves
         self._host = host
         self._formats = formats
-        self._looks: dict[tuple[Any, ...], _Look] = {}  # see `_traits_of`
+        self._looks: dict[tuple[Any, ...], _Look[Traits]] = {}  # see `_traits_of`
+        self._prints: dict[tuple[Any, ...], _Look[str]] = {}
         self._lock = threading.Lock()
 
     def choose(
@@ -128,6 +136,19 @@ class Installed:
     def shelf(self) -> Shelf:
         """All listed files. Blocking, as `look`."""
         return {part: {n: self._file(part, n, None) for n in self._listed(part)} for part in LOADERS}
+
+    def prints(self) -> dict[tuple[str, str], str]:
+        """What tells the listed files from others of their names, by loader and name. Blocking, as `look`.
+
+        Files that cannot be read are left out.
+        """
+        found = {
+            (node, name): self._print_of(path)
+            for part, (node, _) in LOADERS.items()
+            for name in self._listed(part)
+            if (path := self._path(part, name)) is not None
+        }
+        return {key: told for key, told in found.items() if told}
 
     def traits(self, model_name: str) -> Traits:
         """What an installed diffusion model is."""
@@ -195,8 +216,27 @@ class Installed:
         key = (part, path, stat.st_size, stat.st_mtime_ns, beside)
         with self._lock:
             if key not in self._looks:
-                self._looks[key] = _Look(part, path, self._formats)
-        return self._looks[key].traits()
+                unread = Traits(refusal=f"not read within {LOOK_SECONDS:g} s: its disk is slow or gone")
+                self._looks[key] = _Look(path, lambda: read_traits(part, path, self._formats), unread)
+        return self._looks[key].found()
+
+    def _print_of(self, path: Path) -> str:
+        try:
+            stat = path.stat()
+        except OSError:
+            return ""
+        key = (path, stat.st_size, stat.st_mtime_ns)
+        with self._lock:
+            if key not in self._prints:
+                self._prints[key] = _Look(path, lambda: _print(path), "")
+        return self._prints[key].found()
+
+
+def _print(path: Path) -> str:
+    try:
+        return fingerprint(path)
+    except OSError:
+        return ""
 
 
 def _together(shelves: Sequence[Shelf]) -> Shelf | None:

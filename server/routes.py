@@ -256,7 +256,11 @@ class Routes:
 
     async def stations(self, request: web.Request) -> web.Response:
         """The stations of the fleet; none where this ComfyUI runs the jobs."""
-        return _answer([one.described() for one in self._fleet.stations.values()] if self._fleet else [])
+        if self._fleet is None:
+            return _answer([])
+        if not self._fleet.stations:
+            self._fleet.check_there()
+        return _answer([one.described() for one in self._fleet.stations.values()])
 
     async def metrics(self, request: web.Request) -> web.Response:
         text, kind = exposition(self._tasks, self._fleet)

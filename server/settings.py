@@ -33,6 +33,7 @@ class Settings:
         stations: of a fleet (0: as many as there is room for); None runs jobs in this ComfyUI.
         ray_address: of a cluster for them; None starts one on this machine.
         gpus_per_job: of each station; None is one where there are any.
+        hung_seconds: without a sign of life, after which a station is given up.
     """
 
     keys: tuple[str, ...] = field(default=(), repr=False)
@@ -49,6 +50,7 @@ class Settings:
     stations: int | None = None
     ray_address: str | None = None
     gpus_per_job: int | None = None
+    hung_seconds: int = 60
 
     def of_stations(self, environ: Mapping[str, str] = os.environ) -> dict[str, str | None]:
         """Variables of a station's ComfyUI; None takes one away.
@@ -79,6 +81,7 @@ class Settings:
             stations=_stations(environ),
             ray_address=environ.get("WAN21_RAY_ADDRESS") or None,
             gpus_per_job=_gpus_per_job(environ),
+            hung_seconds=_number(environ, "WAN21_STATION_HUNG_SECONDS", defaults.hung_seconds),
         )
 
 

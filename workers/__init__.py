@@ -8,7 +8,7 @@ lost with a worker is one call, which is made again. `client`, `process` and `re
 other. Ray is imported in the engine's process only.
 """
 
-from .client import Client, Setup, WorkersLost, cannot_join, cannot_run
+from .client import Client, Setup, WorkersLost, cannot_join, cannot_run, not_taken, unreachable
 from .remote import Counts, RemoteModel, RemoteVae
 
 __all__ = [
@@ -20,4 +20,6 @@ __all__ = [
     "WorkersLost",
     "cannot_join",
     "cannot_run",
+    "not_taken",
+    "unreachable",
 ]

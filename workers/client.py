@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 import weakref
@@ -16,6 +17,7 @@ from .process import ROOT, RayProcess
 from .wire import Packer
 
 POLL_SECONDS = 0.05  # between looks whether the user has cancelled
+REACH_SECONDS = 5.0  # for a cluster to take a connection
 CANCEL_SECONDS = 60.0  # for the engine to answer a cancel; it kills who does not come back sooner
 HUNG_SECONDS = 20.0  # see `engine.Engine`
 
@@ -56,6 +58,25 @@ def cannot_join() -> Refusal | None:
             f"other users of this machine can read the cluster's token, {file}", f"chmod 600 {file}"
         )
     return None
+
+
+def unreachable(address: str) -> Refusal | None:
+    """Why no cluster can be at an address; Ray itself would try for a quarter of an hour. Blocking."""
+    name, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((name.strip("[]"), int(port)), REACH_SECONDS):
+            return None
+    except (OSError, ValueError, OverflowError) as error:
+        return not_taken(address, f"nobody answers there: {error}")
+
+
+def not_taken(address: str, why: str) -> Refusal:
+    """That a cluster does not let this machine take part."""
+    return Refusal(
+        f"the Ray cluster at WAN21_RAY_ADDRESS={address} does not take this machine ({why})",
+        "Run `ray start` here with the cluster's address, its token and the same versions, or unset "
+        "WAN21_RAY_ADDRESS",
+    )
 
 
 class Setup(NamedTuple):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
+from .client import not_taken, unreachable
 from .traits import difference, traits
 
 if TYPE_CHECKING:
@@ -65,15 +66,14 @@ def join(address: str, count: int) -> tuple[int, bool]:
     Raises:
         Failed: there is none, it does not take this machine, or it has too little.
     """
+    if refusal := unreachable(address):
+        raise refused(refusal.problem, refusal.fix)
     try:
         ray.init(address=address, **QUIET)
     except Exception as error:  # of many classes, from wrong tokens to wrong versions
         why = str(error).strip().partition("\n")[0].rstrip(".")
-        raise refused(
-            f"the Ray cluster at WAN21_RAY_ADDRESS={address} does not take this machine ({why})",
-            "Run `ray start` here with the cluster's address, its token and the same versions, or unset "
-            "WAN21_RAY_ADDRESS",
-        ) from None
+        refusal = not_taken(address, why)
+        raise refused(refusal.problem, refusal.fix) from None
     have = ray.cluster_resources()
     gpus = int(have.get("GPU", 0))
     machines = sum(node["Alive"] for node in ray.nodes())

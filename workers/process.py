@@ -34,6 +34,8 @@ class RayProcess:
         environment.pop("RAY_ADDRESS", None)
         if is_local:  # in no file: only this user's processes read it
             environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        else:  # a second each, for a cluster that does not take us
+            environment.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "workers"), str(theirs.fileno()), *module],
             env=environment,

@@ -42,12 +42,14 @@ class About(NamedTuple):
         device: what it computes on.
         lists: files that a node's input takes, by the node's class.
         shelf: what those of the loaders are.
+        prints: what tells these from others of their names; see `Installed.prints`.
     """
 
     pack: str
     device: str
     lists: Mapping[str, list[str]]
     shelf: Shelf
+    prints: Mapping[tuple[str, str], str]
 
     def has(self, named: Named) -> bool:
         """Whether a file is there."""
@@ -64,7 +66,8 @@ class About(NamedTuple):
             part: {name: File(name, Traits(**traits), bundled) for name, (traits, bundled) in files.items()}
             for part, files in told["shelf"].items()
         }
-        return cls(told["pack"], told["device"], told["lists"], shelf)
+        prints = {(node, name): found for node, name, found in told["prints"]}
+        return cls(told["pack"], told["device"], told["lists"], shelf, prints)
 
 
 def files_in(graph: Graph) -> list[Named]:
@@ -99,8 +102,9 @@ def create_station_app(host: "Host") -> web.Application:
             part: {name: (asdict(file.traits), file.bundled) for name, file in files.items()}
             for part, files in (await asyncio.to_thread(installed.shelf)).items()
         }
+        prints = [(*key, found) for key, found in (await asyncio.to_thread(installed.prints)).items()]
         about = {"pack": pack_digest(), "device": host.device_name, "lists": lists, "shelf": shelf}
-        return web.json_response(about)
+        return web.json_response(about | {"prints": prints})
 
     app = web.Application()
     app.add_routes([web.get("/station", tell)])

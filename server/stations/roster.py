@@ -1,15 +1,19 @@
 """Jobs and stations as they are known to the API, and which job a station is given next."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ...wan.files.bad_file import listed
 from ..graph import Graph
+from ..problems import Problem
 from .about import About, files_in
 
 if TYPE_CHECKING:
     from ...host.queue import Observer
+
+RETRY_SECONDS = 10.0  # for a station to answer
 
 
 @dataclass(eq=False)
@@ -46,6 +50,8 @@ class Station:
         job: that it runs.
         loaded: files of its last job.
         done, lost: jobs.
+        others: names of other stations that have another file under the same name, by the node's class and
+            that name; see `compare`.
     """
 
     number: int
@@ -59,6 +65,7 @@ class Station:
     loaded: frozenset[tuple[str, str]] = frozenset()
     done: int = 0
     lost: int = 0
+    others: Mapping[tuple[str, str], Sequence[str]] = field(default_factory=dict)
 
     def is_chosen(self, placement: Collection[str]) -> bool:
         """Whether a request's choice of stations allows this one."""
@@ -74,6 +81,30 @@ class Station:
             names = (f"{machine}-{i}" for i in range(1, len(taken) + 2))
             self.machine, self.name = machine, next(name for name in names if name not in taken)
 
+    def lose(self, places: Collection[tuple[str, str]], graph: Graph) -> list[str]:
+        """Notes that files are not there, until it says again what is. Gives their names.
+
+        Args:
+            places: (node, input) in the graph that name them; others are passed over.
+        """
+        gone = [named for named in files_in(graph) if (named.node_id, named.input) in places]
+        if self.about is not None:
+            lists = {kind: [*files] for kind, files in self.about.lists.items()}
+            for named in gone:
+                lists[named.node_class] = [one for one in lists[named.node_class] if one != named.file]
+            self.about = self.about._replace(lists=lists)
+        return [named.file for named in gone]
+
+    def differing(self, graph: Graph | None = None) -> list[str]:
+        """Sentences on files, of a graph or all, that are others than on other stations."""
+        used = None if graph is None else loaded_by(graph)
+        return [
+            f"{file!r} ({kind}) is another file on {self.name} than on {listed(names)}: size, beginning or "
+            "end differ"
+            for (kind, file), names in self.others.items()
+            if used is None or (kind, file) in used
+        ]
+
     def described(self) -> dict[str, Any]:
         """It as the operator sees it."""
         state = "running" if self.job else "idle" if self.life else "away"
@@ -86,7 +117,57 @@ class Station:
             "task": f"task_{self.job.prompt_id.replace('-', '')}" if self.job else None,
             "jobs_done": self.done,
             "jobs_lost": self.lost,
+            "differing_files": self.differing(),
         }
+
+
+def chosen(infra: Any, workers: Any, stations: Collection[Station]) -> list[str]:
+    """The stations, or machines, that a request chooses; none is any.
+
+    Args:
+        infra, workers: of the request; one may be given as None.
+
+    Raises:
+        Problem: 422 for what there is not, 503 where no station has answered yet.
+    """
+    if infra not in (None, "", "private", "private_first"):
+        raise _wrong("infra", "jobs run on this server's own stations; leave it out, or say private")
+    if not workers:
+        return []
+    if not isinstance(workers, list) or not all(isinstance(name, str) for name in workers):
+        raise _wrong("workers", "must be a list of names of stations")
+    known = {name for one in stations if one.name for name in (one.name, one.machine)}
+    if not known:
+        raise Problem(503, "No station has answered yet.", headers={"Retry-After": f"{RETRY_SECONDS:g}"})
+    if unknown := [name for name in workers if name not in known]:
+        raise _wrong("workers", f"there is no {unknown[0][:100]!r}; there are {', '.join(sorted(known))}")
+    return workers
+
+
+def lacking(graph: Graph, stations: Collection[Station]) -> list[tuple[str, str, str]]:
+    """(node, input, sentence) of files that no station has; none while none of these has ever answered."""
+    lacks = [(one.about.lacks(graph), one.name) for one in stations if one.about is not None]
+    if not lacks:
+        return []
+    least, name = min(lacks, key=lambda one: len(one[0]))
+    told = "no station that may run it has {!r}; " + f"{name} lacks least"
+    return [(named.node_id, named.input, told.format(named.file)) for named in least]
+
+
+def _wrong(path: str, message: str) -> Problem:
+    return Problem(422, f"{path}: {message}", [{"path": path, "message": message}])
+
+
+def compare(stations: Collection[Station]) -> None:
+    """Finds files of one name that are not one file, and notes them on each station."""
+    prints = {one.name: one.about.prints for one in stations if one.about is not None}
+    for station in stations:
+        others: dict[tuple[str, str], list[str]] = {}
+        for name, theirs in prints.items():
+            for key, its in prints.get(station.name, {}).items():
+                if theirs.get(key, its) != its:
+                    others.setdefault(key, []).append(name)
+        station.others = others
 
 
 def loaded_by(graph: Graph) -> frozenset[tuple[str, str]]:

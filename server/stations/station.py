@@ -23,16 +23,17 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import aiohttp
 
+FULL_BYTES = 256 * 2**20  # of a disk: with less free, a job's pictures or video may not find room
 START_SECONDS = 1800.0  # for ComfyUI to answer: it imports every custom node
 LISTEN_SECONDS = 1.0  # that a question for news is held open; the answer is a sign of life
 LOOK_SECONDS = 2.0  # between looks whether the job is still known to ComfyUI
 TELL_SECONDS = 30.0  # between looks at the model folders
 LAST_WORDS_SECONDS = 1.5  # for the reason to be heard before the process ends
-ASK_SECONDS = 120.0  # for ComfyUI to answer while it computes
+ASK_SECONDS = 120.0  # for ComfyUI to answer what takes it a while
 PREFIX = "wan21-station-"
 COMFYUI, ARGS, NAME = "WAN21_STATION_COMFYUI", "WAN21_STATION_ARGS", "WAN21_STATION_NAME"
 PR_SET_PDEATHSIG = 1
@@ -48,7 +49,8 @@ class Station:
 
     Args:
         program: "main" and "args" of the ComfyUI that asks, for a machine that does not name its own; "env":
-            variables to set; "gpus": whether it has any.
+            variables to set; "gpus": whether it has any; "hung": seconds without an answer of ComfyUI, after
+            which it is given up.
     """
 
     def __init__(self, program: dict[str, Any]):
@@ -57,11 +59,15 @@ class Station:
         self.there = asyncio.Event()  # news
         self.starting: asyncio.Task[dict[str, Any]] | None = None
         self.job: str | None = None  # prompt id
+        self.queued: str | None = None  # the same, once ComfyUI has it
         self.folder = ""  # of its outputs
         self.inputs: list[Path] = []
         self.background: list[asyncio.Task] = []
 
     # --- what the driver calls ------------------------------------------------------------------------
+
+    async def here(self) -> None:
+        """Answers as soon as there was room for this process on a machine."""
 
     async def ready(self) -> dict[str, Any]:
         """What ComfyUI says of itself, as soon as it answers.
@@ -92,12 +98,15 @@ class Station:
         """
         self.job, self.folder = prompt_id, folder
         self.inputs = [self.base / "input" / name for name in inputs]
+        if why := _is_full(self.base):  # another station may have room, and this one no second job until then
+            await self._die(why)
         for path, data in zip(self.inputs, inputs.values()):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         asked = {"prompt": graph, "prompt_id": prompt_id, "client_id": self.client}
         async with self.web.post(f"{self.url}/prompt", json=asked) as answer:
             told = await answer.json()
+        self.queued = self.job
         if told.get("node_errors") or "error" in told:  # it would run the outputs that are in order
             await self.cancel(prompt_id)
             await self._end({"refused": (told.get("node_errors") or {}, told.get("error"))})
@@ -113,6 +122,8 @@ class Station:
         for task in self.background:
             task.cancel()
         _remove_left_behind()
+        if why := _is_full(Path(tempfile.gettempdir())):
+            raise CannotStart(why)
         self.base = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         self.web = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ASK_SECONDS))
         self.client = uuid.uuid4().hex
@@ -226,18 +237,20 @@ class Station:
             self._tell("json", text)
 
     async def _watch(self) -> None:
-        """Finds a job that ended without a message, such as one cancelled before it began."""
+        """Finds a hung ComfyUI, and a job that ended without a message, as one cancelled before it began."""
+        hung = self.program["hung"]
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            if (job := self.job) is None:
-                continue
+            job = self.queued
             try:
-                async with self.web.get(f"{self.url}/queue") as answer:
+                async with self.web.get(f"{self.url}/queue", timeout=aiohttp.ClientTimeout(hung)) as answer:
                     queue = await answer.json()
-            except (aiohttp.ClientError, asyncio.TimeoutError):
+            except asyncio.TimeoutError:
+                await self._die(f"its ComfyUI gave no sign of life for {hung:g} s")
+            except aiohttp.ClientError:
                 continue  # `_hear` finds out when it has ended
             known = [item[1] for item in (*queue["queue_running"], *queue["queue_pending"])]
-            if job not in known and job == self.job:
+            if job is not None and job not in known and job == self.job:
                 await self._end(None)
 
     async def _look_at_files(self) -> None:
@@ -253,7 +266,7 @@ class Station:
                 told = about
 
     async def _end(self, record: dict[str, Any] | None) -> None:
-        job, self.job = self.job, None
+        job, self.job, self.queued = self.job, None, None
         if job is None:
             return
         if record is None:
@@ -268,7 +281,7 @@ class Station:
             path.unlink(missing_ok=True)
         self._tell("ended", job, record, files)
 
-    async def _die(self, why: str) -> None:
+    async def _die(self, why: str) -> NoReturn:
         """Ends this process, and Ray starts another: there is one way back for all that goes wrong."""
         self._tell("dying", why)
         await asyncio.sleep(LAST_WORDS_SECONDS)
@@ -295,6 +308,14 @@ def _without_device(args: list[str]) -> list[str]:
         elif name not in ("--cpu", "--auto-launch", "--multi-user"):
             kept.append(arg)
     return kept
+
+
+def _is_full(folder: Path) -> str:
+    """Why a job would find no room on a disk, empty if it would."""
+    free = shutil.disk_usage(folder).free
+    if free >= FULL_BYTES:
+        return ""
+    return f"its disk is full: {free >> 20} MiB are free in {folder} of {socket.gethostname()}"
 
 
 def _remove_left_behind() -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -54,7 +56,9 @@ class FleetHost(FakeHost):
         return "main.py", []
 
     def complaints(self, node_errors, error):
-        return [(node_id, "", found["errors"][0]["message"]) for node_id, found in node_errors.items()]
+        found = [(node_id, one) for node_id, told in node_errors.items() for one in told["errors"]]
+        names = [(one.get("extra_info") or {}).get("input_name", "") for _, one in found]
+        return [Complaint(i, name, one["message"]) for (i, one), name in zip(found, names)]
 
 
 class PlayedLink:
@@ -66,13 +70,13 @@ class PlayedLink:
 
     def __init__(self, setup, on_news, on_end):
         self.setup, self.news, self.end = setup, on_news, on_end
-        self.sent, self.lives = [], {}
+        self.sent, self.lives, self.is_closed = [], {}, False
 
     def send(self, *request):
         self.sent.append(request)
 
     def close(self):
-        pass
+        self.is_closed = True
 
 
 class Played:
@@ -85,7 +89,7 @@ class Played:
     def link(self):
         return self.links[-1]
 
-    def join(self, number, machine="m", without=(), pack=None):
+    def join(self, number, machine="m", without=(), pack=None, prints=()):
         """Let a station answer."""
         lists = {
             node: [one for one in spec[name] if one not in without]
@@ -97,6 +101,7 @@ class Played:
             for part, files in self.shelf.items()
         }
         told = {"pack": pack or pack_digest(), "device": "cpu", "lists": lists, "shelf": shelf}
+        told["prints"] = prints
         life = self.link.lives[number] = self.link.lives.get(number, 0) + 1
         self.api.do(self.link.news, "ready", number, life, told | {"machine": machine})
 
@@ -150,7 +155,8 @@ def played(monkeypatch, folder, models):
         return links[-1]
 
     monkeypatch.setattr(fleet_module, "Link", link)
-    monkeypatch.setattr(fleet_module, "NEW_DRIVER_SECONDS", 0)
+    for name in ("NEW_DRIVER_SECONDS", "REFUSED_SECONDS"):
+        monkeypatch.setattr(fleet_module, name, 0)
     host = FleetHost(folder, models)
     with serve(host) as api:
         yield Played(api, links, Installed(host).shelf())
@@ -296,6 +302,27 @@ def test_a_job_goes_where_its_files_are(fleet, job):
     assert fleet.given(3)[-1][0] == 1
 
 
+def test_a_file_that_is_gone_when_the_job_comes_lets_another_station_try(fleet, job):
+    def refuse(number):
+        graph = fleet.graph(fleet.given_to(number))
+        loader = next(i for i, node in graph.items() if node["class_type"] == "Wan21ModelLoader")
+        errors = [{"message": "gone", "extra_info": {"input_name": "model_name"}}]
+        fleet.finish(number, {"refused": ({loader: {"errors": errors}}, None)})
+
+    fleet.join(0)
+    fleet.join(1, "n")
+    first = fleet.api.client.run(job(model=I2V), wait=False)["id"]
+    refuse(fleet.given(1)[0][0])
+    assert {number for number, _ in fleet.given(2)} == {0, 1}
+    assert any(f"has {I2V!r} no more; it is queued once more" in line for line in lines(fleet.api, first))
+    refuse(fleet.given(2)[1][0])  # nobody has it now
+    wait_until(lambda: status(fleet.api, first) == 11)
+    assert "Wan21ModelLoader: gone" in fleet.api.client.get_task(first).data["error"]
+    other = fleet.api.client.run(job(model=FLF2V), wait=False)["id"]
+    fleet.given(3)
+    assert status(fleet.api, other) == 3
+
+
 def test_a_model_that_only_a_station_has_is_chosen_and_its_place_said(fleet, job):
     for number, without in ((0, [VAE]), (1, [I2V])):
         fleet.join(number, f"m{number}", without=[*without, FLF2V])
@@ -320,6 +347,7 @@ def test_a_file_that_a_station_has_is_no_complaint_of_the_apis_comfyui(fleet, jo
     "params, problem",
     [
         ({"infra": "cloud"}, "infra: jobs run on this server's own stations"),
+        ({"infra": "remote"}, "infra: jobs run on this server's own stations"),
         ({"workers": ["x"]}, "workers: there is no 'x'; there are m, m-1, n, n-1"),
         ({"workers": "m-1"}, "workers: must be a list"),
     ],
@@ -336,8 +364,8 @@ def test_a_wrong_place_is_refused_by_name(fleet, job, params, problem):
 def test_a_request_chooses_stations_or_machines(fleet, job, workers, numbers):
     for number, machine in ((0, "m"), (1, "n"), (2, "m")):
         fleet.join(number, machine)
-    for seed in range(3):
-        fleet.api.client.run(job({"workers": workers, "infra": "private"}, seed=seed), wait=False)
+    for seed, infra in enumerate(("private", "private_first", None)):
+        fleet.api.client.run(job({"workers": workers, "infra": infra}, seed=seed), wait=False)
     assert {number for number, _ in fleet.given(len(numbers))} == numbers
 
 
@@ -353,10 +381,113 @@ def test_a_job_that_no_station_can_run_any_more_says_so_and_waits(fleet, job):
 
 def test_a_station_with_another_version_of_the_pack_gets_nothing(fleet, job):
     fleet.join(0, pack="other")
-    task = fleet.api.client.run(job(), wait=False)["id"]
+    with pytest.raises(APIError, match=r"503: There are no stations: station m-1: .*another version"):
+        fleet.api.client.run(job(), wait=False)
     [station] = requests.get(f"{fleet.api.url}/stations").json()["data"]
     assert station["state"] == "away" and "another version" in station["why"]
+    fleet.join(1, "n")
+    task = fleet.api.client.run(job({"workers": ["m"]}), wait=False)["id"]
     assert status(fleet.api, task) == 2 and fleet.link.sent == []
+
+
+def test_files_of_one_name_that_are_not_one_file_are_named(fleet, job, caplog):
+    def prints(of):
+        return [["Wan21ModelLoader", I2V, of], ["Wan21VAELoader", VAE, "same"]]
+
+    for number, of in enumerate(("a", "a", "b")):
+        fleet.join(number, "mno"[number], prints=prints(of))
+    told = {
+        one["name"]: one["differing_files"]
+        for one in requests.get(f"{fleet.api.url}/stations").json()["data"]
+    }
+    assert told["m-1"] == [
+        f"{I2V!r} (Wan21ModelLoader) is another file on m-1 than on o-1: size, beginning or end differ"
+    ]
+    assert "on o-1 than on m-1, n-1" in told["o-1"][0] and "put one file on all machines" in caplog.text
+    models = [I2V, FLF2V]
+    tasks = [fleet.api.client.run(job({"workers": ["o"]}, model=name), wait=False)["id"] for name in models]
+    fleet.given(1)
+    fleet.finish(2)
+    fleet.given(2)
+    for task, is_told in zip(tasks, (True, False)):
+        assert any("is another file on o-1" in line for line in lines(fleet.api, task)) == is_told
+    fleet.join(2, "o", prints=prints("a"))
+    assert not any(one["differing_files"] for one in requests.get(f"{fleet.api.url}/stations").json()["data"])
+
+
+@pytest.fixture
+def cluster(settings, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x" * 64)
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        monkeypatch.setenv("WAN21_RAY_ADDRESS", f"127.0.0.1:{one.getsockname()[1]}")
+        yield one
+
+
+def test_where_nobody_answers_at_the_clusters_address_it_is_said_and_tried_again(
+    cluster, monkeypatch, tmp_path, checkpoints, job
+):
+    address = cluster.getsockname()
+    cluster.close()
+    with played(monkeypatch, tmp_path, checkpoints) as fleet:
+        wait_until(lambda: requests.get(f"{fleet.api.url}/stations").status_code == 503)
+        said = f"WAN21_RAY_ADDRESS=127.0.0.1:{address[1]} does not take this machine .nobody answers there"
+        with pytest.raises(APIError, match=said):
+            fleet.api.client.run(job(), wait=False)
+        assert fleet.links == []
+        with socket.create_server(address):
+            wait_until(lambda: fleet.links)
+
+
+NOT_TAKEN = r"WAN21_RAY_ADDRESS=[\d.:]+ does not take this machine .no route to it.. Run `ray start`"
+
+
+@pytest.mark.parametrize(
+    "news, said",
+    [
+        (("refused", 0, 0, "no route to it"), NOT_TAKEN),
+        (("none", 0, 0, "no machine has so many GPUs"), "no machine has so many GPUs"),
+        (None, r"driver of Ray at WAN21_RAY_ADDRESS=[\d.:]+ ended .killed."),
+        (("gone", 0, 0, "there is no main.py"), "station (number 1|m-1): there is no main.py"),
+    ],
+    ids=["refused", "no room", "ended", "cannot start"],
+)
+def test_why_there_are_no_stations_is_told_to_who_asks(
+    cluster, monkeypatch, tmp_path, checkpoints, job, news, said
+):
+    def trouble():
+        if news is None or news[0] == "refused":
+            links = len(fleet.links)
+            if news:
+                fleet.api.do(fleet.link.news, *news)
+            fleet.api.do(fleet.link.end, "killed")
+            wait_until(lambda: len(fleet.links) > links)
+        else:
+            fleet.api.do(fleet.link.news, *news)
+
+    with played(monkeypatch, tmp_path, checkpoints) as fleet:
+        wait_until(lambda: fleet.links)
+        trouble()
+        with pytest.raises(APIError, match=said) as raised:
+            fleet.api.client.run(job(), wait=False)
+        assert raised.value.status_code == 503
+        answer = requests.get(f"{fleet.api.url}/stations")
+        if news and news[0] == "gone":
+            assert answer.json()["data"][0]["why"] in said
+        else:
+            assert answer.status_code == 503 and answer.headers["Retry-After"]
+            assert re.search(said, answer.json()["detail"])
+        fleet.join(0)
+        first = fleet.api.client.run(job(), wait=False)["id"]
+        assert requests.get(f"{fleet.api.url}/stations").json()["data"][0]["state"] == "running"
+        fleet.die(0)
+        trouble()  # after there was one, jobs wait, and say for what
+        second = fleet.api.client.run(job(), wait=False)["id"]
+        waits = "no station that has its files answers now" if news and news[0] == "gone" else said
+        for task in (first, second):
+            assert any(re.search(waits, line) for line in lines(fleet.api, task))
+        fleet.api.do(fleet.link.news, "none", 0, 0, "")
+        fleet.join(0)
+        wait_until(lambda: status(fleet.api, first) == 3)
 
 
 def test_operators_see_stations_and_figures_and_clients_do_not(
@@ -404,7 +535,13 @@ def test_figures_and_stations_of_one_comfyui(api, job):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("WAN21_STATIONS", "0"), ("WAN21_STATIONS", "two"), ("WAN21_GPUS_PER_JOB", "-1")]
+    "name, value",
+    [
+        ("WAN21_STATIONS", "0"),
+        ("WAN21_STATIONS", "two"),
+        ("WAN21_GPUS_PER_JOB", "-1"),
+        ("WAN21_STATION_HUNG_SECONDS", "0"),
+    ],
 )
 def test_a_wrong_setting_is_named(host, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
@@ -441,6 +578,9 @@ def test_several_gpus_of_a_job_are_shared_by_its_workers(settings, monkeypatch, 
     [(number, node)] = [(i, one) for i, one in graph.items() if one["class_type"] == "Wan21Workers"]
     samplers = [one["inputs"] for one in graph.values() if one["class_type"] == "Wan21Sampler"]
     assert [one["model"] for one in samplers] == [[number, 0]] * 2
+    decodes = [one["inputs"] for one in graph.values() if one["class_type"] == "Wan21VAEDecode"]
+    assert decodes and all(one["vae"] == [number, 1] for one in decodes)
+    assert graph[node["inputs"]["vae"][0]]["class_type"] == "Wan21VAELoader"
     assert (
         node["inputs"]["devices"] == 2
         and graph[node["inputs"]["model"][0]]["class_type"] == "Wan21ModelLoader"

@@ -1,5 +1,6 @@
 """Two machines on one: network namespaces with a link between them, and a node of Ray in each."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+CLONE_NEWNET = 0x40000000
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -50,8 +52,12 @@ class Machines:
             ip("-n", name, "link", "set", f"v{name}", "up")
             ip("-n", name, "link", "set", "lo", "up")
 
-    def start_ray(self, machine, environment=None):
-        """A node of Ray; the first machine's is the head. Gives what it said, and whether it could."""
+    def start_ray(self, machine, environment=None, instead=None):
+        """A node of Ray; the first machine's is the head. Gives what it said, and whether it could.
+
+        Args:
+            instead: (path, other): for what is started there, the file at `path` is the one at `other`.
+        """
         place = ["--head", "--port=6379"] if machine == 0 else [f"--address={ADDRESSES[0]}:6379"]
         command = [
             RAY, "start", *place, f"--node-ip-address={ADDRESSES[machine]}", "--num-cpus=1",
@@ -59,6 +65,16 @@ class Machines:
         ]  # fmt: skip
         if machine == 0:
             command += ["--include-dashboard=false", f"--temp-dir={self.folder}"]
+        if instead:  # of its own is not the network alone, but what is mounted as well
+            path, other = instead
+            command = [
+                "sh",
+                "-c",
+                'mount --bind "$0" "$1" && shift && exec "$@"',
+                str(other),
+                str(path),
+                *command,
+            ]
         done = subprocess.run(
             self.inside(machine, command),
             env=environment or self.environment,
@@ -72,15 +88,30 @@ class Machines:
     def inside(self, machine, command):
         return ["ip", "netns", "exec", self.names[machine], *command]
 
+    @contextmanager
+    def entered(self, machine):
+        """This thread is on one of them, and so are the processes that it starts."""
+        setns = ctypes.CDLL(None, use_errno=True).setns
+        with open("/proc/thread-self/ns/net") as home, open(f"/run/netns/{self.names[machine]}") as there:
+            assert setns(there.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+            try:
+                yield
+            finally:
+                assert setns(home.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+
     def cut(self):
         """Takes the link away."""
         ip("-n", self.names[1], "link", "set", f"v{self.names[1]}", "down")
 
+    def kill(self, machine):
+        """Ends all that runs on one."""
+        told = subprocess.run(["ip", "netns", "pids", self.names[machine]], capture_output=True, text=True)
+        for pid in told.stdout.split():
+            subprocess.run(["kill", "-9", pid], capture_output=True)
+
     def remove(self):
-        for name in self.names:
-            told = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
-            for pid in told.stdout.split():
-                subprocess.run(["kill", "-9", pid], capture_output=True)
+        for machine, name in enumerate(self.names):
+            self.kill(machine)
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 

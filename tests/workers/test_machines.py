@@ -7,14 +7,17 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from helpers_workers import LONG, ON_RAY, Faulty
+from helpers import relative
+from helpers_workers import LONG, ON_RAY, Faulty, FaultyVae
 from machines import ADDRESSES, cannot_be_made, two_machines
 from wan21 import host, workers
-from wan21.host.rank import mark_of
 from wan21.nodes import workers as node
+from wan21.nodes.vae_decode import Wan21VAEDecode
+from wan21.wan.files.fingerprint import fingerprint
 from wan21.wan.refusal import Refusal
 from wan21.workers.client import ROOT
 from wan21.workers.traits import CODE, difference, traits
@@ -48,14 +51,14 @@ def test_another_file_is_refused(client, models):
 def test_a_file_is_told_from_another(tmp_path):
     file, size = tmp_path / "a", 5 * 2**20
     file.write_bytes(bytes(size))
-    mark = mark_of(file)
+    whole = fingerprint(file)
     for at in (0, size - 1, size):  # its begin, its end, its size
         with file.open("r+b") as changed:
             changed.seek(at)
             changed.write(b"1")
-        assert mark_of(file) != mark
+        assert fingerprint(file) != whole
         file.write_bytes(bytes(size))
-    assert mark_of(file) == mark
+    assert fingerprint(file) == whole
 
 
 def test_without_a_token_of_our_own_no_cluster_is_joined(models, monkeypatch, tmp_path):
@@ -134,3 +137,60 @@ def test_two_machines(machines, models, prompts, sample, tmp_path, monkeypatch):
     with pytest.raises(Refusal, match=r"does not take this machine .*oken"):
         client.start(int)
     client.close()
+
+
+@LONG
+def test_a_decode_over_two_machines(machines, vae, tmp_path, monkeypatch):
+    """The frames of one process, also where the link is cut in the middle."""
+    sentences = []
+    monkeypatch.setattr("wan21.host.decode.tell", sentences.append)
+    said, started = machines.start_ray(1)
+    assert started, said
+    latent = {"samples": torch.randn(1, 16, 5, 3, 20, generator=torch.Generator().manual_seed(0))}
+    whole = Wan21VAEDecode.execute(vae, latent, "auto").result[0]
+    settings, paths = host.process_settings()
+    paths = (*paths, os.path.dirname(__file__))
+    setup = workers.Setup(0, False, settings, paths, 1, os.environ["WAN21_RAY_ADDRESS"])
+    client = workers.Client(setup, hung_seconds=3)
+    try:
+        _, arguments = host.vae_recipe_of(vae)
+        remote = workers.RemoteVae(client, (FaultyVae, (*arguments, str(tmp_path))), 0)
+        shared = host.shared_vae(vae, remote)
+        assert relative(Wan21VAEDecode.execute(shared, latent, "auto").result[0], whole) < 1e-5
+        assert all(f" on {address} " in sentences[0] for address in ADDRESSES)
+        for _, pid, _ in client.told:
+            (tmp_path / str(pid)).write_text("slow")
+        threading.Timer(0.3, machines.cut).start()
+        sentences.clear()
+        began = time.monotonic()
+        assert relative(Wan21VAEDecode.execute(shared, latent, "auto").result[0], whole) < 1e-5
+        assert time.monotonic() - began < 60
+        told = " ".join(sentences)
+        assert f"on {ADDRESSES[1]} (process" in told and "part of the frame is decoded again" in told
+    finally:
+        client.close()
+
+
+@LONG
+def test_a_machine_with_another_version_or_another_file_is_refused(machines, models, tmp_path):
+    """By name, before anything is computed; the other machine has one file changed."""
+    settings, paths = host.process_settings()
+    setup = workers.Setup(0, False, settings, paths, 1, os.environ["WAN21_RAY_ADDRESS"])
+    factory, (recipe,) = host.recipe_of(models["t2v"])
+    version, versions = Path(paths[0], "comfyui_version.py"), "Install the same versions on every machine"
+    for path, change, says in (
+        (ROOT / "wan" / "rope.py", lambda text: text + b"\n", f"has this pack .* {versions}"),
+        (version, lambda _: b'__version__ = "9.9"\n', f"has ComfyUI 9.9 .* {versions}"),
+        (recipe.path, lambda text: text[:-1] + b"~", "is another file than in ComfyUI"),
+    ):
+        other = tmp_path / path.name
+        other.write_bytes(change(path.read_bytes()))
+        said, started = machines.start_ray(1, instead=(path, other))
+        assert started, said
+        client = workers.Client(setup)
+        try:
+            with pytest.raises(Refusal, match=says):
+                workers.RemoteModel(client, (factory, (recipe,)), "auto", 0).ask(int, "end")
+        finally:
+            client.close()
+        machines.kill(1)
