@@ -1,9 +1,12 @@
 """The table of scripts/scaling.py, over the engine of the other tests."""
 
 import math
+import subprocess
+import sys
 
 import scaling
-from helpers_workers import ON_RAY
+from helpers_workers import LONG, ON_RAY
+from lib.pack import ROOT
 
 pytestmark = ON_RAY
 
@@ -22,3 +25,15 @@ def test_the_table_of_a_small_model(client, tmp_path):
     table = [*scaling.cells(rows)]
     assert [len(cells) for cells in table] == [len(scaling.HEADINGS)] * 4
     assert table[1][3:5] == ["1.00x", "100%"]
+
+
+@LONG
+def test_from_the_command_line():
+    command = [sys.executable, ROOT / "scripts" / "scaling.py", "--quick", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [*map(str.strip, rows[0].strip("|").split("|"))] == [*scaling.HEADINGS]
+    cells = [[*map(str.strip, row.strip("|").split("|"))] for row in rows[2:]]
+    assert [row[:2] for row in cells] == [["none", ""], ["1", ""], ["2", "guidance"], ["2", "sequence"]]
+    assert all(float(row[2]) > 0 and float(row[6]) < 1e-5 for row in cells)

@@ -23,7 +23,10 @@ from lib.pack import ROOT
 from safetensors.torch import save_file
 from test_lora import first_lora
 from wan21 import host, workers
+from wan21.nodes.kept_latent import SAMPLING_SECONDS
 from wan21.nodes.lora import Wan21LoraLoader
+from wan21.nodes.vae_decode import Wan21VAEDecode
+from wan21.nodes.workers import Wan21Workers
 from wan21.wan.refusal import Refusal
 
 pytestmark = ON_RAY
@@ -46,6 +49,7 @@ for ask in (lambda: model.ask(int, "end"), lambda: model.call(torch.zeros(9999),
         ask()
     except RuntimeError as error:
         said.append(str(error))
+assert not [name for name in sys.modules if name.split(".")[0] == "ray"]
 print(client.process.pid, *said, flush=True)
 sys.stdin.read()
 """
@@ -104,6 +108,25 @@ def test_our_sampler_gives_the_latents_of_one_process(client, job, sample, split
     same(remote, whole)
     assert f"workers: 2, split {split}: " in report
     assert re.search(r" s a call of the model, of which worker \d+ [\d.]+ s, worker \d+ ", report)
+
+
+@LONG
+def test_rays_door_is_shut_and_workers_meet_on_this_machine(client, job, sample, tmp_path):
+    model, *rest = job
+    sample(shared(model, "sequence"), *rest)
+    rays = psutil.Process(client.process.pid).children(recursive=True)
+    parts = [part for one in rays for part in one.cmdline()]
+    [address] = {part.partition("=")[2] for part in parts if part.startswith("--gcs-address=")}
+    command = [Path(sys.executable).with_name("ray"), "status", "--address", address]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+    for token in ({}, {"RAY_AUTH_TOKEN": "0" * 64}):
+        done = subprocess.run(command, env=environment | token, capture_output=True, text=True)
+        assert done.returncode and "token" in done.stderr.lower(), done.stderr
+    assert not [part for part in parts if "dashboard.py" in part]
+    pids = [pid for _, pid, _ in client.told if psutil.pid_exists(pid)]
+    ends = [{(one.laddr, one.raddr) for one in psutil.Process(pid).net_connections()} for pid in pids]
+    between = [(a, b) for a, b in ends[0] if (b, a) in ends[1]]
+    assert between and {one.ip for pair in between for one in pair} == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("dtype, schedule", [("default", ()), ("default", (1, 0.2)), ("fp8_e4m3fn", ())])
@@ -364,6 +387,31 @@ def lost(check):
     raise workers.WorkersLost("no worker is left")
 
 
+def test_what_was_refined_or_decoded_is_kept_where_a_run_without_workers_fails(
+    client, job, sample, vae, tmp_path, monkeypatch
+):
+    """All workers are lost, and what is left has too little memory: the error says both."""
+    monkeypatch.setattr("folder_paths.output_directory", str(tmp_path))
+    model, positive, negative, latent = job
+    remote = shared(model)
+    first = sample(model, positive, negative, latent)[0] | {SAMPLING_SECONDS: 3600}
+
+    def too_little(*_, **__):
+        raise torch.OutOfMemoryError("pretended: out of memory.")
+
+    monkeypatch.setattr(client, "start", lost)
+    monkeypatch.setattr(remote.model.diffusion_model.here, "call", too_little)
+    said = r"the workers are lost .*goes on without workers, on cpu: pretended.*The latent .* is kept in "
+    with pytest.raises(RuntimeError, match=f"^Wan21Sampler: .*{said}"):
+        sample(remote, positive, negative, first, denoise=0.5)
+    [kept] = tmp_path.rglob("*.latent")
+    kept.unlink()
+    monkeypatch.setattr("wan21.host.vae.DecodeNeed.load", too_little)
+    with pytest.raises(RuntimeError, match=r"^Wan21VAEDecode: .*out of memory.*is kept in"):
+        Wan21VAEDecode.execute(Wan21Workers.execute(model, 2, "auto", vae).result[1], first, "auto")
+    assert [*tmp_path.rglob("*.latent")] != []
+
+
 @pytest.mark.parametrize("again", [False, pytest.param(True, marks=LONG)], ids=["once", "and another"])
 def test_a_killed_engine(client, job, sample, monkeypatch, again):
     """Another is started, and where that fails the run goes on here."""
@@ -376,7 +424,9 @@ def test_a_killed_engine(client, job, sample, monkeypatch, again):
     engine.kill()
     if not again:
         monkeypatch.setattr(client, "start", lost)
+    began = time.monotonic()
     result, report = sample(remote, *rest)
+    assert time.monotonic() - began < 120
     same(result, whole)
     assert (" worker 1 " in report) == again
     assert "the workers were lost and are started again" in report
