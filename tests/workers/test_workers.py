@@ -406,7 +406,7 @@ def test_what_was_refined_or_decoded_is_kept_where_a_run_without_workers_fails(
         sample(remote, positive, negative, first, denoise=0.5)
     [kept] = tmp_path.rglob("*.latent")
     kept.unlink()
-    monkeypatch.setattr("wan21.host.vae.DecodeNeed.load", too_little)
+    monkeypatch.setattr("wan21.host.decode.DecodeNeed.load", too_little)
     with pytest.raises(RuntimeError, match=r"^Wan21VAEDecode: .*out of memory.*is kept in"):
         Wan21VAEDecode.execute(Wan21Workers.execute(model, 2, "auto", vae).result[1], first, "auto")
     assert [*tmp_path.rglob("*.latent")] != []
