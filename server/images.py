@@ -1,5 +1,7 @@
 """Pictures from clients, decoded within limits and written as PNG for the graph."""
 
+import io
+import time
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -9,7 +11,8 @@ from .problems import disk_is_full
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 16_384
-
+DECODE_SECONDS = 10  # of the decoder's own time, which others wait for; 64 million pixels take up to 3
+PIECE_BYTES = 4096  # of a JPEG decoded at a time: some hundred scans of its whole picture fit into 64 KB
 
 ORIENTATION, TURN = 0x0112, Image.Transpose  # of EXIF
 ON_SIDE = (TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90)
@@ -31,11 +34,12 @@ def write_png(source: Path, target: Path, size: tuple[int, int]) -> None:
         size: (width, height) of the video.
 
     Raises:
-        ValueError: not such a picture, damaged, or larger than `MAX_PIXELS` or `MAX_SIDE`, which the header
-            tells before any pixel is decoded.
+        ValueError: not such a picture, damaged, one that takes more than `DECODE_SECONDS`, or larger than
+            `MAX_PIXELS` or `MAX_SIDE`, which the header tells before any pixel is decoded.
     """
     try:
-        with Image.open(source, formats=FORMATS) as image:
+        with _InTime(source) as file, Image.open(file, formats=FORMATS) as image:
+            image.decodermaxblock = PIECE_BYTES
             width, height = image.size
             if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
                 raise ValueError(
@@ -60,6 +64,19 @@ def write_png(source: Path, target: Path, size: tuple[int, int]) -> None:
         raise ValueError(f"the picture cannot be decoded: {error}") from error
     except Exception as error:  # of damaged metadata Pillow raises struct.error, TypeError and others
         raise ValueError(f"the picture cannot be decoded: {error}") from error
+
+
+class _InTime(io.BufferedReader):
+    """A file that is read for a time: a JPEG of a few MB may hold scans that take hours to decode."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self._ends = time.thread_time() + DECODE_SECONDS
+
+    def read(self, size: int | None = -1) -> bytes:
+        if time.thread_time() > self._ends:
+            raise ValueError(f"the picture takes more than {DECODE_SECONDS} s to decode; save it anew")
+        return super().read(size)
 
 
 def _factor(size: tuple[int, int], video: tuple[int, int]) -> int:

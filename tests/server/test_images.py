@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,37 @@ def test_a_tall_picture_lying_on_its_side_keeps_twice_the_videos_sides(tmp_path)
     write_png(source, tmp_path / "b.png", (480, 832))
     with Image.open(tmp_path / "b.png") as small:
         assert small.size == (1350, 2400) and small.width >= 2 * 480 and small.height >= 2 * 832
+
+
+def scans(side, count):
+    """A grey progressive JPEG that refines each of its blocks so many times, some 90 bytes a time."""
+
+    def segment(marker, data):
+        return bytes([255, marker]) + struct.pack(">H", len(data) + 2) + data
+
+    blocks, one_code = (side // 8) ** 2, bytes([1, *[0] * 15])
+    head = segment(0xDB, b"\0" + b"\1" * 64) + segment(
+        0xC2, struct.pack(">BHHB3B", 8, side, side, 1, 1, 0x11, 0)
+    )
+    tables = segment(0xC4, b"\0" + one_code + b"\0") + segment(0xC4, b"\x10" + one_code + b"\xe0")
+    first = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(blocks // 8)
+    bits = ("0" + "1" * 14) * -(-blocks // 32767)  # runs of as many empty blocks as a code can say
+    bits += "1" * (-len(bits) % 8)
+    empty = bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8)).replace(b"\xff", b"\xff\0")
+    again = segment(0xDA, bytes([1, 1, 0, 1, 1, 0])) + empty
+    return b"\xff\xd8" + head + tables + first + again * count + b"\xff\xd9"
+
+
+def test_a_picture_that_takes_hours_to_decode_is_given_up(tmp_path, monkeypatch):
+    """One of 60 MB, within all limits, would have kept the pictures of every key waiting for an hour."""
+    monkeypatch.setattr(images, "DECODE_SECONDS", 0.5)
+    (tmp_path / "a.jpg").write_bytes(scans(2048, 10))
+    write_png(tmp_path / "a.jpg", tmp_path / "b.png", (64, 64))
+    (tmp_path / "a.jpg").write_bytes(scans(2048, 20_000))
+    began = time.thread_time()
+    with pytest.raises(ValueError, match=r"takes more than 0\.5 s to decode"):
+        write_png(tmp_path / "a.jpg", tmp_path / "c.png", (64, 64))
+    assert time.thread_time() - began < 3 and not (tmp_path / "c.png").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from Linux")
