@@ -19,7 +19,7 @@ from sqlalchemy.exc import DatabaseError
 from .fields import FIELDS, MAX_SEGMENTS
 from .problems import Problem, invalid
 from .settings import Settings
-from .store import FileRow, Store
+from .store import LEAST_BYTES, FileRow, Store
 
 URI = "wan21://files/"
 IMAGE_FIELDS = ("image", "end_image")
@@ -71,7 +71,7 @@ class Files:
             raise Problem(422, f"files must be a list of 1 to {MAX_FILES_PER_REQUEST} objects")
         rows = [self._row(owner, request) for request in requests]
         async with self._reserving:
-            await self._check_room(owner, sum(row.size for row in rows))
+            await self._check_room(owner, sum(max(row.size, LEAST_BYTES) for row in rows))
             await self._store.add(*rows)
         return [described(row) | {"upload_url": upload_url(row.token or "")} for row in rows]
 
@@ -82,7 +82,10 @@ class Files:
             Problem: 429 when the files of the owner take too much.
         """
         async with self._reserving:
-            await self._check_room(owner, 1 if size is None else size)
+            more = (
+                LEAST_BYTES if size is None else max(0, size - LEAST_BYTES)
+            )  # beside what its row counts as
+            await self._check_room(owner, more)
             if size is None:
                 await self._store.add(row)
             else:
@@ -91,11 +94,10 @@ class Files:
 
     async def _check_room(self, owner: str, more: int) -> None:
         now = time.time()
-        kept = await self._store.kept_files(owner, now)
-        total, limit = sum(row.size for row in kept) + more, self._settings.max_stored_bytes
+        taken, end = await self._store.room_taken(owner, now)
+        total, limit = taken + more, self._settings.max_stored_bytes
         if total > limit:
-            ends = [row.expires_at for row in kept if row.expires_at is not None and row.size]
-            wait = math.ceil(min(ends) - now) if ends else RETRY_SECONDS
+            wait = RETRY_SECONDS if end is None else math.ceil(end - now)
             raise Problem(
                 429,
                 f"uploads and pictures of this key would take {total} bytes; {limit} are kept at a time. "

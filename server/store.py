@@ -15,9 +15,11 @@ from sqlalchemy import (
     ColumnElement,
     Executable,
     Insert,
+    case,
     create_engine,
     delete,
     event,
+    func,
     or_,
     select,
     update,
@@ -29,6 +31,7 @@ from .schema import bring_up_to_date
 
 RECEIVE_SECONDS = 3600  # limit of the transfer of one upload
 LOCK_SECONDS = 3  # that another program may hold the database; the client waits 30 s for an answer
+LEAST_BYTES = 64 * 1024  # that a file counts as: a key could else have any number of small ones
 T = TypeVar("T")
 
 
@@ -244,14 +247,23 @@ class Store:
         expire = update(FileRow).where(FileRow.task_id == row.id, FileRow.role == "input")
         await self._write(row, values, outputs, expire.values(expires_at=keep_until))
 
-    async def kept_files(self, owner: str, now: float) -> Sequence[FileRow]:
-        """One owner's uploads, announced or received, and pictures of tasks, that have not expired."""
-        return await self.select(
-            FileRow,
+    async def room_taken(self, owner: str, now: float) -> tuple[int, float | None]:
+        """What one owner's uploads, announced or received, and pictures of tasks take that have not expired.
+
+        Summed in the database: one owner may have some ten thousand.
+
+        Returns:
+            Bytes, each file as `LEAST_BYTES` or more; when the first of them goes, None where none does.
+        """
+        least = case((FileRow.size < LEAST_BYTES, LEAST_BYTES), else_=FileRow.size)
+        ends = case((FileRow.size > 0, FileRow.expires_at))
+        taken = select(func.coalesce(func.sum(least), 0), func.min(ends)).where(
             FileRow.owner == owner,
             FileRow.role.in_(("upload", "arriving", "input")),
             or_(FileRow.expires_at.is_(None), FileRow.expires_at > now),
         )
+        total, end = await self._run(lambda session: session.execute(taken).one())
+        return total, end
 
     async def due_webhooks(
         self, now: float, sending: Collection[str] = (), waiting: Collection[str] = ()

@@ -79,6 +79,14 @@ def test_expired_pictures_leave_the_disk(host, job):
     assert len(list(host.input_directory.rglob("*.png"))) == 1
 
 
+def test_small_files_count_as_what_they_cost(small):
+    """A key had had room for millions of one byte, all of them read anew at each request."""
+    some = {"files": [{"size": 1}] * 16}
+    answers = [requests.post(f"{small.url}/files", json=some) for _ in range(5)]
+    assert [answer.status_code for answer in answers] == [200] * 4 + [429]
+    assert 0 < int(answers[-1].headers["Retry-After"]) <= 900
+
+
 def test_deleting_files_makes_room(small, job):
     link = upload(small.url, noise(1.5), requests)
     task = run(small, job, image=link).json()["data"]["id"]
