@@ -78,14 +78,17 @@ def is_local(request: web.BaseRequest) -> bool:
     """
     proxied = any(name in request.headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP"))
     origin = request.headers.get("Origin")
-    names = [request.url.host] if origin is None else [request.url.host, _host_of(origin)]
+    called = _host_of(f"//{request.host}")
+    names = [called] if origin is None else [called, _host_of(origin)]
     local = all(name == "localhost" or _is_loopback(name) for name in names)
     return not proxied and local and _is_loopback(request.remote)
 
 
-def _host_of(origin: str) -> str | None:
+def _host_of(url: str) -> str | None:
+    """The name in a URL, None where it or its port cannot be read."""
     try:
-        return urlsplit(origin).hostname
+        parts = urlsplit(url)
+        return parts.hostname if parts.port is None or parts.port else None
     except ValueError:
         return None
 

@@ -26,6 +26,8 @@ def test_without_keys_only_this_machine_is_served():
     for refused in (
         request("192.168.1.7", "192.168.1.5"),
         request(host="evil.example"),  # a name that points at 127.0.0.1
+        *(request(host=f"localhost:{port}") for port in ("x", "-1", "999999", "80:80")),  # had been a 500
+        request(host="[::1"),
         request(X_Forwarded_For="8.8.8.8"),
         request(Origin="https://evil.example"),  # a page elsewhere, on a host that allows every origin
         request(Origin="null"),
