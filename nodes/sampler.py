@@ -38,6 +38,7 @@ from .sampler_inputs import (
 
 NODE = "Wan21Sampler"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
+NEARLY_NOISE = 0.5  # ddim_uniform, which begins below 1, is above it from 2 steps on
 BOUNDARY_IMAGE, BOUNDARY_TEXT = 0.9, 0.875  # of the two experts, in shares of 1000 timesteps
 
 
@@ -128,14 +129,15 @@ class Wan21Sampler(io.ComfyNode):
             node = cls.hidden.prompt.get(cls.hidden.unique_id)
             check_names({} if node is None else node["inputs"], cls.define_schema().inputs)
         checks.check_model(model)
+        below_one = host.sigma_below_one(model) if sigmas is not None and solver in BELOW_ONE else 1.0
         job = SampleJob(
             steps,
             guidance_scale,
             flow_shift,
             solver,
             denoise,
-            given_sigmas=None if sigmas is None else given_sigmas(sigmas),
-            below_one=host.sigma_below_one(model) if sigmas is not None and solver in BELOW_ONE else 1.0,
+            given_sigmas=None if sigmas is None else given_sigmas(sigmas, below_one),
+            below_one=below_one,
             part=step_range_of(step_range),
         )
         models = [model]
@@ -248,14 +250,23 @@ class Walk:
         return run
 
 
-def given_sigmas(sigmas: Tensor) -> tuple[float, ...]:
+def given_sigmas(sigmas: Tensor, below_one: float) -> tuple[float, ...]:
     """The numbers of a SIGMAS.
+
+    Args:
+        below_one: what the solver takes a first 1 for.
 
     Raises:
         Refusal: they are no schedule of a flow model.
     """
     told = [float(sigma) for sigma in sigmas.flatten()]
     check_sigmas(told)
+    if told[0] >= 1 and told[1] >= below_one:
+        raise Refusal(
+            f"sigmas go from 1 to {told[1]:.7g}, and this solver begins at {below_one:.7g} in place of 1: no "
+            "step lies between",
+            "Leave the second number out, or choose another solver",
+        )
     return tuple(told)
 
 
@@ -380,12 +391,16 @@ def check_start(latent: dict, job: SampleJob) -> None:
     checks.check_latent(latent["samples"])
     if job.starts_from_noise or latent["samples"].any() or job.sigmas[0] > 0.9999:
         return
-    what = f"denoise is {job.denoise:g}"
+    what, noise = f"denoise is {job.denoise:g}", "denoise 1, step 0"
     if job.given_sigmas is not None or job.part.start_at_step:
         what = f"the first noise level is {job.sigmas[0]:.4g}"
+    if job.given_sigmas is not None:
+        if job.part.start_at_step == 0 and job.sigmas[0] >= NEARLY_NOISE:
+            return  # said by `warnings_on_start`
+        noise = "sigmas from 1, step 0"
     raise Refusal(
         f"{what} and the latent is empty; there is no video to start from",
-        "Start from pure noise (denoise 1, step 0), or connect an encoded video (VAEEncode)",
+        f"Start from pure noise ({noise}), or connect an encoded video (VAEEncode)",
     )
 
 
@@ -398,6 +413,11 @@ def warnings_on_start(latent: dict, job: SampleJob) -> list[str]:
         )
     if job.given_sigmas is not None:
         warnings.append("sigmas are connected: steps, flow_shift and denoise are not used")
+        if job.part.start_at_step == 0 and job.sigmas[0] <= 0.9999 and not latent["samples"].any():
+            warnings.append(
+                f"the sigmas begin at {job.sigmas[0]:.4g} and the latent is empty: the rest of the start is "
+                "grey, as in the host's samplers"
+            )
         if job.sigmas[-1] and not job.part.return_with_leftover_noise:
             warnings.append(
                 f"the sigmas end at {job.sigmas[-1]:.4g}: the latent keeps its noise, for a sampler that "

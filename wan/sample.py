@@ -72,7 +72,7 @@ class SampleJob:
     def sigmas(self) -> list[float]:
         """Noise levels from the first step's on, one more than steps; the last is 0 in all but some parts."""
         first, *rest = self._asked_for
-        return [min(first, self.below_one), *rest]
+        return [self.below_one if first >= 1 else first, *rest]
 
     @property
     def first_sigma(self) -> float:

@@ -150,12 +150,17 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
     """Whether numbers are a schedule of a flow model.
 
     Raises:
-        Refusal: too few, not falling, or outside [0, 1].
+        Refusal: too few, no numbers, not falling, or outside [0, 1].
     """
     told = " ".join(f"{sigma:.4g}" for sigma in sigmas[:6]) + (" ..." if len(sigmas) > 6 else "")
     if len(sigmas) < 2:
         raise Refusal(
             f"sigmas holds {len(sigmas)} numbers; a step needs two", "Connect a scheduler of the host"
+        )
+    if any(map(math.isnan, sigmas)):
+        raise Refusal(
+            f"sigmas are {told}; one is no number",
+            "Take more steps or another scheduler; kl_optimal has none for a single step",
         )
     if not all(0 <= sigma <= 1 for sigma in sigmas):
         raise Refusal(

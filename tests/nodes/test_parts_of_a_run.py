@@ -100,6 +100,25 @@ def test_sigmas_that_end_early_leave_their_noise_as_in_sampler_custom(
     assert f"note: the sigmas end at {sigmas[-1]}: the latent keeps its noise" in report
 
 
+@pytest.mark.parametrize("solver", ["euler", "lcm", "dpm++_sde"])
+def test_a_schedule_that_begins_just_below_one_is_the_hosts(models, prompts, sample, solver):
+    """ddim_uniform's had been refused; and dpm++_sde had begun lower where only a whole 1 is replaced."""
+    for sigmas in (
+        BasicScheduler.execute(models["t2v"], "ddim_uniform", 4, 1.0).result[0],
+        torch.tensor([0.99999, 0.7, 0.0]),
+    ):
+        ours, report = sample(models["t2v"], *prompts, EMPTY, solver=solver, sigmas=sigmas)
+        expected = by_host(models["t2v"], *prompts, EMPTY, sigmas.tolist(), 4.0, solver)
+        assert relative(ours["samples"], expected) < 2e-5
+        assert ("the sigmas begin at 0.9604 and the latent is empty" in report) == (sigmas[0] < 0.99)
+
+
+def test_one_that_begins_far_below_needs_a_video(models, prompts, sample):
+    sigmas = BasicScheduler.execute(models["t2v"], "ddim_uniform", 1, 1.0).result[0]
+    with pytest.raises(ValueError, match=r"level is 0\.01578 .*latent is empty.*\(sigmas from 1, step 0"):
+        sample(models["t2v"], *prompts, EMPTY, sigmas=sigmas)
+
+
 @pytest.mark.parametrize("step", [1, 3])
 def test_split_sigmas_are_two_halves(models, prompts, sample, step):
     whole = BasicScheduler.execute(models["t2v"], "simple", 5, 1.0).result[0]
@@ -121,13 +140,15 @@ def test_split_sigmas_are_two_halves(models, prompts, sample, step):
         ([0.0, 0.5, 1.0], "each must be below the one before"),
         ([1.0], "holds 1 numbers"),
         ([], "holds 0 numbers"),
-        ([1.0, float("nan"), 0.0], "between 1 and 0"),
+        ([1.0, float("inf"), 0.0], "between 1 and 0"),
+        ([1.0, float("nan"), 0.0], "one is no number.*kl_optimal has none for a single step"),
+        ([1.0, 0.999999, 0.5, 0.0], "begins at 0.9999.* in place of 1: no step lies between"),
     ],
 )
 def test_what_is_no_schedule_is_named(models, prompts, sample, sigmas, message, monkeypatch):
     monkeypatch.setattr(host, "run_sampling", lambda *_: pytest.fail("sampling began"))
     with pytest.raises(ValueError, match=f"^Wan21Sampler: sigmas .*{message}"):
-        sample(models["t2v"], *prompts, EMPTY, sigmas=torch.tensor(sigmas))
+        sample(models["t2v"], *prompts, EMPTY, solver="dpm++_sde", sigmas=torch.tensor(sigmas))
 
 
 # --- parts ------------------------------------------------------------------------------------------------
