@@ -90,6 +90,12 @@ def _relink(nodes, links):
             by_id[source]["outputs"][source_slot]["links"].append(number)
 
 
+def _value(node, name):
+    """What the widget of a node holds."""
+    widgets = [slot["name"] for slot in node["inputs"] if "widget" in slot]
+    return [value for value in node["widgets_values"] if value not in CONTROLS][widgets.index(name)]
+
+
 class _Box:
     """A subgraph while it is made."""
 
@@ -113,6 +119,9 @@ class _Box:
             is_new = (source, source_slot, label) not in self.sources
             if is_new:
                 self.sources[source, source_slot, label] = self._add(self.inputs, label, kind)
+                if "widget" in node["inputs"][target_slot]:
+                    # The editor makes a widget of it, linked or not, and counts it among the values.
+                    self.shown.append((self.inputs[-1]["name"], _value(node, name)))
             index = self.sources[source, source_slot, label]
             self._inner(INPUTS, index, target, target_slot, kind)
             if is_new:
@@ -163,12 +172,10 @@ class _Box:
         for title, name, label in self.fold.shown:
             node = by_title[title]
             slots = [slot["name"] for slot in node["inputs"]]
-            widgets = [slot["name"] for slot in node["inputs"] if "widget" in slot]
             place = slots.index(name)
             index = self._add(self.inputs, label, node["inputs"][place]["type"])
             self._inner(INPUTS, index, node["id"], place, node["inputs"][place]["type"])
-            values = [v for v in node["widgets_values"] if v not in CONTROLS]
-            self.shown.append((self.inputs[index]["name"], values[widgets.index(name)]))
+            self.shown.append((self.inputs[index]["name"], _value(node, name)))
 
     def node(self, links):
         """The box itself, in the graph whose links are `links`."""

@@ -27,6 +27,8 @@ DRAWN_MS = 1500  # Nodes 2.0 measures its nodes after it has drawn them
 each_workflow = pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
 
 REGISTERED = "() => app.graph._nodes.map(node => [node.type, node.type in LiteGraph.registered_node_types])"
+WIDGETS = """() => app.graph._nodes.map(
+    node => [node.title, (node.widgets ?? []).map(widget => [widget.name, widget.value])])"""
 BOXES = "() => app.graph._nodes.map(node => [node.title, ...node.pos, ...node.size])"
 # Title, left, top, width and height with the bars below a node of Nodes 2.0, which hang out of its box.
 DRAWN = """() => [...document.querySelectorAll('[data-node-id]')].map(element => {
@@ -112,6 +114,23 @@ def test_editor_and_api_graph_are_the_same(path, page, object_info):
     assert by_title(with_defaults(api_graph(page), object_info)) == by_title(
         with_defaults(api, object_info)
     ), "run scripts/make_workflows.py"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in GRAPHS if read(path).get("definitions")], ids=lambda p: p.stem
+)
+def test_folded_nodes_show_what_they_hold(path, page):
+    """Linked widgets count among the values: the prompt of a segment had been drawn as its width."""
+    graph = read(path)
+    load_graph(page, graph)
+    shown = dict(page.evaluate(WIDGETS))
+    kinds = {one["id"] for one in graph["definitions"]["subgraphs"]}
+    boxes = [node for node in graph["nodes"] if node["type"] in kinds]
+    for node in boxes:
+        names = [slot["name"] for slot in node["inputs"] if "widget" in slot]
+        held = list(zip(names, node["widgets_values"], strict=True))
+        assert [tuple(pair) for pair in shown[node["title"]]] == held
+    assert boxes
 
 
 def by_title(graph):
