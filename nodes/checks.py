@@ -180,6 +180,8 @@ def check_latent(samples: Tensor) -> None:
 
 def check_conditioning(config: WanConfig, latent_shape: Sequence[int], cond: host.Conditioning) -> None:
     """Whether one conditioning fits the model and the latent [B, 16, T, h, w]."""
+    if not cond.entries:
+        raise Refusal(f"{cond.name} is empty; this sampler reads one prompt", "Connect a text encode node")
     if cond.entries != 1:
         raise Refusal(
             f"{cond.name} holds {cond.entries} entries; this sampler uses one",

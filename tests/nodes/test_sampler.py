@@ -276,7 +276,7 @@ BAD = [
     ({"latent": {"samples": torch.full((1, 16, 3, 8, 12), float("inf"))}}, "NaN or infinite"),
     ({"latent": {"samples": torch.zeros(1, 16, 5, 8, 12)}}, r"image in positive is 96x64, 9 frames"),
     ({"denoise": 0.5}, "denoise is 0.5 and the latent is empty"),
-    ({"positive": []}, "positive holds 0 entries"),
+    ({"positive": []}, "positive is empty; .*Connect a text encode"),
     ({"positive": [[torch.zeros(1, 512, 4096), {}]]}, "text features 4096 wide; this model reads 128"),
     ({"negative": [[torch.zeros(1, 512, 128), {"area": (1, 1, 0, 0)}]]}, "negative carries area"),
     ({"positive": [[torch.zeros(1, 512, 128), {}]] * 2}, "positive holds 2 entries"),
