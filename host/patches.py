@@ -75,6 +75,7 @@ _INSTEAD = (
     (r"forward_orig", "for a cache over the steps set cache to teacache on Wan21Sampler"),
     (r"rope_embedder|rope_encode", "set riflex on Wan21Sampler in place of the pack's RIFLEx"),
     (r"blocks\.\d+\.self_attn\.forward", "choose attention on Wan21Sampler for another attention kernel"),
+    (r"blocks\.\d+\.cross_attn\.forward", "set nag on Wan21Sampler in place of the pack's NAG"),
 )
 
 

@@ -52,7 +52,7 @@ def test_a_replaced_forward_that_we_call_acts(models, prompts, sample, path):
         ("forward_orig", "set cache to teacache on Wan21Sampler"),
         ("rope_embedder", "set riflex on Wan21Sampler"),
         ("blocks.0.self_attn.forward", "choose attention on Wan21Sampler"),
-        ("blocks.1.cross_attn.forward", "Load Diffusion Model"),
+        ("blocks.1.cross_attn.forward", "set nag on Wan21Sampler"),
         ("blocks.1.forward", "Load Diffusion Model"),
         ("blocks.0.cross_attn", "Load Diffusion Model"),
         ("unpatchify", "Load Diffusion Model"),
