@@ -19,13 +19,25 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
 from ..wan.files import is_quantization_key
+from ..wan.files.bad_file import listed
 from ..wan.lora import Lora, Patch, UnreadKind, apply_patch, match_lora
 from ..wan.refusal import Refusal
 from .lora_run import PREFIX, LoraRun, ScheduledLora, beside_products, is_bare
+from .model import is_ours
+from .progress import tell
 from .reader import read_checkpoint
 from .stored import integers_as_they_are, kept_dtype, kept_shapes
 
 KEY = "wan21_loras"  # names our wrapper and our attachment on a MODEL
+_CUT_OUT = Refusal(
+    "the MODEL's weights are in one of the host's quantised formats, and so would be the differences that "
+    "are saved as a LoRA",
+    "Subtract models from bf16 or fp16 files",
+)
+_HOOKED = Refusal(
+    "hooks carry a LoRA, and weights in the host's quantised formats are not changed in place",
+    "Remove the hooks and use Wan21LoraLoader with a strength_schedule, or load a bf16 or fp16 file",
+)
 
 
 class HostPatch(WeightAdapterBase):
@@ -261,8 +273,10 @@ class AtUse:
         return super().add_patches(patches, strength_patch, strength_model)  # pyright: ignore[reportAttributeAccessIssue]
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict:
-        """The host's, of a MODEL that is merged into another."""
-        _refuse_scheduled(cast(ModelPatcher, self), "merged")
+        """The host's; with a prefix it is asked of a MODEL that is merged into another, without by hooks."""
+        if filter_prefix is not None:
+            _refuse_scheduled(cast(ModelPatcher, self), "merged")
+            _tell_unmerged(cast(ModelPatcher, self))
         return super().get_key_patches(filter_prefix)  # pyright: ignore[reportAttributeAccessIssue]
 
     def model_state_dict(self, filter_prefix: str | None = None) -> dict:
@@ -270,10 +284,20 @@ class AtUse:
 
         Without scales and marks of quantised weights, which are no parameters: a merge would look for them.
         """
+        found = super().model_state_dict(filter_prefix)  # pyright: ignore[reportAttributeAccessIssue]
         if filter_prefix is not None:
             _refuse_scheduled(cast(ModelPatcher, self), "saved")
-        found = super().model_state_dict(filter_prefix)  # pyright: ignore[reportAttributeAccessIssue]
+            if any(is_quantization_key(key) for key in found):
+                raise _CUT_OUT
         return {key: value for key, value in found.items() if not is_quantization_key(key)}
+
+    def patch_hooks(self, hooks: Any) -> None:
+        """The host's, of hooks that change no weight in its quantised formats."""
+        patcher = cast(ModelPatcher, self)
+        keys = patcher.get_combined_hook_patches(hooks)
+        if any(isinstance(comfy.utils.get_attr(patcher.model, key), QuantizedTensor) for key in keys):
+            raise _HOOKED
+        super().patch_hooks(hooks)  # pyright: ignore[reportAttributeAccessIssue]
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
         """The host's, which gives unloaded layers their patches anew."""
@@ -288,6 +312,17 @@ def _refuse_scheduled(model: ModelPatcher, done: str) -> None:
             f"a LoRA on the MODEL has a strength_schedule ({values} over the steps), and weights that are "
             f"{done} have one strength",
             "Clear strength_schedule on Wan21LoraLoader and set strength, or leave that LoRA out",
+        )
+
+
+def _tell_unmerged(model: ModelPatcher) -> None:
+    """Says what of a second MODEL of the host's loader a merge leaves out: the first is not of our class."""
+    bare = [k for k in model.patches if k.startswith(PREFIX) and is_bare(model.model, k.removeprefix(PREFIX))]
+    if bare and not is_ours(model):
+        names = listed([key.removeprefix(PREFIX) for key in bare], 3)
+        tell(
+            f"the LoRA on the second MODEL changes {names}, which a merge into a MODEL of the host's loader "
+            "leaves out: make it the first MODEL, or load both with Wan21ModelLoader"
         )
 
 

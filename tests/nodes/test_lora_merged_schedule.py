@@ -1,8 +1,11 @@
 """A LoRA under a schedule on the first MODEL of a merge: it keeps that MODEL's share, as its weights do."""
 
+import logging
+
 import comfy.sd
 import pytest
 import torch
+from comfy_extras.nodes_hooks import ConditioningSetProperties, CreateHookLora
 from comfy_extras.nodes_model_merging import ModelAdd, ModelMergeBlocks, ModelMergeSimple, ModelSubtract
 from comfy_extras.nodes_model_merging_model_specific import ModelMergeWAN2_1
 from helpers import relative
@@ -87,6 +90,28 @@ def test_two_schedules_in_a_row_and_a_lora_loaded_after_the_merge(files, other_f
     expected, ours = (run(made(schedule), prompts) for schedule in ("", NEARLY_ONE))
     plain = run(ModelMergeSimple().merge(first, second, 0.4)[0], prompts)
     assert relative(ours, expected) < 1e-3 * relative(plain, expected)
+
+
+def test_hooks_add_to_a_schedule_as_to_one_strength(files, prompts, lora, loras):  # noqa: F811
+    """The host asks for the patches of a MODEL for its hooks as for a merge."""
+    save_file(low_rank("diffusion_model.blocks.1.self_attn.v"), loras / "hook.safetensors")
+    [hooks] = CreateHookLora().create_hook("hook.safetensors", 1.0, 0.0)
+    hooked = [ConditioningSetProperties().set_properties(c, 1.0, "default", hooks=hooks)[0] for c in prompts]
+    model = host.load_model(files["t2v"])
+    expected, ours = (run(load(model, lora, 1.0, schedule)[0], hooked) for schedule in ("", NEARLY_ONE))
+    assert relative(ours, expected) < 1e-3 * relative(run(model, prompts), expected)
+
+
+def test_modulation_that_a_merge_of_native_models_leaves_out_is_said(files, other_file, lora, caplog):
+    native, other = (comfy.sd.load_diffusion_model(str(path)) for path in (files["t2v"], other_file))
+    with caplog.at_level(logging.INFO):
+        simple(0.5)(load(native, lora)[0], other)
+        assert "leaves out" not in caplog.text
+        simple(0.5)(other, load(native, lora)[0])
+    assert (
+        "changes blocks.1.modulation, head.modulation, which a merge into a MODEL of the host's"
+        in caplog.text
+    )
 
 
 def test_a_dora_under_a_schedule_is_refused_where_a_share_of_its_model_is_taken(files, loras):  # noqa: F811
