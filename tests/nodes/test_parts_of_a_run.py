@@ -105,6 +105,7 @@ def test_a_schedule_that_begins_just_below_one_is_the_hosts(models, prompts, sam
     """ddim_uniform's had been refused; and dpm++_sde had begun lower where only a whole 1 is replaced."""
     for sigmas in (
         BasicScheduler.execute(models["t2v"], "ddim_uniform", 4, 1.0).result[0],
+        torch.tensor([0.9968, 0.5, 0.0]),  # as OptimalStepsScheduler and SDTurboScheduler
         torch.tensor([0.99999, 0.7, 0.0]),
     ):
         ours, report = sample(models["t2v"], *prompts, EMPTY, solver=solver, sigmas=sigmas)
