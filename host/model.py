@@ -172,6 +172,7 @@ class HostWanModel(WanModel):
     @untraced
     def _forward(self, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
         self.check_call(x, kwargs, patch_inside_blocks(transformer_options))
+        timestep = _one_a_sample(timestep)
         frames, height, width = x.shape[-3:]
         x = comfy.ldm.common_dit.pad_to_patch_size(x, PATCH_SIZE)
         if time_dim_concat is not None:
@@ -220,6 +221,21 @@ def _tell_sizes(model: HostWanModel, config: WanConfig) -> None:
         vars(part).update(block)
         for attention in (part.self_attn, part.cross_attn):
             vars(attention).update(every | {"head_dim": config.head_dim})
+
+
+def _one_a_sample(timestep: Tensor) -> Tensor:
+    """Timesteps [B] of [B] or [B, 1].
+
+    Raises:
+        Refusal: another node gives one for each frame or token.
+    """
+    if timestep.ndim > 1 and timestep[0].numel() > 1:
+        raise Refusal(
+            f"another node gives the MODEL timesteps {list(timestep.shape)}, one for each frame or token (as "
+            "diffusion forcing does), and it reads one for a video",
+            "Remove that node, or load the model with the host's Load Diffusion Model",
+        )
+    return timestep.flatten()
 
 
 def _check_beside(x: Tensor, beside: Tensor) -> None:

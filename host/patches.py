@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from inspect import signature
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import comfy.ldm.wan.model
@@ -67,7 +66,6 @@ _ACTS = re.compile(
     r"|\.(self_attn|cross_attn)\.(q|k|v|o|norm_q|norm_k|k_img|v_img|norm_k_img)(\..+)?)"
     r"|head\.(head(\..+)?|modulation))"
 )
-FUNCTIONS = (FunctionType, MethodType, partial)
 CALLED = ("forward", "_forward")
 # How many inputs a block and its cross-attention are given by position.
 BLOCK_INPUTS, CROSS_INPUTS = 7, 5
@@ -169,7 +167,8 @@ def _functions_on(part: nn.Module) -> list[str]:
     return [
         name
         for name, value in vars(part).items()
-        if isinstance(value, FUNCTIONS)
+        if callable(value)
+        and not isinstance(value, (type, nn.Module))
         and name not in CALLED
         and getattr(value, "__func__", value) is not getattr(type(part), name, None)
     ]

@@ -12,7 +12,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy.ldm.wan import model as wan_model
-from comfy.patcher_extension import PatcherInjection, add_wrapper
+from comfy.patcher_extension import PatcherInjection, WrappersMP, add_wrapper
 from helpers import relative
 from helpers_nodes import host_euler
 from wan21 import host
@@ -72,6 +72,17 @@ def test_one_that_would_not_act_is_refused_by_name(models, prompts, sample, path
 def negated(module, path):
     """A function in place of one of a module's, written on the module itself."""
     setattr(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], lambda *_, **__: None)
+
+
+class CalledObject:
+    """What some packs write in place of a function."""
+
+    def __call__(self, *_, **__):
+        return None
+
+
+def object_put(module, path):
+    setattr(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], CalledObject())
 
 
 def hooked(module, path):
@@ -150,6 +161,8 @@ def added(module, path):
         (negated, "blocks.0.self_attn.forward", "replaced"),
         (negated, "blocks.1.self_attn.qkv_fn", "replaced"),
         (negated, "blocks.1.modulate", "replaced"),
+        (object_put, "rope_encode", "replaced"),
+        (object_put, "blocks.1.cross_attn.attend", "replaced"),
         (hooked, "blocks.1.self_attn", "hooked"),
         (pre_hooked, "blocks.0.self_attn", "hooked"),
         (injected, "blocks.0.self_attn.forward", "replaced"),
@@ -297,6 +310,25 @@ def test_sizes_are_read_where_packs_read_those_of_the_hosts_model(files, models,
     }
     assert len(plain) > 5
     assert {name: getattr(ours, name, None) for name in plain} == plain
+
+
+def told_timesteps(model, change):
+    """With a wrapper of another pack that changes the timesteps."""
+    model = model.clone()
+    model.add_wrapper_with_key(
+        WrappersMP.DIFFUSION_MODEL, "pack", lambda run, x, t, *args, **kw: run(x, change(t), *args, **kw)
+    )
+    return model
+
+
+def test_timesteps_of_frames_are_refused_and_one_in_a_row_is_read(files, models, prompts):
+    native = comfy.sd.load_diffusion_model(str(files["t2v"]))
+    ours, expected = (
+        ksample(told_timesteps(m, lambda t: t[:, None] / 2), prompts) for m in (models["t2v"], native)
+    )
+    assert relative(ours, expected) < 1e-5
+    with pytest.raises(ValueError, match=r"timesteps \[2, 2\], one for each frame.*Load Diffusion Model"):
+        ksample(told_timesteps(models["t2v"], lambda t: torch.stack([t / 2, t], 1)), prompts)
 
 
 def test_training_on_our_model_is_refused_by_name(models):
