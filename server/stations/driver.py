@@ -170,7 +170,13 @@ class Driver:
             place = Place(len(self.places))
             self.places.append(place)
         where = "SPREAD" if machine is None else NodeAffinitySchedulingStrategy(machine, soft=False)
-        program = self.setup.program | {"gpus": self.gpus, "hung": self.setup.hung_seconds}
+        machines = sum(node["Alive"] for node in ray.nodes())
+        sharing = 0 if self.gpus else -(-self.setup.count // machines)  # `count` spreads over the machines
+        program = self.setup.program | {
+            "gpus": self.gpus,
+            "hung": self.setup.hung_seconds,
+            "sharing": sharing,
+        }
         place.actor = self.kind.options(scheduling_strategy=where).remote(program)
         place.machine = machine
         place.keeping = self._spawn(self._keep(place))

@@ -202,6 +202,24 @@ def test_on_cpus_each_machine_has_one_and_none_outlives_its_driver(cluster, tmp_
     cluster.end(node)
 
 
+@pytest.mark.parametrize(
+    "sharing, given, left",
+    [
+        pytest.param(0, None, None, id="a GPU each"),
+        pytest.param(1, None, None, id="alone on its machine"),
+        pytest.param(2, None, "4", id="two divide the cores"),
+        pytest.param(3, None, "2", id="three"),
+        pytest.param(20, None, "1", id="more than cores"),
+        pytest.param(2, "7", "7", id="the user's own"),
+    ],
+)
+def test_stations_without_a_gpu_divide_the_cores(monkeypatch, sharing, given, left):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # Ray's
+    program = {"env": {"OMP_NUM_THREADS": given}, "sharing": sharing}
+    assert station._environment(program).get("OMP_NUM_THREADS") == left
+
+
 def test_where_no_machine_has_so_many_gpus_it_is_said(cluster, tmp_path):
     with driven(tmp_path, 0, cluster.address, 5) as stations:
         wait_until(
