@@ -419,6 +419,7 @@ TOO_LARGE = {
         b'"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
         "a tensor stands in it twice",
     ),
+    "a side of 2^63": ({"a": entry(0, 0, [2**63, 0])}, "damaged (a side of 9223372036854775808)"),
     "a list instead": (b'{"a": [' + b"[]," * 10 + b"[]]}", "no table of tensors"),
     "four million tables": (b'{"__metadata__": [' + b"{}," * 4_000_000 + b"{}]}", "not JSON"),
 }

@@ -49,6 +49,17 @@ def test_a_mark_of_any_type_is_looked_at(tmp_path, dtype):
         mark_of("a", read_shapes(path).state_dict["a.comfy_quant"])
 
 
+@pytest.mark.parametrize("size", [0, -16, 7, 2**40, "x", True, 16.0, []])
+def test_columns_are_rotated_together_by_powers_of_four(size):
+    """The host had divided by it at the first product of a run."""
+    mark = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
+    with pytest.raises(ValueError, match=r"^a has the convrot_groupsize .*; 4, 16, 64, 256, 1024, 4096 are"):
+        mark_of("a", as_bytes(json.dumps(mark)))
+    with pytest.raises(ValueError, match=r"^a has the convrot_groupsize"):
+        marks_in({"_quantization_metadata": json.dumps({"layers": {"a": mark}})})
+    assert mark_of("a", as_bytes(json.dumps(mark | {"convrot_groupsize": 64})))["convrot_groupsize"] == 64
+
+
 @pytest.mark.parametrize("stored", ["", "[]", "{}", '{"layers": []}', '{"layers": {"a": 1}}', "[" * 9000])
 def test_damaged_metadata_is_named(stored):
     with pytest.raises(ValueError, match=r"`_quantization_metadata` in its metadata (is no JSON|must be a)"):
@@ -63,6 +74,13 @@ def test_a_layer_that_cannot_be_unpacked_is_named():
         check_scales({"a.weight": torch.zeros(2), "a.weight_scale": torch.ones(1)}, formats)
     with pytest.raises(ValueError, match="a is stored as nvfp4 and lacks a scale"):
         check_scales({"a.weight": torch.zeros(2, 2), "a.weight_scale": torch.ones(1)}, {"a": "nvfp4"})
+    for scales in (0, 3, 9):
+        odd = {"a.weight": torch.zeros(2, 2), "a.weight_scale": torch.ones(scales)}
+        with pytest.raises(ValueError, match=f"a has {scales} scales for 2 rows"):
+            check_scales(odd, {"a": "int8_tensorwise"})
+    check_scales(
+        {"a.weight": torch.zeros(2, 2), "a.weight_scale": torch.ones(2, 1)}, {"a": "int8_tensorwise"}
+    )
     whole = {"a.weight": torch.zeros(2, 3), "a.weight_scale": torch.ones(1), f"a{MARK}": as_bytes("{}")}
     check_scales(whole, formats)
     assert unpacked_shapes(whole, {"a": "convrot_w4a4"})["a.weight"].shape == (2, 6)

@@ -14,6 +14,7 @@ from .limits import json_table
 MARK = ".comfy_quant"
 IN_METADATA = "_quantization_metadata"
 MAX_MARK_BYTES = 10_000
+GROUPS = tuple(4**n for n in range(1, 7))  # columns that ComfyUI's formats may rotate together
 
 
 def may_be_mark(value: Tensor) -> bool:
@@ -29,7 +30,19 @@ def mark_of(layer: str, value: Tensor) -> dict[str, Any]:
     """
     if not may_be_mark(value):
         raise Refusal(f"{layer}{MARK} must be a text in bytes", AGAIN)
-    return json_table(value.numpy().tobytes(), f"{layer}{MARK}")
+    mark = json_table(value.numpy().tobytes(), f"{layer}{MARK}")
+    _check_group(mark, layer)
+    return mark
+
+
+def _check_group(mark: Mapping[str, Any], layer: str) -> None:
+    """Refuses columns that are rotated together of a number that there is no rotation for."""
+    size = mark.get("convrot_groupsize")
+    if size is not None and (type(size) is not int or size not in GROUPS):
+        raise Refusal(
+            f"{layer} has the convrot_groupsize {str(size)[:40]}; {', '.join(map(str, GROUPS))} are read",
+            AGAIN,
+        )
 
 
 def marks_in(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -42,6 +55,8 @@ def marks_in(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     layers = json_table(metadata.get(IN_METADATA, '{"layers": {}}'), what).get("layers")
     if not isinstance(layers, dict) or not all(isinstance(mark, dict) for mark in layers.values()):
         raise Refusal(f"{what} must be a JSON table with `layers`, a table for each", AGAIN)
+    for layer, mark in layers.items():
+        _check_group(mark, layer)
     return layers
 
 
@@ -63,6 +78,13 @@ def check_scales(state_dict: Mapping[str, Tensor], formats: Mapping[str, str]) -
             raise Refusal(f"{layer} is stored as {formats[layer]} and lacks a scale", AGAIN)
         if weight.ndim != 2:
             raise Refusal(f"{layer}.weight is quantised and has {weight.ndim} axes instead of 2", AGAIN)
+        scale, rows = state_dict.get(f"{layer}.weight_scale"), weight.shape[0]
+        is_int8 = formats[layer] == "int8_tensorwise"
+        if is_int8 and scale is not None and scale.numel() not in (1, rows):
+            raise Refusal(
+                f"{layer} has {scale.numel()} scales for {rows} rows; one for all or one for each is read",
+                AGAIN,
+            )
 
 
 def unpacked_shapes(state_dict: Mapping[str, Tensor], formats: Mapping[str, str]) -> dict[str, Tensor]:

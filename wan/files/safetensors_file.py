@@ -97,11 +97,15 @@ def _check_header(path: Path) -> None:
     try:
         needed = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         rank = max((len(entry["shape"]) for entry in entries.values()), default=0)
+        sides = (n for entry in entries.values() for n in entry["shape"] if isinstance(n, int))
+        side = max(sides, default=0)
         is_cut = needed > data_bytes
     except (AttributeError, TypeError, KeyError, IndexError) as error:
         raise Refusal("its header is damaged (no table of tensors)", AGAIN) from error
     if rank > MAX_RANK:  # safetensors itself has no bound
         raise Refusal(f"its header is damaged (a tensor of {rank} dimensions)", AGAIN)
+    if side >= 2**63:  # beside a side of 0 safetensors takes it, and torch has no such number
+        raise Refusal(f"its header is damaged (a side of {side})", AGAIN)
     if is_cut:
         raise Refusal(
             f"truncated: its tensors take {needed} bytes and only {data_bytes} are there "
