@@ -361,3 +361,23 @@ def test_graph_runs_from_the_editor(page, server, drawn_by):
 def videos(server):
     """Files that the graphs of all tests have written so far."""
     return set((server.output_directory / "wan21").glob("*"))
+
+
+# Of a new node: [names by the graph, rows that Nodes 2.0 has drawn]. The renderer draws what follows a seed in
+# the seed's row or as a row of its own; it is the editor's, and on every node with a seed.
+FIRST_SIGHT = """async () => {
+    const node = LiteGraph.createNode('Wan21Sampler')
+    app.graph.add(node)
+    await new Promise(done => setTimeout(done, 1000))
+    const shown = node.widgets.filter(w => !w.hidden && !w.options?.hidden && w.name !== 'control_after_generate')
+    const rows = document.querySelectorAll(`[data-node-id="${node.id}"] .lg-node-widget`).length
+    app.graph.remove(node)
+    return [shown.map(w => w.name), rows]
+}"""
+
+
+def test_a_new_sampler_shows_few_fields(page, drawn_by):
+    names, rows = page.evaluate(FIRST_SIGHT)
+    assert names[0] == "seed" and len(names) <= 13
+    if drawn_by == "nodes 2.0":
+        assert 10 < rows <= 13
