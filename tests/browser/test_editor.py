@@ -363,13 +363,14 @@ def videos(server):
     return set((server.output_directory / "wan21").glob("*"))
 
 
-# Of a new node: [names by the graph, rows that Nodes 2.0 has drawn]. The renderer draws what follows a seed in
-# the seed's row or as a row of its own; it is the editor's, and on every node with a seed.
+# Of a new node: [names by the graph, rows that Nodes 2.0 has drawn]. What follows a seed is the editor's, on
+# every node with one, in the seed's row or its own.
 FIRST_SIGHT = """async () => {
     const node = LiteGraph.createNode('Wan21Sampler')
     app.graph.add(node)
     await new Promise(done => setTimeout(done, 1000))
-    const shown = node.widgets.filter(w => !w.hidden && !w.options?.hidden && w.name !== 'control_after_generate')
+    const own = node.widgets.filter(w => w.name !== 'control_after_generate')
+    const shown = own.filter(w => !w.hidden && !w.options?.hidden)
     const rows = document.querySelectorAll(`[data-node-id="${node.id}"] .lg-node-widget`).length
     app.graph.remove(node)
     return [shown.map(w => w.name), rows]

@@ -365,7 +365,7 @@ def test_a_partner_that_would_not_load_is_not_chosen(shelf, what):
     assert part in refused(shelf, **{part: RELEASE[part]})
 
 
-NVFP4_SCALES = ("weight_scale", "weight_scale_2")
+NVFP4_SCALES = {"weight_scale": (512, 256 // 16), "weight_scale_2": ()}
 
 
 def test_quantised_layouts_that_load_are_chosen(shelf):
@@ -377,7 +377,7 @@ def test_quantised_layouts_that_load_are_chosen(shelf):
     old |= {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn, device="meta")}
     marks = {"layers": {layer: {"format": "float8_e4m3fn"} for layer in layers}}
     half = torch.empty(512, 128, dtype=torch.uint8, device="meta")
-    scales = {f"blocks.0.ffn.0.{key}": torch.empty((), device="meta") for key in NVFP4_SCALES}
+    scales = {f"blocks.0.ffn.0.{key}": torch.empty(size, device="meta") for key, size in NVFP4_SCALES.items()}
     four_bits, numbers = marked(
         dit() | scales | {"blocks.0.ffn.0.weight": half}, "blocks.0.ffn.0", {"format": "nvfp4"}
     )

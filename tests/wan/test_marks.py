@@ -49,12 +49,14 @@ def test_a_mark_of_any_type_is_looked_at(tmp_path, dtype):
         mark_of("a", read_shapes(path).state_dict["a.comfy_quant"])
 
 
-@pytest.mark.parametrize("size", [0, -16, 7, 2**40, "x", True, 16.0, []])
+@pytest.mark.parametrize("size", [0, -16, 7, 2**40, "x", True, 16.0, [], None])
 def test_columns_are_rotated_together_by_powers_of_four(size):
     """The host had divided by it at the first product of a run."""
     mark = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
     with pytest.raises(ValueError, match=r"^a has the convrot_groupsize .*; 4, 16, 64, 256, 1024, 4096 are"):
         mark_of("a", as_bytes(json.dumps(mark)))
+    with pytest.raises(ValueError, match=r"^a has the convrot_groupsize"):
+        mark_of("a", as_bytes(json.dumps({"format": "int8_tensorwise", "params": mark})))
     with pytest.raises(ValueError, match=r"^a has the convrot_groupsize"):
         marks_in({"_quantization_metadata": json.dumps({"layers": {"a": mark}})})
     assert mark_of("a", as_bytes(json.dumps(mark | {"convrot_groupsize": 64})))["convrot_groupsize"] == 64
@@ -84,3 +86,34 @@ def test_a_layer_that_cannot_be_unpacked_is_named():
     whole = {"a.weight": torch.zeros(2, 3), "a.weight_scale": torch.ones(1), f"a{MARK}": as_bytes("{}")}
     check_scales(whole, formats)
     assert unpacked_shapes(whole, {"a": "convrot_w4a4"})["a.weight"].shape == (2, 6)
+
+
+@pytest.mark.parametrize(
+    "name, shape, scales, mark, problem",
+    [
+        ("mxfp8", (130, 160), 256 * 8, {}, None),
+        ("mxfp8", (130, 160), 130 * 5, {}, "has 650 block scales; its 130 x 160 take 2048"),
+        ("nvfp4", (128, 32), 128 * 4, {}, None),  # 64 columns
+        ("nvfp4", (128, 32), 1, {}, "has 1 block scales; its 128 x 64 take 512"),
+        ("int8_tensorwise", (4, 320), 4, {"convrot": True, "convrot_groupsize": 64}, None),
+        (
+            "int8_tensorwise",
+            (4, 320),
+            4,
+            {"convrot": True},
+            "has 320 columns, which are no whole groups of 256",
+        ),
+        ("int8_tensorwise", (4, 320), 4, {"params": {"convrot": True}}, "no whole groups of 256"),
+        ("int8_tensorwise", (4, 320), 4, {"convrot_groupsize": 256}, None),  # not rotated
+        ("convrot_w4a4", (4, 96), 12, {"convrot_groupsize": 64}, None),
+        ("convrot_w4a4", (4, 96), 12, {}, "has 192 columns, which are no whole groups of 256"),
+    ],
+)
+def test_scales_and_rotations_go_with_the_size(name, shape, scales, mark, problem):
+    """The host had said so in its own words, without the file, at the first product of a run."""
+    layer = {"a.weight": torch.zeros(shape), "a.weight_scale": torch.ones(scales)}
+    layer |= {"a.weight_scale_2": torch.ones(1), f"a{MARK}": as_bytes(json.dumps(mark))}
+    if problem is None:
+        return check_scales(layer, {"a": name})
+    with pytest.raises(ValueError, match=f"^a .*{problem}"):
+        check_scales(layer, {"a": name})

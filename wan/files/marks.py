@@ -1,5 +1,6 @@
 """Marks of quantised layers: the format of each, as JSON in the bytes of a tensor or in the metadata."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from .limits import json_table
 MARK = ".comfy_quant"
 IN_METADATA = "_quantization_metadata"
 MAX_MARK_BYTES = 10_000
+BLOCK = {"mxfp8": 32, "nvfp4": 16}  # columns with one scale
 GROUPS = tuple(4**n for n in range(1, 7))  # columns that ComfyUI's formats may rotate together
 
 
@@ -37,12 +39,18 @@ def mark_of(layer: str, value: Tensor) -> dict[str, Any]:
 
 def _check_group(mark: Mapping[str, Any], layer: str) -> None:
     """Refuses columns that are rotated together of a number that there is no rotation for."""
-    size = mark.get("convrot_groupsize")
-    if size is not None and (type(size) is not int or size not in GROUPS):
+    size = _rotation(mark).get("convrot_groupsize", 256)
+    if type(size) is not int or size not in GROUPS:
         raise Refusal(
             f"{layer} has the convrot_groupsize {str(size)[:40]}; {', '.join(map(str, GROUPS))} are read",
             AGAIN,
         )
+
+
+def _rotation(mark: Mapping[str, Any]) -> dict[str, Any]:
+    """A mark with what its `params` say, which older files have."""
+    params = mark.get("params")
+    return {**(params if isinstance(params, dict) else {}), **mark}
 
 
 def marks_in(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -67,7 +75,8 @@ def check_scales(state_dict: Mapping[str, Tensor], formats: Mapping[str, str]) -
         formats: by layer.
 
     Raises:
-        Refusal: a layer that is there lacks its scale, or is no matrix of single bytes.
+        Refusal: a layer that is there lacks its scale, or is no matrix of single bytes, or its scales or
+            rotation do not go with its size.
     """
     for layer in formats:
         weight = state_dict.get(f"{layer}.weight")
@@ -78,13 +87,28 @@ def check_scales(state_dict: Mapping[str, Tensor], formats: Mapping[str, str]) -
             raise Refusal(f"{layer} is stored as {formats[layer]} and lacks a scale", AGAIN)
         if weight.ndim != 2:
             raise Refusal(f"{layer}.weight is quantised and has {weight.ndim} axes instead of 2", AGAIN)
-        scale, rows = state_dict.get(f"{layer}.weight_scale"), weight.shape[0]
-        is_int8 = formats[layer] == "int8_tensorwise"
-        if is_int8 and scale is not None and scale.numel() not in (1, rows):
+        _check_sizes(layer, formats[layer], state_dict)
+
+
+def _check_sizes(layer: str, name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuses scales and rotations that do not go with the size of their matrix."""
+    scale, (rows, columns) = state_dict.get(f"{layer}.weight_scale"), state_dict[f"{layer}.weight"].shape
+    columns *= 2 if name in TWO_A_BYTE else 1
+    if scale is not None and name == "int8_tensorwise" and scale.numel() not in (1, rows):
+        raise Refusal(
+            f"{layer} has {scale.numel()} scales for {rows} rows; one for all or one for each is read", AGAIN
+        )
+    if scale is not None and name in BLOCK:
+        # cuBLAS' order of block scales: tiles of 128 rows and 4 blocks, filled up.
+        expected = 128 * math.ceil(rows / 128) * 4 * math.ceil(columns / BLOCK[name] / 4)
+        if scale.numel() != expected:
             raise Refusal(
-                f"{layer} has {scale.numel()} scales for {rows} rows; one for all or one for each is read",
-                AGAIN,
+                f"{layer} has {scale.numel()} block scales; its {rows} x {columns} take {expected}", AGAIN
             )
+    rotation = _rotation(mark_of(layer, state_dict[layer + MARK]) if layer + MARK in state_dict else {})
+    size = rotation.get("convrot_groupsize", 256)
+    if (name == "convrot_w4a4" or rotation.get("convrot")) and columns % size:
+        raise Refusal(f"{layer} has {columns} columns, which are no whole groups of {size}", AGAIN)
 
 
 def unpacked_shapes(state_dict: Mapping[str, Tensor], formats: Mapping[str, str]) -> dict[str, Tensor]:
