@@ -16,7 +16,7 @@ MARK = ".comfy_quant"
 IN_METADATA = "_quantization_metadata"
 MAX_MARK_BYTES = 10_000
 BLOCK = {"mxfp8": 32, "nvfp4": 16}  # columns with one scale
-GROUPS = tuple(4**n for n in range(1, 7))  # columns that ComfyUI's formats may rotate together
+GROUPS = tuple(4**n for n in range(1, 7))  # columns that may be rotated together
 
 
 def may_be_mark(value: Tensor) -> bool:
