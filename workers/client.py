@@ -127,6 +127,8 @@ class Client:
         with self.lock:
             if self.engine is not None and self.process.poll() is None and self.told:
                 return self.generation
+            if self.engine is not None and self.told:  # between two questions, where nobody else has seen it
+                self.notes.append("the workers were lost and are started again (their engine had ended)")
             self.close()
             self.engine = RayProcess(os.environ, not self.setup.address)
             self._stop.detach()

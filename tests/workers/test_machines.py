@@ -193,4 +193,4 @@ def test_a_machine_with_another_version_or_another_file_is_refused(machines, mod
                 workers.RemoteModel(client, (factory, (recipe,)), "auto", 0).ask(int, "end")
         finally:
             client.close()
-        machines.kill(1)
+        machines.leave(1)

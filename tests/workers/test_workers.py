@@ -122,7 +122,15 @@ def test_rays_door_is_shut_and_workers_meet_on_this_machine(client, job, sample,
     for token in ({}, {"RAY_AUTH_TOKEN": "0" * 64}):
         done = subprocess.run(command, env=environment | token, capture_output=True, text=True)
         assert done.returncode and "token" in done.stderr.lower(), done.stderr
-    assert not [part for part in parts if "dashboard.py" in part]
+    # Ray always starts the program of its dashboard; without one it serves no pages and no interface.
+    boards = [one for one in rays if any("dashboard.py" in part for part in one.cmdline())]
+    assert all("--disable-frontend" in one.cmdline() for one in boards)
+    assert all(
+        end.laddr.ip == "127.0.0.1"
+        for one in boards
+        for end in one.net_connections()
+        if end.status == "LISTEN"
+    )
     pids = [pid for _, pid, _ in client.told if psutil.pid_exists(pid)]
     ends = [{(one.laddr, one.raddr) for one in psutil.Process(pid).net_connections()} for pid in pids]
     between = [(a, b) for a, b in ends[0] if (b, a) in ends[1]]
@@ -422,7 +430,9 @@ def test_a_killed_engine(client, job, sample, monkeypatch, again):
     engine = psutil.Process(client.process.pid)
     left = [engine, *engine.children(recursive=True)]
     engine.kill()
-    if not again:
+    if again:
+        engine.wait()  # the run finds it gone; else it may notice in its first question
+    else:
         monkeypatch.setattr(client, "start", lost)
     began = time.monotonic()
     result, report = sample(remote, *rest)
