@@ -112,7 +112,7 @@ class Machines:
             subprocess.run(["kill", "-9", pid], capture_output=True)
 
     def leave(self, machine):
-        """Ends a node as `ray stop` does, so that the cluster knows at once: one killed counts for seconds."""
+        """Ends a node as `ray stop` does: the cluster knows at once, where a killed one counts for seconds."""
         told = subprocess.run(["ip", "netns", "pids", self.names[machine]], capture_output=True, text=True)
         pids = [psutil.Process(int(pid)) for pid in told.stdout.split() if psutil.pid_exists(int(pid))]
         for one in pids:
