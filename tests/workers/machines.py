@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -112,13 +112,14 @@ class Machines:
             subprocess.run(["kill", "-9", pid], capture_output=True)
 
     def leave(self, machine):
-        """Ends a node as `ray stop` does: the cluster knows at once, where a killed one counts for seconds."""
+        """Ends a node as `ray stop` does: the cluster knows at once, where one killed counts for seconds."""
         told = subprocess.run(["ip", "netns", "pids", self.names[machine]], capture_output=True, text=True)
-        pids = [psutil.Process(int(pid)) for pid in told.stdout.split() if psutil.pid_exists(int(pid))]
-        for one in pids:
-            if one.name() == "raylet":
-                one.terminate()
-                one.wait(30)
+        for pid in told.stdout.split():
+            with suppress(psutil.NoSuchProcess):
+                one = psutil.Process(int(pid))
+                if one.name() == "raylet":
+                    one.terminate()
+                    one.wait(30)
         self.kill(machine)
 
     def remove(self):
