@@ -140,10 +140,10 @@ def sample_dpmpp_sde(
         if sigma_next <= 0:
             x = x0
             continue
-        middle = _half_way(sigma, sigma_next)
-        half_way = _move_with_noise(x, x0, sigma, middle, noise)
+        middle, lambda_middle = _half_way(sigma, sigma_next)
+        half_way = _move_with_noise(x, x0, sigma, middle, lambda_middle, noise)
         x0 = half_way - middle * (yield half_way, middle).to(x.dtype)
-        x = _move_with_noise(x, x0, sigma, sigma_next, noise)
+        x = _move_with_noise(x, x0, sigma, sigma_next, _log_snr32(sigma_next), noise)
     return x
 
 
@@ -174,22 +174,26 @@ def _move(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
     return ratio * x + (1 - ratio) * x0
 
 
-def _half_way(sigma: float, sigma_next: float) -> float:
-    """The sigma whose lambda lies between those of two others; to the bit as k-diffusion has it.
+def _half_way(sigma: float, sigma_next: float) -> tuple[float, Tensor]:
+    """The sigma whose lambda lies between those of two others, and that lambda; to the bit as k-diffusion's.
 
     Its noise is a path over sigma, sampled there: one unit in the last place away it is another noise.
     """
     start, end = _log_snr32(sigma), _log_snr32(sigma_next)
-    return (start + 0.5 * (end - start)).neg().sigmoid().item()
+    middle = start + 0.5 * (end - start)
+    return middle.neg().sigmoid().item(), middle
 
 
-def _move_with_noise(x: Tensor, x0: Tensor, sigma: float, sigma_next: float, noise: NoiseSampler) -> Tensor:
+def _move_with_noise(
+    x: Tensor, x0: Tensor, sigma: float, sigma_next: float, end: Tensor, noise: NoiseSampler
+) -> Tensor:
     """As `_move`, by the stochastic equation: twice as far in lambda, then new noise up to `sigma_next`.
 
     In float32 and in k-diffusion's form, with sigma / alpha as its sigma: `down` is the root of a difference
     of near squares, whose rounding shows in a first step from almost pure noise (3e-4), as people know it.
+    For the same reason `end`, the lambda of `sigma_next`, is not worked out from a sigma that was made of it.
     """
-    start, end = _log_snr32(sigma), _log_snr32(sigma_next)
+    start = _log_snr32(sigma)
     alpha, alpha_next = sigma * start.exp(), sigma_next * end.exp()
     begin, to = start.neg().exp(), end.neg().exp()
     up = torch.minimum(to, (to**2 * (begin**2 - to**2) / begin**2).sqrt())

@@ -75,17 +75,20 @@ def test_a_mask_holds_for_it_too(models, prompts, sample, solver):
 
 
 @pytest.mark.parametrize("solver", ["euler", "lcm", "dpm++_sde"])
-@pytest.mark.parametrize("scheduler, denoise", [("simple", 1.0), ("beta", 1.0), ("normal", 0.6)])
+# exponential: its first step goes from almost pure noise to a fifth of it, where one rounding more shows.
+@pytest.mark.parametrize(
+    "scheduler, denoise", [("simple", 1.0), ("beta", 1.0), ("normal", 0.6), ("exponential", 1.0)]
+)
 def test_sigmas_of_a_scheduler_are_those_of_sampler_custom(
     models, prompts, sample, solver, scheduler, denoise
 ):
-    sigmas = BasicScheduler.execute(models["t2v"], scheduler, 5, denoise).result[0]
+    sigmas = BasicScheduler.execute(models["t2v"], scheduler, 4, denoise).result[0]
     latent = EMPTY if denoise == 1 else video()
     ours, report = sample(models["t2v"], *prompts, latent, solver=solver, sigmas=sigmas, steps=99)
     expected = by_host(models["t2v"], *prompts, latent, sigmas.tolist(), 4.0, solver)
     assert relative(ours["samples"], expected) < 2e-5
     assert "note: sigmas are connected: steps, flow_shift and denoise are not used" in report
-    assert f"solver: {solver}, 5 steps, guidance 4, sigmas as given" in report
+    assert f"solver: {solver}, 4 steps, guidance 4, sigmas as given" in report
 
 
 @pytest.mark.parametrize("solver", ["euler", "lcm", "dpm++_sde"])
