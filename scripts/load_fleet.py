@@ -185,6 +185,8 @@ MINE = os.environ.get("MINE") or secrets.token_hex(8)  # marks the processes of 
 
 def in_namespaces(options):
     """All of it once more, on a cluster of two namespaces."""
+    # Both machines are this one: each would take all of its cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
     if reason := namespaces.cannot():
         print(f"skipped: {reason}")
         return
