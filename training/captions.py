@@ -139,6 +139,28 @@ CAMERA = {
     ],
 }  # fmt: skip
 
+SCENE = {
+    "night": [
+        "night falls", "night falls", "day to night", "day turns to night", "day turns into night",
+        "it gets dark", "it {slowly} gets dark", "it is getting dark", "night comes", "nightfall",
+        "the light {slowly} fades", "the sky {slowly} darkens", "dusk turns into night",
+        "the sun goes down and it gets dark", "from day to night", "a time lapse from day to night",
+        "the day ends and night begins", "it becomes night", "{slowly} it becomes dark", "darkness falls",
+    ],
+    "snow": [
+        "it snows", "it snows", "snow falls", "snow falls {slowly}", "it is snowing", "snowfall",
+        "it begins to snow", "it starts snowing", "snowflakes fall", "snowflakes drift down",
+        "snow is falling", "heavy snow falls", "snow falls from the sky", "falling snow", "snowing",
+        "winter comes and it snows", "{slowly} snow begins to fall", "large snowflakes", "let it snow",
+    ],
+    "waves": [
+        "waves on the water", "waves on the water", "the water ripples", "the water {slowly} ripples",
+        "waves run over the water", "the water moves in waves", "ripples on the water", "gentle waves",
+        "the water is moving", "the sea moves", "rippling water", "the lake ripples", "small waves",
+        "waves roll in", "the water sways", "waves run through the lower part", "moving water",
+    ],
+}  # fmt: skip
+
 MOVE = [
     "{a} {thing} {slowly} {moves} {to}", "{a} {thing} {moves} {slowly} {to}", "{a} {thing} {moves} {to}",
     "{a} {thing} {moves} {to} {across}", "{a} {thing} {moving} {to}", "{thing} {to}",
@@ -183,18 +205,18 @@ COLOUR_WORDS = {"purple": ["purple", "purple", "violet"]}
 
 # Said around the motion, and not to be obeyed. Movements of things that are not there are among them.
 SCENES = [
-    "a house by the sea", "mountains under a cloudy sky", "a quiet street at night", "the old harbour",
-    "a girl with a hat", "a cat on a wooden table", "a lighthouse on a rocky coast at dusk", "a green meadow",
+    "a house by the sea", "mountains under a cloudy sky", "a quiet street", "the old harbour",
+    "a girl with a hat", "a cat on a wooden table", "a lighthouse on a rocky coast", "a green meadow",
     "coloured shapes on a smooth background", "an abstract painting", "a city full of people",
     "a forest path",
     "the desert in the morning light", "flowers in a garden", "a cup of coffee beside a book",
-    "a dog in the snow",
+    "a dog in the park",
     "a bridge over the river", "an astronaut in front of a rocket", "soft evening light",
     "a table with fruit",
     "a portrait of a woman", "a man walks through the rain", "clouds drift across the sky", "a landscape",
-    "waves break against the rocks", "the girl waves and smiles", "gulls circle the tower",
+    "the wind blows over the rocks", "the girl waves and smiles", "gulls circle the tower",
     "a boat on the lake",
-    "a train passes by", "leaves fall from the trees", "the sun sets behind the hills",
+    "a train passes by", "leaves fall from the trees", "the sun behind the hills",
     "children play outside",
     "a red car in front of a blue door", "a white bird above the yellow fields",
     "the same scene as an oil painting",
@@ -250,7 +272,9 @@ NEGATIVES = [
 
 
 def camera_rules(name):
-    """Phrases of one camera motion, and the table of their slots."""
+    """Phrases of one camera motion or changing scene, and the table of their slots."""
+    if name in SCENE:
+        return SCENE[name], COMMON
     if name in CAMERA:
         return CAMERA[name], COMMON
     if name.startswith("pan "):
@@ -281,7 +305,7 @@ def expand(rules, slots, rng):
 
 def caption(motion, rng):
     """A way to ask for `motion`. `rng` is a `random.Random`."""
-    rules, slots = camera_rules(motion.name) if motion.kind == "camera" else object_rules(motion)
+    rules, slots = object_rules(motion) if motion.kind == "object" else camera_rules(motion.name)
     text = expand(rules, slots, rng)
     if motion.kind == "object" and rng.random() < 0.15:
         text = rng.choice(["{}. The camera stays still", "{}, static camera", "static shot: {}"]).format(text)
@@ -325,6 +349,8 @@ def unconditional(rng):
 
 def canonical(motion):
     """The plain way to ask for `motion`, for evaluation and demonstrations."""
+    if motion.kind == "scene":
+        return {"night": "night falls", "snow": "it snows", "waves": "waves on the water"}[motion.name]
     if motion.kind == "camera":
         return {"still": "static shot, nothing moves"}.get(motion.name, motion.name)
     action = f"moves {motion.direction}" if motion.name == "move" else f"{motion.name}s"

@@ -1,4 +1,5 @@
-"""Endless training clips with a known motion: procedural scenes under a moving camera, or a moving shape.
+"""Endless training clips with a known motion: procedural scenes under a moving camera, a moving shape, or a
+scene that changes (`weather.py`).
 
 Every scene is computed here from random numbers (skies, hills, houses, 1/f textures, soft shapes); no
 photograph or other third-party picture is used, so the checkpoint carries nobody else's licence.
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .portraits import enriched
+from .weather import weathered
 
 CAMERA = (
     "pan left",
@@ -44,8 +46,10 @@ COLOURS = {  # red, green, blue in [-1, 1]
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = ("left", "right", "up", "down")
 OBJECT_ACTIONS = ("move", "grow", "shrink", "bounce")
+SCENES = ("night", "snow", "waves")  # falls, falls, and run over the lower part
 HELD_OUT = 10**9  # seeds from here on are never trained on
 FACES = 7 * 10**9  # added to the seed, for what is drawn over a scene
+WEATHER = 8 * 10**9
 
 STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x, y; y points down
 SIDE = 64  # units along the shorter side
@@ -57,9 +61,9 @@ DENSITY = 1.3  # canvas pixels per frame pixel: resampling softens no motion mor
 
 @dataclass(frozen=True)
 class Motion:
-    """What a clip shows: `name` is one of CAMERA, or one of OBJECT_ACTIONS done by the named shape."""
+    """What a clip shows: `name` is one of CAMERA, of SCENES, or of OBJECT_ACTIONS done by the named shape."""
 
-    kind: str  # "camera" or "object"
+    kind: str  # "camera", "scene" or "object"
     name: str
     colour: str | None = None
     shape: str | None = None
@@ -71,7 +75,7 @@ def clips(seed, count, frames=17, height=64, width=64, motions=None, device="cpu
 
     Args:
         seed: From HELD_OUT on for what must never be trained on.
-        motions: Motions or names of camera motions, repeated to `count`; None draws them, half of each kind.
+        motions: Motions or names of camera motions, repeated to `count`; None draws them.
 
     Returns:
         (video float32 [count, 3, frames, height, width] in [-1, 1], list of Motion)
@@ -79,7 +83,8 @@ def clips(seed, count, frames=17, height=64, width=64, motions=None, device="cpu
     rng = random.Random(seed)
     gen = torch.Generator(device).manual_seed(seed)
     if motions is None:
-        motions = [random_motion(rng) for _ in range(count)]
+        # Numbers on held-out clips stay comparable: what came to the training later is not in them.
+        motions = [random_motion(rng, scenes=seed < HELD_OUT) for _ in range(count)]
     motions = [as_motion(motions[i % len(motions)]) for i in range(count)]
     rows, columns = units(height, width, device)
     view = camera_path(motions, frames, Random(gen).uniform(count, 1.0, 1.25))  # [B, F, 2, 3]
@@ -90,9 +95,7 @@ def clips(seed, count, frames=17, height=64, width=64, motions=None, device="cpu
     is_object = torch.tensor([m.kind == "object" for m in motions], device=device)
     pixels_per_unit = min(height, width) / SIDE * DENSITY
     canvas = scene(gen, count, reach, pixels_per_unit, plain=is_object)
-    if (
-        seed < HELD_OUT
-    ):  # numbers on held-out clips stay comparable; for pictures of users there are photographs
+    if seed < HELD_OUT:
         own = Random(torch.Generator(device).manual_seed(seed + FACES))
         canvas = enriched(own, canvas, ~is_object, reach, pixels_per_unit)
     where = [i for i, m in enumerate(motions) if m.kind == "object"]
@@ -104,7 +107,8 @@ def clips(seed, count, frames=17, height=64, width=64, motions=None, device="cpu
     video = video.unflatten(2, (frames, height))
     if where:
         video[where] = draw_objects(gen, video[where], [motions[i] for i in where], rows, columns)
-    return video, motions
+    weather = Random(torch.Generator(device).manual_seed(seed + WEATHER))
+    return weathered(weather, video, motions, rows, columns), motions
 
 
 def images(seed, count, height=64, width=64, device="cpu"):
@@ -116,7 +120,10 @@ def as_motion(motion):
     return Motion("camera", motion) if isinstance(motion, str) else motion
 
 
-def random_motion(rng):
+def random_motion(rng, scenes=False):
+    """Half of the camera, half of a shape; with `scenes`, one in seven is a scene that changes."""
+    if scenes and rng.random() < 1 / 7:
+        return Motion("scene", rng.choice(SCENES))
     if rng.random() < 0.5:
         return Motion("camera", rng.choice(CAMERA))
     action = "move" if rng.random() < 0.8 else rng.choice(OBJECT_ACTIONS[1:])

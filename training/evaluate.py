@@ -170,6 +170,19 @@ def first_frames(host, videos):
     ]
 
 
+def measure_scenes(host, cases):
+    """What changes a whole scene, each of the changes on each picture, at the home size."""
+    size, found, told, videos = (17, 128, 128), [], [], []
+    for i, image in enumerate(pictures(7000, max(2, cases // 12), size)):
+        for name in data.SCENES:
+            prompt = captions.canonical(data.Motion("scene", name))
+            videos.append(host.frames(host.graph("Wan2.1 - quick start", prompt, size, i, Start_image=image)))
+            found.append(metrics.scene_change(videos[-1]))
+            told.append(name)
+    sheet("scenes", videos)
+    return [share("night, snow or waves as told", found, told, 0.9)]
+
+
 def measure_photographs(host, cases):
     """A picture of the user's own comes out recognisable, though training saw drawn ones only."""
     size, alone, videos = (17, 128, 128), {}, {}
@@ -302,6 +315,7 @@ MEASUREMENTS = {
     "time": measure_time,
     "vae": measure_vae,
     "camera": measure_camera,
+    "scenes": measure_scenes,
     "photographs": measure_photographs,
     "object": measure_object,
     "end": measure_end,

@@ -24,7 +24,8 @@ LARGEST_LORA_BYTES = 2 * 2**20
 
 DESCRIPTIONS = {
     "dit": "Small Wan2.1 image-to-video diffusion transformer (36 input channels, 6 blocks of width 256) for "
-    "trying the graph on any machine: camera and simple object motions at 64 to 128 pixels, 5 to 33 frames. "
+    "trying the graph on any machine: camera motions, coloured shapes that move, nightfall, snow and waves, "
+    "at 64 to 192 pixels, 5 to 33 frames. "
     "Knows start image, first and last frame, and no image at all. The weights of the CLIP vision branch are "
     "zero: CLIP features change nothing.",
     "vae": "Small Wan2.1 video autoencoder (16 channels at the first level); its latents are standardised by "

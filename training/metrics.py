@@ -138,6 +138,25 @@ def object_direction(video, colour):
     return best if scores[best] >= least else None
 
 
+def scene_change(video):
+    """Which of `data.SCENES` goes on in a video [F, 3, H, W] in [0, 1], or None.
+
+    At night little of the first frame's light is left. Behind snow, which whitens a few places at a time, the
+    picture stays; waves shift it, but not in its upper part.
+    """
+    first, later = video[0], video[len(video) // 2 :]
+    if later[-1].mean() < 0.6 * first.mean():
+        return "night"
+    half = video.shape[2] // 2
+    added = (later - first).mean(1)  # [F, H, W], brightness
+    behind = (later.median(0).values - first).mean(0).abs()  # [H, W]
+    white = (added[:, :half] > 0.1).float().mean()
+    if behind.mean() < 0.02 and 0.01 < white < 0.3:
+        return "snow"
+    upper, lower = added[:, : half // 2].abs().mean(), added[:, half:].abs().mean()
+    return "waves" if upper < 0.008 and lower > max(0.005, 3 * upper) else None
+
+
 def saturation(frame):
     """Mean distance of the largest and the smallest channel, of [3, H, W]."""
     return float((frame.amax(0) - frame.amin(0)).mean())

@@ -39,7 +39,7 @@ def train_tokenizer(sentences=20000, seed=0):
     negative prompt then reads as little more than its commas.
     """
     rng = random.Random(seed)
-    lines = [captions.caption(data.random_motion(rng), rng) for _ in range(sentences)]
+    lines = [captions.caption(data.random_motion(rng, scenes=True), rng) for _ in range(sentences)]
     lines += 20 * (captions.SCENES + captions.QUALITY) + 20 * captions.ENGLISH
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

@@ -10,7 +10,18 @@ from safetensors.torch import save_file
 from wan21 import host
 from wan21.nodes.image_to_video import Wan21ImageToVideo
 from wan21.nodes.sampler import Wan21Sampler
-from wan21.training import captions, data, dit, held_out, latents, metrics, optim, progress, train_vae
+from wan21.training import (
+    captions,
+    data,
+    dit,
+    held_out,
+    latents,
+    metrics,
+    optim,
+    progress,
+    train_vae,
+    vae_stream,
+)
 from wan21.training.export import metadata, stored
 from wan21.training.text import HOST_TOKENS, train_tokenizer
 from wan21.training.train_dit import TinyModel, flow_loss, random_sigmas, sigma_shift
@@ -250,7 +261,7 @@ def test_clips_are_drawn_as_often_as_said(vaes, folder):
     for _ in range(1500):
         clips.draw(rng, 2 * bucket.tokens)
     count = {k: sum(kind == k for _, kind in drawn) / len(drawn) for k in ("start", "end", "empty", "alone")}
-    expected = {"alone": 0.1, "start": 0.9 * 0.62, "end": 0.9 * 0.22, "empty": 0.9 * 0.16}
+    expected = {"alone": 0.1, "start": 0.9 * 0.58, "end": 0.9 * 0.22, "empty": 0.9 * 0.2}
     assert count == pytest.approx(expected, abs=0.03)
     assert all(clips.parts[bucket]["where"][row] >= 0 for row, kind in drawn if kind == "end")
 
@@ -292,6 +303,40 @@ def test_metrics_recognise_true_clips():
         assert metrics.object_direction(shown[:1].expand(17, -1, -1, -1), "red") is None
 
 
+def test_scenes_change_as_they_are_called():
+    """Each begins with its picture as it is; and what is measured on it is not seen in what stands still."""
+    for name in data.SCENES:
+        video, _ = data.clips(data.HELD_OUT + 70, 8, 17, 96, 96, motions=[data.Motion("scene", name)])
+        still, _ = data.clips(data.HELD_OUT + 70, 8, 17, 96, 96, motions=["still"])
+        assert relative(video[:, :, 0], still[:, :, 0]) < 0.01
+        found = [metrics.scene_change(shown) for shown in video.movedim(1, 2) / 2 + 0.5]
+        assert found.count(name) >= 7, (name, found)
+        assert {metrics.scene_change(shown) for shown in still.movedim(1, 2) / 2 + 0.5} == {None}
+    moving, _ = data.clips(data.HELD_OUT + 71, 8, 17, 96, 96, motions=[*data.CAMERA[:8]])
+    assert {metrics.scene_change(shown) for shown in moving.movedim(1, 2) / 2 + 0.5} == {None}
+
+
+def test_scenes_are_trained_on_and_leave_the_held_out_clips_as_they_were():
+    drawn = [data.random_motion(random.Random(i), scenes=True).kind for i in range(3000)]
+    assert drawn.count("scene") / 3000 == pytest.approx(1 / 7, abs=0.02)
+    _, motions = data.clips(data.HELD_OUT + 72, 60, 1, 16, 16)
+    assert {m.kind for m in motions} == {"camera", "object"}
+    assert {m.kind for m in data.clips(72, 60, 1, 16, 16)[1]} == {"camera", "object", "scene"}
+
+
+def test_captions_name_the_change_of_a_scene():
+    rng = random.Random(0)
+    for name, words in {
+        "night": "night|dark|fade",
+        "snow": "snow",
+        "waves": "wave|ripple|water|sea|lake",
+    }.items():
+        motion = data.Motion("scene", name)
+        said = [captions.expand(*captions.camera_rules(name), rng) for _ in range(100)]
+        assert all(re.search(words, text) for text in [*said, captions.canonical(motion)])
+        assert len({captions.caption(motion, rng) for _ in range(200)}) > 100
+
+
 def test_words_outweigh_the_padding_from_the_start(tokenizer):
     tiny = TinyModel(tokenizer).requires_grad_(False)
     features, lengths = tiny.text(["pan left", "a red circle moves left"])
@@ -308,7 +353,8 @@ def test_words_outweigh_the_padding_from_the_start(tokenizer):
             assert (words / (words + pads)).mean() > 0.6
 
 
-def test_the_vae_trains_on_what_it_computes_in_use():
+def test_the_vae_trains_on_what_it_computes_in_use(monkeypatch):
+    monkeypatch.setattr(vae_stream, "multiplies_in_bf16", lambda device: False)
     with torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
         vae = WanVAE(dim=8)
