@@ -27,7 +27,7 @@ BY_ADAM = (
 )
 SIGMA_MEAN, SIGMA_STD, UNIFORM = 0.8, 1.0, 0.15  # logit-normal, as SD3; a part of all is even
 SIGMA_TOKENS = 80  # that mean's; a clip of n tokens hides at noise higher by the factor sqrt(n / 80), as SD3
-SIGMA_EMPTY = 0.7  # added to the mean of clips without an image: all of them is decided in the noise
+SIGMA_EMPTY = 1.5  # added to the mean of clips without an image: all of them is decided in the noise
 DROP_CAPTION = 0.1
 PLAIN_CAPTION = 0.5  # of the rest: the shortest wording, from which the others are learnt
 HELD_OUT_CLIPS = 96
@@ -54,7 +54,7 @@ class Schedule:
 
 SCHEDULES = {
     "smoke": Schedule(clips=40, steps=6, tokens=160, measure_every=3),  # whether it runs at all
-    "cpu": Schedule(clips=5200, steps=8000, tokens=24 * 80),
+    "cpu": Schedule(clips=5200, steps=9500, tokens=32 * 80),
     "cuda": Schedule(clips=40_000, steps=6000, tokens=256 * 80, average=0.999),
 }
 
@@ -85,7 +85,7 @@ def encode_stage(stage, vae, schedule, device="cpu"):
     """Write the cached latents: `<work>/latents`, held-out ones in `<work>/latents_held_out`."""
     if stage.done:
         return
-    encoder = latents.Encoder(vae, device)
+    encoder = latents.Encoder(vae, device, fast=True)
     stage.load()
 
     def on_shard(done, total):
