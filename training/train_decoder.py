@@ -30,7 +30,7 @@ from wan21.training import data, metrics, train_vae  # noqa: E402
 from wan21.training.files import commit, stored  # noqa: E402
 from wan21.training.optim import MuonAdamW, warm_up_then_decay  # noqa: E402
 from wan21.training.progress import WORK, Parts, Stage, train  # noqa: E402
-from wan21.training.vae_stream import decode  # noqa: E402
+from wan21.training.vae_stream import decode, encode  # noqa: E402
 from wan21.wan.vae import WanVAE  # noqa: E402
 
 # Batch, frames, height, width; how often. Half of the pixels are of sides of 96 and 128, which the stages
@@ -66,11 +66,11 @@ def refine(stage, vae, schedule):
         torch.manual_seed(seed)
         video = train_vae.training_clip(seed, train_vae.draw_size(SIZES, step), schedule.batch, device)
         with torch.no_grad():
-            z = vae.encode(video)
+            z = encode(vae, video)
         z = z + train_vae.with_noise(torch.zeros_like(z)) * LATENT_NOISE * std
         loss = decoder_loss(decode(vae, z), video)
         loss.backward()
-        scale = warm_up_then_decay(step, steps, warm_up=50, hold=0.4, last=0.02)
+        scale = warm_up_then_decay(step, steps, warm_up=50, hold=0.2, last=0.02)
         return {"loss": loss.item(), "gradient": optimizer.step(scale), "lr": scale * lr}
 
     train(stage, Parts(vae=vae, optimizer=optimizer), steps, step_at, lambda: quality_of(vae))

@@ -61,7 +61,7 @@ class Schedule:
     refine_steps: int
     batch: int
     video_lr: float = 2e-4  # 1e-3 undoes what the start has within ten steps
-    refine_lr: float = 1.5e-3
+    refine_lr: float = 3e-4
     dim: int = 16
 
 
