@@ -31,8 +31,15 @@ from wan21.training.progress import WORK, Parts, Stage, train  # noqa: E402
 from wan21.training.vae_stream import decode, encode  # noqa: E402
 from wan21.wan.vae import WanVAE  # noqa: E402
 
-SEEDS = {"vae_video": 2 * 10**8, "settle": 25 * 10**7, "vae_refined": 3 * 10**8, "fold": 4 * 10**8}
+SEEDS = {
+    "vae_video": 2 * 10**8,
+    "settle": 25 * 10**7,
+    "vae_refined": 3 * 10**8,
+    "fold": 4 * 10**8,
+    "weigh": 45 * 10**7,
+}
 LATENT_NOISE = 0.15  # largest, of latents of unit variance: what the DiT gets wrong must not show
+PIXEL_POWER = 0.7  # of the pixels' change, in a latent direction's variance; 0 leaves all directions alike
 LOG_VARIANCE = -8.0  # of every latent; training leaves it alone and nobody reads it
 # Wan2.1's own mean and standard deviation of each latent channel, which every user of its latents divides by.
 LATENT_MEAN = (
@@ -199,6 +206,61 @@ def fold(vae, norm, seed=SEEDS["fold"], batches=64):
     weight *= scale[None, :, None, None, None]
 
 
+@torch.no_grad()
+def weigh_by_pixels(vae, seed=SEEDS["weigh"], batches=6, power=PIXEL_POWER):
+    """Builds a change of basis into the weights, exactly: what matters to pixels varies more in the latents.
+
+    As trained, every channel has the same variance, whatever it does to the picture: a DiT, whose loss is
+    even over the channels, would spend most of it on detail that hardly shows. Afterwards a direction's
+    variance follows the change of the pixels that it makes; and all channels mix all directions, so that
+    each of them still has Wan2.1's mean and std. Decoded pixels stay the same.
+    """
+    device = vae.conv1.weight.device
+    std, mean = (torch.tensor(v, device=device) for v in (LATENT_STD, LATENT_MEAN))
+    latents = [vae.encode(data.clips(seed + i, 4, device=device)[0]) for i in range(batches)]
+    metric = sum(pixel_metric(vae, z, seed) for z in latents) / batches
+    flat = torch.cat([standardized(z).transpose(0, 1).flatten(1) for z in latents], 1)
+    values, axes = torch.linalg.eigh(metric.double())
+    root = axes @ torch.diag(values.clamp_min(1e-6) ** (power / 2)) @ axes.T
+    _, turned = torch.linalg.eigh(root @ torch.cov(flat.double()) @ root)
+    change = hadamard(len(std)).to(turned) @ turned.T @ root  # all channels: the same variance
+    change = change.float() / (change.float() @ flat).std(1, keepdim=True)
+    shift = (change @ flat).mean(1)
+    # of raw latents: z -> matrix z + offset
+    matrix = std[:, None] * change / std
+    offset = mean - matrix @ mean - std * shift
+    means = slice(vae.z_dim)
+    weight, bias = vae.conv1.weight, vae.conv1.bias
+    weight[means] = (matrix @ weight[means].flatten(1)).view_as(weight[means])
+    bias[means] = matrix @ bias[means] + offset
+    back = torch.linalg.inv(matrix.double()).float()
+    weight, bias = vae.conv2.weight, vae.conv2.bias
+    weight.copy_((weight.flatten(1) @ back).view_as(weight))
+    bias -= weight.flatten(1) @ offset
+
+
+def pixel_metric(vae, z, seed, size=0.1):
+    """[16, 16]: by how much the pixels change, per latent pixel, with a little noise in each channel."""
+    generator = torch.Generator(z.device).manual_seed(seed)
+    noise = size * torch.randn(z[:, :1].shape, generator=generator, device=z.device)
+    plain = vae.decode(z)
+    changes = []
+    for channel, std in enumerate(LATENT_STD):
+        moved = z.clone()
+        moved[:, channel] += std * noise[:, 0]
+        changes.append((vae.decode(moved) - plain).flatten() / size)
+    changes = torch.stack(changes)
+    return changes @ changes.T / noise.numel()
+
+
+def hadamard(size):
+    """Orthogonal [size, size] of entries of one size; `size` is a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / size**0.5
+
+
 def raw_latents(vae, seed, device):
     """Latents [16, n] of four clips."""
     return vae.encode(data.clips(seed, 4, device=device)[0]).transpose(0, 1).flatten(1)
@@ -250,6 +312,7 @@ def train_vae(work=WORK, schedule=CPU, device="cpu"):
         train_video(Stage(work, "vae_video"), vae, norm, schedule)
         settle(vae, norm)
         fold(vae, norm)
+        weigh_by_pixels(vae)
         folded.log(**evaluate_vae(vae))
         folded.save({"vae": vae.state_dict()}, done=True)
     return load_vae(work, schedule, device, refined=False)

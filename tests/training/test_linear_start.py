@@ -1,5 +1,7 @@
 """Before any training the VAE is already a code for clips, and its latents tell the four frames apart."""
 
+import copy
+
 import pytest
 import torch
 from wan21.training import data, linear_start, metrics, train_vae
@@ -47,3 +49,18 @@ def test_latents_tell_the_four_frames_apart(started):
         moved.append((norm(vae.encode(other)) - plain)[:, :, 2].flatten())
     strength = torch.linalg.svdvals(torch.stack(moved))
     assert strength[1] > 0.1 * strength[0]
+
+
+def test_latents_vary_as_pixels_do_and_decode_to_the_same(started):
+    vae, norm = (copy.deepcopy(part) for part in started)
+    train_vae.fold(vae, norm, batches=4)
+    video = data.clips(data.HELD_OUT + 7, 2, 9, 64, 64)[0]
+    before, metric = vae.decode(vae.encode(video)), train_vae.pixel_metric(vae, vae.encode(video), 0)
+    train_vae.weigh_by_pixels(vae, batches=2, power=1)
+    z = vae.encode(video)
+    assert (vae.decode(z) - before).abs().max() < 1e-3
+    flat = train_vae.standardized(z).transpose(0, 1).flatten(1)
+    assert flat.mean(1).abs().max() < 0.4 and (flat.std(1).log().abs() < 0.7).all()
+    uneven = torch.linalg.eigvalsh(metric)
+    even = torch.linalg.eigvalsh(train_vae.pixel_metric(vae, z, 0))
+    assert uneven[-1] / uneven[1] > 20 > 4 > even[-1] / even[1]
