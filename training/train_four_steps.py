@@ -22,6 +22,7 @@ from ..wan.sigmas import flow_sigmas
 from ..wan.solvers import SOLVERS, solve
 from ..wan.vae import WanVAE
 from . import data, dit, latents
+from .latents import WITH_END
 from .optim import MuonAdamW, bf16_products, warm_up_then_decay
 from .progress import Parts, Stage, train
 from .train_dit import TinyModel, random_captions
@@ -36,7 +37,7 @@ RANK = 32
 # Beside what every LoRA of the project changes: what tells the model the noise level, and its last layer.
 MORE_TARGETS = r"|time_embedding\.[02]|time_projection\.1|head\.head"
 FIRST_SEED = 6 * 10**8
-WITH_END, WITHOUT_IMAGE = 5, 12  # one clip in so many has an end image, or no image
+WITHOUT_IMAGE = 12  # one clip in so many has no image; as many as in `latents` have an end image
 
 
 @dataclass(frozen=True)
