@@ -179,7 +179,8 @@ class Latents:
     def draw(self, rng, tokens):
         """A random batch of about `tokens` tokens: (clip, conditioning, motions) of `batch`."""
         bucket = rng.choices(self.buckets, self.weights)[0]
-        count = max(1, tokens // bucket.tokens)
+        # At least two: of one clip the model takes its modulation and norm as one, with no mixed precision.
+        count = max(2, tokens // bucket.tokens)
         alone = rng.random() < 0.1  # one frame longer, hence a whole batch of them
         kinds = ["alone"] * count if alone else rng.choices(("start", "end", "empty"), (58, 22, 20), k=count)
         chances, every = self.chances[bucket], range(len(self.motions[bucket]))
