@@ -215,7 +215,7 @@ class WanVAE(nn.Module):
         size = frames_per_chunk(None, z.device)
         past = new_past(z.device, z.dtype, check, self.is_plain)
         t = 0
-        for chunk in stream(self._decode_stages()[:1], [z], size, past):
+        for chunk in stream(self.decode_stages()[:1], [z], size, past):
             out[:, :, t : t + chunk.shape[2]] = chunk
             t += chunk.shape[2]
         return out
@@ -243,7 +243,7 @@ class WanVAE(nn.Module):
         """
         size = frames_per_chunk(chunk_frames, z.device)
         past = new_past(z.device, z.dtype, check, self.is_plain)
-        stages = self._decode_stages()
+        stages = self.decode_stages()
         if window is None:
             skipped, drops = frames_left_out(stages, first)
             x = z[:, :, skipped:]
@@ -272,15 +272,20 @@ class WanVAE(nn.Module):
         device = x.device if device is None else device
         size = frames_per_chunk(chunk_frames, device)
         past = new_past(device, x.dtype, check, self.is_plain)
-        stages = self.encoder.stages()
-        stages[-1].append(conv_layer(self.conv1))
         frames = (chunk.to(device) for chunk in regroup([x], size))
         t = 0
-        for moments in stream(stages, frames, size, past):
+        for moments in stream(self.encode_stages(), frames, size, past):
             yield t, moments[:, : self.z_dim]
             t += moments.shape[2]
 
-    def _decode_stages(self) -> list[Stage]:
+    def encode_stages(self) -> list[Stage]:
+        """All layers from pixels to means and log-variances."""
+        stages = self.encoder.stages()
+        stages[-1].append(conv_layer(self.conv1))
+        return stages
+
+    def decode_stages(self) -> list[Stage]:
+        """All layers from latents to pixels."""
         stages = self.decoder.stages()
         stages[0].insert(0, conv_layer(self.conv2))
         return stages

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .norm import RMSNorm, norm_silu
@@ -101,18 +100,8 @@ class RecordedPast(Past):
     ) -> Tensor:
         if norm is not None:
             x = norm_silu(norm, x)
-        if conv.kernel_size[0] > 1 and x.shape[2] == 1 and not self.started(conv):
-            self.keep(conv, x)
-            y = conv_of_first_frame(conv, x)
-        else:
-            y = conv(self.window(conv, x))
+        y = conv(self.window(conv, x))
         return y if add_to is None else add_to + y
-
-
-def conv_of_first_frame(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """`conv` of frame 0 alone: its past is zeros, so only the last tap counts. Stills train 3x faster."""
-    padding = (int(conv.padding[1]), int(conv.padding[2]))
-    return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, padding=padding).unsqueeze(2)
 
 
 def frames_to_batch(x: Tensor) -> Tensor:
