@@ -272,9 +272,7 @@ NEGATIVES = [
 
 
 def camera_rules(name):
-    """Phrases of one camera motion or changing scene, and the table of their slots."""
-    if name in SCENE:
-        return SCENE[name], COMMON
+    """Phrases of one camera motion, and the table of their slots."""
     if name in CAMERA:
         return CAMERA[name], COMMON
     if name.startswith("pan "):
@@ -295,6 +293,18 @@ def object_rules(motion):
     return MOVE + MOVE_ONLY[motion.direction], slots
 
 
+def scene_rules(name):
+    """Phrases of one change of a scene, and the table of their slots."""
+    return SCENE[name], COMMON
+
+
+def rules_of(motion):
+    """Phrases of any motion, and the table of their slots."""
+    if motion.kind == "object":
+        return object_rules(motion)
+    return (scene_rules if motion.kind == "scene" else camera_rules)(motion.name)
+
+
 def expand(rules, slots, rng):
     """Draw a phrase and fill its slots until none is left."""
     text = rng.choice(rules)
@@ -305,8 +315,7 @@ def expand(rules, slots, rng):
 
 def caption(motion, rng):
     """A way to ask for `motion`. `rng` is a `random.Random`."""
-    rules, slots = object_rules(motion) if motion.kind == "object" else camera_rules(motion.name)
-    text = expand(rules, slots, rng)
+    text = expand(*rules_of(motion), rng)
     if motion.kind == "object" and rng.random() < 0.15:
         text = rng.choice(["{}. The camera stays still", "{}, static camera", "static shot: {}"]).format(text)
     return styled(decorated(text, rng), rng)
@@ -350,7 +359,7 @@ def unconditional(rng):
 def canonical(motion):
     """The plain way to ask for `motion`, for evaluation and demonstrations."""
     if motion.kind == "scene":
-        return {"night": "night falls", "snow": "it snows", "waves": "waves on the water"}[motion.name]
+        return SCENE[motion.name][0]
     if motion.kind == "camera":
         return {"still": "static shot, nothing moves"}.get(motion.name, motion.name)
     action = f"moves {motion.direction}" if motion.name == "move" else f"{motion.name}s"

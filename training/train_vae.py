@@ -1,6 +1,6 @@
 """Train the bundled VAE: the best linear code, then pictures and clips, then its scaling folded in.
 
-    python training/train_vae.py            # four hours on two CPU cores; killed, it goes on
+    python training/train_vae.py            # about 45 minutes on two CPU cores; killed, it goes on
 
 It is `wan.vae.WanVAE` itself that is trained. Stages, in the work folder: vae_start (`linear_start.py`),
 vae_video and vae (folded, ready for use). `train_decoder.py` goes on from there.

@@ -6,30 +6,24 @@ it, the sum that the blocks add to stays float32, and norm and SiLU are one pass
     B batch    C channels    F pixel frames    T latent frames    N pixels of a whole chunk
 """
 
-import os
-import shutil
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 from ..wan.device import multiplies_in_bf16
-from ..wan.vae.layers import conv_layer
-from ..wan.vae.past import RecordedPast
+from ..wan.vae.past import Past
 from ..wan.vae.stream import stream
 
 
 def encode(vae, video):
     """[B, 3, F, H, W] in [-1, 1] -> means [B, 16, T, H/8, W/8]."""
-    stages = vae.encoder.stages()
-    stages[-1].append(conv_layer(vae.conv1))
-    return run(stages, video)[:, : vae.z_dim]
+    return run(vae.encode_stages(), video)[:, : vae.z_dim]
 
 
 def decode(vae, z):
     """[B, 16, T, H/8, W/8] -> [B, 3, F, H, W]."""
-    stages = vae.decoder.stages()
-    stages[0].insert(0, conv_layer(vae.conv2))
-    return run(stages, z)
+    return run(vae.decode_stages(), z)
 
 
 def run(stages, x):
@@ -41,8 +35,8 @@ def run(stages, x):
     return y.float()
 
 
-class TrainingPast(RecordedPast):
-    """For one chunk only.
+class TrainingPast(Past):
+    """For one chunk only; overwrites nothing, since gradients are recorded.
 
     Args:
         dtype: of the causal convolutions over several pixels.
@@ -97,11 +91,20 @@ def like(flat, x):
 
 
 def compiled(function):
-    """`function`, on the CPU with its passes over memory joined, if there is the C++ compiler for that."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name):
-        return function
+    """`function`, its passes over memory joined on a CPU where that can be done."""
     joined = torch.compile(function, dynamic=True)
-    return lambda x, *others: (joined if x.device.type == "cpu" else function)(x, *others)
+    return lambda x, *others: (joined if x.device.type == "cpu" and compiles() else function)(x, *others)
+
+
+@cache
+def compiles():
+    """Whether `torch.compile` works on this machine's CPU: it needs a C++ compiler and Python's headers."""
+    try:
+        torch.compile(torch.square)(torch.ones(2))
+    except Exception as error:  # each thing that is missing has its own
+        print(f"norm and SiLU are not compiled, which is slower: {type(error).__name__}", flush=True)
+        return False
+    return True
 
 
 @compiled

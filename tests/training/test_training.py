@@ -332,7 +332,7 @@ def test_captions_name_the_change_of_a_scene():
         "waves": "wave|ripple|water|sea|lake",
     }.items():
         motion = data.Motion("scene", name)
-        said = [captions.expand(*captions.camera_rules(name), rng) for _ in range(100)]
+        said = [captions.expand(*captions.rules_of(motion), rng) for _ in range(100)]
         assert all(re.search(words, text) for text in [*said, captions.canonical(motion)])
         assert len({captions.caption(motion, rng) for _ in range(200)}) > 100
 
