@@ -216,7 +216,7 @@ def wait_until(condition, seconds=GIVE_UP_S):
     raise AssertionError("it did not happen in time")
 
 
-def stored_status(host, task_id):
+def stored_status(host, task_id, column="id"):
     """Status of a task as the database has it, which is a moment behind what the API tells."""
     with contextlib.closing(sqlite3.connect(host.data_directory / "jobs.sqlite")) as database:
-        return database.execute("SELECT status FROM tasks WHERE id = ?", (task_id,)).fetchone()[0]
+        return database.execute(f"SELECT status FROM tasks WHERE {column} = ?", (task_id,)).fetchone()[0]

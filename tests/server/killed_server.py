@@ -1,4 +1,8 @@
-"""The job API in a process of its own, made to be killed: jobs are played one after the other for ever."""
+"""The job API in a process of its own, made to be killed: jobs are played one after the other for ever.
+
+The next begins when the end of the last is in the database. One that is over and not yet noted is lost with the
+server, as is the one that runs; real jobs take long enough that these are never two.
+"""
 
 import os
 import time
@@ -8,7 +12,8 @@ from lib import pack
 pack.load_pack()
 pack.load_host()
 
-from helpers_server import FakeHost, serve  # noqa: E402
+from helpers_server import FakeHost, serve, stored_status, wait_until  # noqa: E402
+from wan21.server import states  # noqa: E402
 
 SETTINGS = {
     "WAN21_ALLOW_PRIVATE_URLS": "1",
@@ -26,6 +31,8 @@ def run(folder, models, connection):
         connection.send(api.url)
         while True:
             if host.queue:
-                api.do(host.play, host.queue[0], STEP_S)
+                prompt_id = host.queue[0]
+                api.do(host.play, prompt_id, STEP_S)
+                wait_until(lambda: stored_status(host, prompt_id, "prompt_id") in states.TERMINAL)
             else:
                 time.sleep(STEP_S)
