@@ -49,7 +49,6 @@ OBJECT_ACTIONS = ("move", "grow", "shrink", "bounce")
 SCENES = ("night", "snow", "waves")  # falls, falls, and run over the lower part
 HELD_OUT = 10**9  # seeds from here on are never trained on
 FACES = 7 * 10**9  # added to the seed, for what is drawn over a scene
-WEATHER = 8 * 10**9
 
 STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x, y; y points down
 SIDE = 64  # units along the shorter side
@@ -107,8 +106,7 @@ def clips(seed, count, frames=17, height=64, width=64, motions=None, device="cpu
     video = video.unflatten(2, (frames, height))
     if where:
         video[where] = draw_objects(gen, video[where], [motions[i] for i in where], rows, columns)
-    weather = Random(torch.Generator(device).manual_seed(seed + WEATHER))
-    return weathered(weather, video, motions, rows, columns), motions
+    return weathered(video, motions, rows, columns), motions
 
 
 def images(seed, count, height=64, width=64, device="cpu"):

@@ -1,6 +1,7 @@
 """What changes a whole scene while the camera stands still: night falls, snow falls, waves run.
 
-Every clip begins with its picture as it is. Speeds are per frame, as in `data.py`.
+Every clip begins with its picture as it is. Speeds are per frame, as in `data.py`. All snow falls alike and all
+waves run alike: of random ones a small model has learnt the mean, which is coloured specks and a still sea.
 
     B batch    F frames    H W height, width of a frame; places and sizes are in units as in `data.py`
 """
@@ -12,40 +13,41 @@ import torch.nn.functional as F
 
 NIGHT_FRAMES = 16  # after so many it is night
 NIGHT = (0.14, 0.2, 0.36)  # of the light of day, red, green, blue
-FLAKES = 90
+FLAKES = 60
 FADE_IN = 4  # frames until all of the snow is there, or the waves have their height
+HORIZON = 2.0  # units below the middle; from here down there are waves
 WAVE_HEIGHT = 1.6  # units
 WAVE_PERIOD = 8  # frames
 
 
-def weathered(rnd, video, motions, rows, columns):
+def weathered(video, motions, rows, columns):
     """Clips of standing scenes [B, 3, F, H, W] with what their motions of the kind "scene" name.
 
     Args:
-        rnd: a `data.Random`.
         rows, columns: places of the pixels, from `data.units`.
     """
     changes = {"night": night, "snow": snow, "waves": waves}
     for i, motion in enumerate(motions):
         if motion.kind == "scene":
-            video[i] = changes[motion.name](rnd, video[i], rows, columns)
+            video[i] = changes[motion.name](video[i], rows, columns)
     return video
 
 
-def night(rnd, video, rows, columns):
+def night(video, rows, columns):
     """The light fades and turns blue."""
     passed = (times(video) / NIGHT_FRAMES).clamp(0, 1)
     left = torch.tensor(NIGHT, device=video.device)[:, None] ** passed  # [3, F]
     return (video + 1) * left[:, :, None, None] - 1
 
 
-def snow(rnd, video, rows, columns):
+def snow(video, rows, columns):
     """White flakes: the larger ones are nearer, hence faster."""
     t = times(video)
-    nearness, start, sway, phase = rnd.uniform((4, FLAKES, 1), 0, 1)
-    size, speed = 0.7 + 1.1 * nearness**2, 1.1 + 1.4 * nearness
+    drawn = torch.rand(5, FLAKES, 1, generator=torch.Generator().manual_seed(0))
+    nearness, start, aside, sway, phase = drawn.to(video.device)
+    size, speed = 0.9 + 1.4 * nearness**2, 1.1 + 1.4 * nearness
     across, high = float(columns.max()) + 2, float(rows.max()) + 2  # half of the field that they fall through
-    x = rnd.uniform((FLAKES, 1), -across, across) + 1.5 * (t / 5 + 6.3 * phase).sin() * sway
+    x = across * (2 * aside - 1) + 1.5 * (t / 5 + 6.3 * phase).sin() * sway
     y = (2 * high * start + speed * t) % (2 * high) - high  # [FLAKES, F]
     shown = (t / FADE_IN).clamp(0, 1) * (0.6 + 0.4 * nearness)
     covered = torch.zeros_like(video[0])  # [F, H, W]
@@ -56,13 +58,12 @@ def snow(rnd, video, rows, columns):
     return video + (0.95 - video) * covered
 
 
-def waves(rnd, video, rows, columns):
+def waves(video, rows, columns):
     """Below a horizon the picture sways in bands, the nearer the wider."""
     t = times(video)[:, None]
-    horizon = rnd.uniform((1,), -6, 10)
-    depth = (rows - horizon).clamp_min(0)  # [H]
+    depth = (rows - HORIZON).clamp_min(0)  # [H]
     height = WAVE_HEIGHT * (depth / 16).clamp(0, 1) * (t / FADE_IN).clamp(0, 1)  # [F, H]
-    turns = 2.2 * (1 + depth).log() - t / WAVE_PERIOD + rnd.uniform((1,), 0, 1)
+    turns = 2.2 * (1 + depth).log() - t / WAVE_PERIOD
     aside = height * (2 * math.pi * turns).sin()  # [F, H]
     x = columns + aside[:, :, None]
     y = (rows[:, None] + 0.4 * aside[:, :, None]).expand_as(x)
