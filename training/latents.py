@@ -19,8 +19,10 @@ WITH_END = 4  # one clip in so many is also encoded with its last frame at the e
 SHARD_PIXELS = 64 * 17 * 64 * 64
 ENCODE_PIXELS = 8 * 17 * 64 * 64  # at once; more is not faster on a CPU
 
-HARD = ("zoom", "rotate")  # learnt last: their content moves differently at each place
+HARD = ("zoom", "rotate", "snow", "waves")  # learnt last: their content moves differently at each place
 HARD_WEIGHT = 2.5  # how much more often such a clip is drawn
+KINDS = {"start": 50, "end": 28, "empty": 22}  # of a hundred clips, see `Latents.batch`
+SHAPE_WEIGHT = 4.0  # how much more often a clip without an image is of a shape: what moves, its caption names
 
 to_model = Wan21().process_in  # the host's own mean and standard deviation per channel
 
@@ -173,7 +175,9 @@ class Latents:
             hard = [m.name.startswith(HARD) for m in self.motions[bucket]]
             chances = [HARD_WEIGHT if h else 1 for h in hard]
             with_end = [c * (at >= 0) for c, at in zip(chances, self.parts[bucket]["where"])]
-            self.chances[bucket] = {"end": with_end, "any": chances}  # every shard has clips with an end
+            shapes = [SHAPE_WEIGHT if m.kind == "object" else 1 for m in self.motions[bucket]]
+            # Every shard has clips with an end.
+            self.chances[bucket] = {"start": chances, "alone": chances, "end": with_end, "empty": shapes}
         self.weights = [len(self.motions[b]) * b.tokens for b in self.buckets]
 
     def draw(self, rng, tokens):
@@ -182,9 +186,9 @@ class Latents:
         # At least two: of one clip the model takes its modulation and norm as one, with no mixed precision.
         count = max(2, tokens // bucket.tokens)
         alone = rng.random() < 0.1  # one frame longer, hence a whole batch of them
-        kinds = ["alone"] * count if alone else rng.choices(("start", "end", "empty"), (58, 22, 20), k=count)
+        kinds = ["alone"] * count if alone else rng.choices([*KINDS], KINDS.values(), k=count)
         chances, every = self.chances[bucket], range(len(self.motions[bucket]))
-        rows = [rng.choices(every, chances["end" if kind == "end" else "any"])[0] for kind in kinds]
+        rows = [rng.choices(every, chances[kind])[0] for kind in kinds]
         return self.batch(bucket, rows, kinds)
 
     def batch(self, bucket, rows, kinds):
