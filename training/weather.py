@@ -1,7 +1,7 @@
 """What changes a whole scene while the camera stands still: night falls, snow falls, waves run.
 
-Every clip begins with its picture as it is. Speeds are per frame, as in `data.py`. All snow falls alike and all
-waves run alike: of random ones a small model has learnt the mean, which is coloured specks and a still sea.
+Every clip begins with its picture as it is. Speeds are per frame, as in `data.py`. All snow falls alike and
+all waves run alike: of random ones a small model has learnt the mean, coloured specks and a still sea.
 
     B batch    F frames    H W height, width of a frame; places and sizes are in units as in `data.py`
 """

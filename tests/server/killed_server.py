@@ -1,7 +1,7 @@
 """The job API in a process of its own, made to be killed: jobs are played one after the other for ever.
 
-The next begins when the end of the last is in the database. One that is over and not yet noted is lost with the
-server, as is the one that runs; real jobs take long enough that these are never two.
+The next begins when the end of the last is in the database. One that is over and not yet noted is lost with
+the server, as is the one that runs; real jobs take long enough that these are never two.
 """
 
 import os
@@ -31,8 +31,12 @@ def run(folder, models, connection):
         connection.send(api.url)
         while True:
             if host.queue:
-                prompt_id = host.queue[0]
-                api.do(host.play, prompt_id, STEP_S)
-                wait_until(lambda: stored_status(host, prompt_id, "prompt_id") in states.TERMINAL)
+                play(api, host, host.queue[0])
             else:
                 time.sleep(STEP_S)
+
+
+def play(api, host, prompt_id):
+    """Let a job run and wait until its end is stored."""
+    api.do(host.play, prompt_id, STEP_S)
+    wait_until(lambda: stored_status(host, prompt_id, "prompt_id") in states.TERMINAL)
