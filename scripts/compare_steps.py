@@ -34,11 +34,11 @@ from wan21.training.host import to_picture  # noqa: E402
 
 NUM_FRAMES = 17
 FOUR = {"steps": 4, "guidance_scale": 1.0, "flow_shift": 5.0, "solver": "euler"}
-FULL = "20 steps, guidance 3"
+FULL = "20 steps, guidance 2"
 # Name -> (whether with the LoRA, inputs of the sampler). The first is what the others are compared with.
 CASES = {
-    FULL: (False, {"steps": 20, "guidance_scale": 3.0, "flow_shift": 3.0, "solver": "unipc"}),
-    "4 steps, guidance 3": (False, FOUR | {"guidance_scale": 3.0}),
+    FULL: (False, {"steps": 20, "guidance_scale": 2.0, "flow_shift": 3.0, "solver": "unipc"}),
+    "4 steps, guidance 2": (False, FOUR | {"guidance_scale": 2.0}),
     "4 steps, guidance 1": (False, FOUR),
     "4 steps, guidance 1, LoRA": (True, FOUR),
     "the same with lcm": (True, FOUR | {"solver": "lcm"}),
@@ -178,7 +178,7 @@ def sheet(shown, path, every):
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--size", type=int, default=64, help="side of the clips, 64 to 128 pixels")
+    parser.add_argument("--size", type=int, default=64, help="side of the clips, 64 to 192 pixels")
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--lora", type=Path, default=bundled.MODELS / "loras" / bundled.FOUR_STEPS_LORA)
     parser.add_argument("--sheet", type=Path, help="also write a picture of some of the clips")

@@ -169,7 +169,7 @@ def compare(size: int, count: int, steps: int, names: list[str]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--size", type=int, default=64, help="side of the clips, 64 to 128 pixels")
+    parser.add_argument("--size", type=int, default=64, help="side of the clips, 64 to 192 pixels")
     parser.add_argument("--pictures", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", nargs="+", choices=[*CASES], default=[*CASES])

@@ -56,7 +56,7 @@ class Shown:
     num_frames: int = 17
     side: int = 128
     seed: int = 0
-    guidance: float = 3
+    guidance: float = 2
     denoise: float | None = None
     frame_ms: int = FRAME_MS
 
@@ -66,24 +66,24 @@ SHOWN = {
     "Wan2.1 - quick start.app": Shown("quick start, as a form", "meadow", ("zoom in",)),
     "Wan2.1 - quick start 4 steps": Shown("quick start, 4 steps", "winter", ("pan right",)),
     "Wan2.1 image to video (i2v)": Shown("image to video", "autumn", ("pan left",)),
-    "Wan2.1 image to video (i2v).app": Shown("image to video, as a form", "lighthouse", ("zoom in",)),
+    "Wan2.1 image to video (i2v).app": Shown("image to video, as a form", "lighthouse", ("night falls",)),
     "Wan2.1 4 steps image to video (lightx2v)": Shown("4 steps", "desert", ("zoom in",)),
     "Wan2.1 image to video TeaCache": Shown("TeaCache", "winter", ("zoom in",)),
     "Wan2.1 image to video low VRAM": Shown("low VRAM", "bay", ("zoom in",)),
     "Wan2.1 image to video upscaled": Shown(
         "x2 frames, x1.5 size", "meadow", ("pan right",), frame_ms=FRAME_MS // 2
     ),
-    "Wan2.1 long video RIFLEx": Shown("RIFLEx", "desert", ("pan left",), num_frames=33),
+    "Wan2.1 long video RIFLEx": Shown("RIFLEx", "lighthouse", ("pan left",), num_frames=33),
     "Wan2.1 long video in segments": Shown("3 segments", "autumn", ("pan right", "pan left", "zoom in")),
     "Wan2.1 first and last frame (flf2v)": Shown("first and last frame", "winter", ("pan right",)),
     "Wan2.1 text to video (t2v)": Shown(
-        "text to video", None, ("a house and hills. pan left",), side=64, seed=10, guidance=4
+        "text to video", None, ("a green circle moves right",), side=64, seed=1, guidance=3
     ),
     "Wan2.1 video to video (v2v)": Shown("video to video", "autumn", ("pan right",), denoise=0.4),
     "Wan2.2 image to video (i2v)": Shown("Wan2.2", "night", ("pan left",)),
     "Wan2.2 4 steps image to video (lightx2v)": Shown("Wan2.2, 4 steps", "lighthouse", ("pan left",)),
     "Wan2.2 text to video (t2v)": Shown(
-        "Wan2.2 text to video", None, ("pan right",), side=64, seed=6, guidance=4
+        "Wan2.2 text to video", None, ("a yellow circle moves down",), side=64, seed=3, guidance=3
     ),
 }
 

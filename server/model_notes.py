@@ -23,7 +23,7 @@ WANTED = {
 WORDS = {"model": "model", "text_encoder": "text encoder", "vae": "VAE", "clip_vision": "CLIP vision"}
 NAMES_TOLD = 5
 FILES_EXPLAINED = 3
-_SMALL = "the small one that comes with Wan21, made for 64 to 128 pixels a side and 5 to 33 frames"
+_SMALL = "the small one that comes with Wan21, made for 64 to 192 pixels a side and 5 to 33 frames"
 _EXPERT = (
     "it has no image branch, as one expert of Wan2.2, which is made for a part of the steps only; a whole "
     "Wan2.1 image-to-video model does better"

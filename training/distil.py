@@ -29,7 +29,7 @@ def metadata(seconds):
     return {
         "title": "Wan2.1 tiny LoRA: four steps",
         "description": f"LoRA of rank {RANK} for wan21-tiny-i2v: {STEPS} steps of euler at shift {SHIFT:g} "
-        "and guidance 1 in place of 20 at guidance 3.",
+        "and guidance 1 in place of 20 at guidance 2.",
         "license": "Apache-2.0",
         "trained": "on what wan21-tiny-i2v makes of procedural pictures of our own, by `make distil-tiny` "
         "(training/); no photograph and no other model was used",

@@ -34,6 +34,9 @@ from wan21.training.held_out import held_out, photographs, pictures  # noqa: E40
 from wan21.training.host import Host, to_picture  # noqa: E402
 
 WORK = pack.ROOT / "build" / "eval_tiny"
+# In place of what the graphs of the large models have.
+SETTINGS = {"steps": 20, "guidance_scale": 2, "flow_shift": 3}
+TEXT_ALONE = SETTINGS | {"guidance_scale": 3}
 
 
 @dataclass
@@ -59,17 +62,23 @@ def sheet(name, videos):
 
 
 def measure_time(host, cases):
-    """The whole graph with its video file, on a server that has loaded nothing yet."""
-    size = (17, 96, 96)
-    graph = host.graph("Wan2.1 - quick start", "pan left", size, 0, Start_image=pictures(0, 1, size)[0])
-    seconds = []
-    for seed in (0, 1):
+    """The whole graphs at the home size with their video files, first on a server that has loaded nothing."""
+    size, seconds = (17, 128, 128), []
+    image = pictures(0, 1, size)[0]
+    for seed, steps in enumerate((" 4 steps", " 4 steps", "")):
+        graph = host.graph(f"Wan2.1 - quick start{steps}", "pan left", size, seed, Start_image=image)
         started = time.perf_counter()
-        host.run(fill(graph, "Wan21Sampler", seed=seed))
+        host.run(graph)
         seconds.append(time.perf_counter() - started)
     return [
-        Row("17 frames at 96x96, loading included", f"{seconds[0]:.1f} s", "<= 20 s", seconds[0] <= 20),
+        Row(
+            "4 steps, 17 frames at 128x128, loading included",
+            f"{seconds[0]:.1f} s",
+            "<= 10 s",
+            seconds[0] <= 10,
+        ),
         Row("the same again, models loaded", f"{seconds[1]:.1f} s"),
+        Row("20 steps with guidance, models loaded", f"{seconds[2]:.1f} s"),
     ]
 
 
@@ -104,7 +113,7 @@ def measure_sharpness(host, count, size=(17, 128, 128)):
 def measure_camera(host, cases):
     """Nine prompts on each picture; at 64 pixels also in free wording, and the first frames."""
     rows = []
-    for side, count in ((64, cases), (96, max(9, cases // 4)), (128, max(9, cases // 3))):
+    for side, count in ((64, cases), (96, max(9, cases // 3)), (128, max(9, cases // 3))):
         videos = camera_videos(host, (17, side, side), count, captions.canonical)
         rows.append(recognised(f"camera motion, 17x{side}x{side}", videos))
         sheet(f"camera_{side}", [video for _, _, video in videos])
@@ -138,7 +147,7 @@ def recognised(what, videos, agreed=True):
         print(f"  {what}: {', '.join(missed)}")
     share = 1 - len(missed) / len(videos)
     value = f"{len(videos) - len(missed)} of {len(videos)} ({100 * share:.0f} %)"
-    return Row(what, value, ">= 95 %", share >= 0.95) if agreed else Row(what, value)
+    return Row(what, value, ">= 97 %", share >= 0.97) if agreed else Row(what, value)
 
 
 def first_frames(host, videos):
@@ -153,7 +162,7 @@ def first_frames(host, videos):
             different.append(metrics.psnr(reference[-1], video[-1]))
     worst, mean = max(loss), statistics.mean(loss)
     return [
-        Row("first frame less than the VAE alone, mean", f"{mean:.2f} dB", "<= 1 dB", mean <= 1),
+        Row("first frame less than the VAE alone, mean", f"{mean:.2f} dB", "<= 0.5 dB", mean <= 0.5),
         Row("first frame less than the VAE alone, worst", f"{worst:.2f} dB"),
         Row(
             "first frames of one picture, other prompts",
@@ -172,15 +181,16 @@ def first_frames(host, videos):
 
 def measure_scenes(host, cases):
     """What changes a whole scene, each of the changes on each picture, at the home size."""
-    size, found, told, videos = (17, 128, 128), [], [], []
-    for i, image in enumerate(pictures(7000, max(2, cases // 12), size)):
-        for name in data.SCENES:
-            prompt = captions.canonical(data.Motion("scene", name))
+    size, rows, videos = (17, 128, 128), [], []
+    images = pictures(7000, max(2, cases // 12), size)
+    for name in data.SCENES:
+        prompt, found = captions.canonical(data.Motion("scene", name)), []
+        for i, image in enumerate(images):
             videos.append(host.frames(host.graph("Wan2.1 - quick start", prompt, size, i, Start_image=image)))
             found.append(metrics.scene_change(videos[-1]))
-            told.append(name)
+        rows.append(share(f"{prompt}: told from the other scenes", found, [name] * len(found), 0.9))
     sheet("scenes", videos)
-    return [share("night, snow or waves as told", found, told, 0.9)]
+    return rows
 
 
 def measure_photographs(host, cases):
@@ -252,13 +262,14 @@ def measure_end(host, cases):
             images = {"Start_image": clip[0], "End_image": clip[-1]}
             graph = host.graph("Wan2.1 first and last frame (flf2v)", prompt, size, i, **images)
             graph = fill(graph, "Image to video", add_frames_for_end_image=alone)
+            graph = fill(graph, "Wan21Sampler", **SETTINGS | host.sampling)
             videos.append(host.frames(graph))
             values.append(metrics.psnr(clip[-1], videos[-1][-1]))
             reached.append(metrics.psnr(clip[-1], host.reconstructed(clip)[-1]))
         sheet(f"end_{'alone' if alone else 'frame'}", videos)
         mean, best = statistics.mean(values), statistics.mean(reached)
         value = f"{mean:.1f} dB (VAE {best:.1f})"
-        rows.append(Row(f"{what}, against the end image", value, "VAE - 4 dB", mean >= best - 4))
+        rows.append(Row(f"{what}, against the end image", value, ">= 28 dB", mean >= 28))
     return rows
 
 
@@ -270,7 +281,8 @@ def measure_text_only(host, cases):
         colour, way = [*data.COLOURS][i % 6], data.DIRECTIONS[i % 4]
         prompt = f"a {colour} circle moves {way}"
         try:
-            videos.append(host.frames(host.graph("Wan2.1 text to video (t2v)", prompt, size, i)))
+            graph = host.graph("Wan2.1 text to video (t2v)", prompt, size, i)
+            videos.append(host.frames(fill(graph, "Wan21Sampler", **TEXT_ALONE | host.sampling)))
         except (GraphRejected, JobFailed) as error:
             return [Row("without image", f"refused: {str(error)[:60]}", ">= 75 %", False)]
         found.append(metrics.object_direction(videos[-1], colour))

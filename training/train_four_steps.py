@@ -1,6 +1,6 @@
 """A LoRA that lets the bundled model do with four steps without guidance, distilled from the model itself.
 
-The teacher is the model in `models/` as the graph `quick_start` runs it: UniPC, guidance 3, shift 3. From one
+The teacher is the model in `models/` as the graph `quick_start` runs it: UniPC, guidance 2, shift 3. From one
 noise it leads to one clip, on a path through the student's noise levels. The student, the same weights and a
 LoRA, takes its four Euler steps at shift 5 from the same noise; what is trained on is how far it is from the
 teacher's path after each of them. Every step starts where the student's own last one ended, and the gradient
@@ -29,7 +29,7 @@ from .train_dit import TinyModel, random_captions
 from .train_lora import TARGETS, Lora
 
 STEPS, SHIFT = 4, 5.0  # as the 4-step LoRAs of the large models
-TEACHER_GUIDANCE, TEACHER_SHIFT, NEGATIVE = 3.0, 3.0, ""  # of the graph quick_start
+TEACHER_GUIDANCE, TEACHER_SHIFT, NEGATIVE = 2.0, 3.0, ""  # of the graph quick_start
 # The teacher's steps within each of the student's: 16 in all, since its own 20 do not stop there. What they
 # lead to differs from what the 20 do by 43 dB, and those from 100 steps by 30 dB.
 TEACHER_STEPS = (2, 2, 4, 8)

@@ -23,11 +23,11 @@ NOTES = {
     "Wan2.1 - quick start": (
         "# Quick start\nA still image moves, on any machine, in about a minute: the small model that comes "
         "with these nodes. Press **Run**.",
-        "**Start image**: your picture. It is cropped to 128x128; the model was made for 64 to 128 pixels.",
+        "**Start image**: your picture. It is cropped to 128x128; the model was made for 64 to 192 pixels.",
         "**Positive prompt**: one motion. *pan left*, *pan right*, *pan up*, *pan down*, *zoom in*, "
-        "*zoom out*, *rotate clockwise*, *rotate counterclockwise*, *still*; or a shape of the picture that "
-        "moves: *a red circle moves left*.",
-        "**Image to video**: sides of 64 to 128 in steps of 16, 5 to 33 frames (4n+1).",
+        "*zoom out*, *rotate clockwise*, *rotate counterclockwise*, *still*; *night falls*; or a shape "
+        "of the picture that moves: *a red circle moves left*.",
+        "**Image to video**: sides of 64 to 192 in steps of 16, 5 to 33 frames (4n+1).",
         "For real pictures open the graph **Wan2.1 image to video (i2v)**, whose note names the files to "
         "download.",
     ),
@@ -37,9 +37,9 @@ NOTES = {
         "**Sampler**: 4 steps, guidance 1, shift 5 and euler are what the LoRA was trained on. At guidance 1 "
         "the negative prompt is not read.",
         "**LoRA**: strength 0 shows what 4 steps are without it.",
-        "**Start image**: your picture. It is cropped to 128x128; the model was made for 64 to 128 pixels.",
+        "**Start image**: your picture. It is cropped to 128x128; the model was made for 64 to 192 pixels.",
         "**Positive prompt**: one motion, as in **Wan2.1 - quick start**: *pan left*, *zoom in*, "
-        "*rotate clockwise*, *still*, *a red circle moves left*.",
+        "*rotate clockwise*, *still*, *night falls*, *a red circle moves left*.",
         "For real pictures open the graph **Wan2.1 4 steps image to video (lightx2v)**, whose note names the "
         "files to download.",
     ),

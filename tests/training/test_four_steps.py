@@ -1,10 +1,14 @@
 """How the bundled model is distilled to four steps: the teacher's paths, the student's, and what learns."""
 
+import json
+
 import pytest
 import torch
 from lib import pack
 from wan21.training import data, latents
 from wan21.training.train_four_steps import (
+    TEACHER_GUIDANCE,
+    TEACHER_SHIFT,
     Velocity,
     bundled_encoder,
     bundled_model,
@@ -104,10 +108,16 @@ def test_conditions_are_those_of_the_training(encoder):
     assert found[1].abs().max() == 0
 
 
+def test_the_teacher_is_sampled_as_the_quick_start():
+    graph = json.loads((pack.ROOT / "workflows/api/Wan2.1 - quick start.json").read_text(encoding="utf-8"))
+    sampler = next(node["inputs"] for node in graph.values() if node["class_type"] == "Wan21Sampler")
+    assert (sampler["guidance_scale"], sampler["flow_shift"]) == (TEACHER_GUIDANCE, TEACHER_SHIFT)
+
+
 def test_guidance_of_the_teacher_is_the_samplers(model):
     condition = torch.randn(1, 20, *SHAPE[2:], generator=G)
     x = torch.randn(1, *SHAPE[1:], generator=G)
     words, nothing = (Velocity(model, condition, [text]) for text in ("pan left", ""))
     with torch.no_grad():
-        expected = nothing(x, 0.9) + 3 * (words(x, 0.9) - nothing(x, 0.9))
+        expected = nothing(x, 0.9) + TEACHER_GUIDANCE * (words(x, 0.9) - nothing(x, 0.9))
         assert (words.guided(x, 0.9) - expected).abs().max() < 1e-4 * expected.abs().max()
