@@ -38,10 +38,10 @@ def t2v_job(models, prompts):
     return (models["t2v"], *prompts, {"samples": torch.zeros(1, 16, 2, 4, 4)})
 
 
-def low_rank(name, rows=256, columns=256):
+def low_rank(name, rows=256, columns=256, generator=G):
     return {
-        f"{name}.lora_A.weight": torch.randn(4, columns, generator=G) / 16,
-        f"{name}.lora_B.weight": torch.randn(rows, 4, generator=G) / 4,
+        f"{name}.lora_A.weight": torch.randn(4, columns, generator=generator) / 16,
+        f"{name}.lora_B.weight": torch.randn(rows, 4, generator=generator) / 4,
     }
 
 

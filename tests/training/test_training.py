@@ -261,8 +261,13 @@ def test_clips_are_drawn_as_often_as_said(vaes, folder):
     for _ in range(1500):
         clips.draw(rng, 2 * bucket.tokens)
     count = {k: sum(kind == k for _, kind in drawn) / len(drawn) for k in ("start", "end", "empty", "alone")}
-    expected = {"alone": 0.1, "start": 0.9 * 0.58, "end": 0.9 * 0.22, "empty": 0.9 * 0.2}
+    expected = {"alone": 0.1} | {kind: 0.9 * share / 100 for kind, share in latents.KINDS.items()}
     assert count == pytest.approx(expected, abs=0.03)
+    assert sum(latents.KINDS.values()) == 100
+    is_shape = [motion.kind == "object" for motion in clips.motions[bucket]]
+    weight = latents.SHAPE_WEIGHT * sum(is_shape)
+    empty = [is_shape[row] for row, kind in drawn if kind == "empty"]
+    assert sum(empty) / len(empty) == pytest.approx(weight / (weight + is_shape.count(False)), abs=0.06)
     assert all(clips.parts[bucket]["where"][row] >= 0 for row, kind in drawn if kind == "end")
 
 
