@@ -79,7 +79,7 @@ SHOWN = {
     "Wan2.1 text to video (t2v)": Shown(
         "text to video", None, ("a green circle moves right",), side=64, seed=1, guidance=3
     ),
-    "Wan2.1 video to video (v2v)": Shown("video to video", "autumn", ("pan right",), denoise=0.4),
+    "Wan2.1 video to video (v2v)": Shown("video to video", "lighthouse", ("pan right",), denoise=0.3),
     "Wan2.2 image to video (i2v)": Shown("Wan2.2", "night", ("pan left",)),
     "Wan2.2 4 steps image to video (lightx2v)": Shown("Wan2.2, 4 steps", "lighthouse", ("pan left",)),
     "Wan2.2 text to video (t2v)": Shown(
