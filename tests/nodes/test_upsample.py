@@ -311,7 +311,7 @@ def cancel_soon():
 
 
 def test_cancel_while_ffmpeg_works(cancel_soon):
-    images = clip(9, 240, 416)
+    images = clip(33, 240, 416)  # several times the work that a fast machine does before the cancel
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         temporal(images, method="x4")
     assert time.process_time() - cancel_soon[0] < 1
