@@ -36,7 +36,7 @@ from .patches import (
 )
 from .prefetch import AHEAD, ahead_beside
 from .products import beside_product
-from .progress import tell
+from .progress import tell, with_neighbours
 from .runner import composed_runner, pass_name
 from .stored import matrix_bytes, store_as
 from .untraced import untraced
@@ -288,6 +288,8 @@ class Wan21(comfy.model_base.WAN21):
         self.checkpoint_metadata = metadata
         if colours := preview_colours(metadata):
             self.latent_format.latent_rgb_factors, self.latent_format.latent_rgb_factors_bias = colours
+            if len(colours[0]) > self.latent_format.latent_channels:
+                self.latent_format.latent_rgb_factors_reshape = with_neighbours
 
     def extra_conds(self, **conditioning: Any) -> dict[str, Any]:
         """The host's, without an empty list of latents beside the video (Bernini without references)."""

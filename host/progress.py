@@ -12,6 +12,7 @@ import comfy.utils
 import folder_paths
 import latent_preview
 import torch
+import torch.nn.functional as F
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
@@ -95,6 +96,17 @@ class Progress:
     def __call__(self, done: int, total: int) -> None:
         self.bar.update_absolute(done, total)
         check_cancelled()
+
+
+def with_neighbours(latents: Tensor) -> Tensor:
+    """[B, C, ..., h, w] -> [B, 9 C, ..., h, w]: each latent pixel's 3x3, nine for a channel, row by row.
+
+    `latent_rgb_factors_reshape` of a model whose file tells a colour of each of them.
+    """
+    planes = latents.movedim(1, -3).flatten(0, -4)  # [B ..., C, h, w]
+    height, width = latents.shape[-2:]
+    planes = F.unfold(F.pad(planes, (1, 1, 1, 1), mode="replicate"), 3)  # [B ..., 9 C, h w]
+    return planes.view(len(latents), *latents.shape[2:-2], -1, height, width).movedim(-3, 1)
 
 
 def previewer_for(model: ModelPatcher) -> "latent_preview.LatentPreviewer | TinyPreviewer | None":

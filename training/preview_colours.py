@@ -4,6 +4,7 @@ The sampler has the DiT and not the VAE, so the DiT's file carries it.
 """
 
 import torch
+from wan21.host.progress import with_neighbours
 from wan21.wan.config import VAE_STRIDE
 
 from . import data
@@ -18,13 +19,13 @@ def measure(vae):
     """Least squares from latents to the mean colour of the pixels that each stands for.
 
     Returns:
-        (`factors`, 16 rows [r, g, b], and `bias`, for normalised latents and pixels in [-1, 1]; share of the
-        colours' variance that they explain)
+        (`factors`, 16 * 9 rows [r, g, b], and `bias`, for normalised latents and pixels in [-1, 1]; share of
+        the colours' variance that they explain). Without a latent pixel's neighbours it would be half.
     """
     rows, colours = [], []
     for i in range(0, CLIPS, 4):
         video = data.clips(SEED + i, 4, 9)[0]
-        z = standardized(vae.encode(video))  # [B, 16, T, h, w]
+        z = with_neighbours(standardized(vae.encode(video)))  # [B, 144, T, h, w]
         pixels = torch.cat((video[:, :, :1].expand(-1, -1, 3, -1, -1), video), 2)  # the first stands for four
         mean = torch.nn.functional.avg_pool3d(pixels, VAE_STRIDE)
         rows.append(torch.cat((z, torch.ones_like(z[:, :1])), 1).movedim(1, -1).flatten(0, 3))

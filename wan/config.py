@@ -170,7 +170,8 @@ def preview_colours(metadata: Mapping[str, str]) -> tuple[list[list[float]], lis
     """The colour of each latent channel, of a model whose VAE is not Wan2.1's; None where it is.
 
     Returns:
-        (16 times [r, g, b], [r, g, b] to add), for normalised latents and pixels in [-1, 1].
+        (16 times [r, g, b], [r, g, b] to add), for normalised latents and pixels in [-1, 1]; or 9 times as
+        many rows, where a colour comes of a latent pixel's 3x3: nine for each channel, row by row.
 
     Raises:
         Refusal: the metadata holds something else there.
@@ -180,10 +181,10 @@ def preview_colours(metadata: Mapping[str, str]) -> tuple[list[list[float]], lis
     table = json_table(metadata[PREVIEW_COLOURS], f"`{PREVIEW_COLOURS}` in its metadata")
     factors, bias = table.get("factors"), table.get("bias")
     rows = factors if isinstance(factors, list) else []
-    if len(rows) != LATENT_CHANNELS or not all(map(_is_colour, [*rows, bias])):
+    if len(rows) not in (LATENT_CHANNELS, 9 * LATENT_CHANNELS) or not all(map(_is_colour, [*rows, bias])):
         raise Refusal(
-            f"`{PREVIEW_COLOURS}` in its metadata must be {LATENT_CHANNELS} rows of 3 numbers as `factors` "
-            "and one as `bias`",
+            f"`{PREVIEW_COLOURS}` in its metadata must be {LATENT_CHANNELS} or {9 * LATENT_CHANNELS} rows of "
+            "3 numbers as `factors` and one as `bias`",
             AGAIN,
         )
     assert isinstance(bias, list)
