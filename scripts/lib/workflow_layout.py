@@ -47,9 +47,9 @@ HEIGHTS = {"Positive prompt": 120, "Negative prompt": 100, "Start image": 320, "
 HEIGHTS |= {"Source video": 320, "Save video": 300}
 # Room below the inputs for the preview and the words of a run.
 ROOM = {"Sampler": 100, "Size of the clip": 40}
-# Room below a node, in its group: Nodes 2.0 enlarges it by the preview or the video of a run.
-BELOW = {"Sampler": 190, "Save video": 40}
-BELOW_WITH_END_IMAGE = {"Save video": 40}  # the sampler's column is as high as it may be
+# Room below a node, in its group: it grows by the preview or the video of a run, here one as wide as high.
+BELOW = {"Sampler": 190, "Save video": 80}
+BELOW_WITH_END_IMAGE = {"Save video": 80}  # the sampler's column is as high as it may be
 TITLE_HEIGHT = 30  # the bar above a node, and a group's own title
 GAP = 8
 FOOTER = 27  # below a node of Nodes 2.0: "Error", "Show advanced inputs"

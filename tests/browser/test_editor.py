@@ -19,7 +19,8 @@ I2V = "Wan2.1 image to video (i2v).json"
 EDITOR_ONLY = {"MarkdownNote", "Note"}  # not part of what is queued
 TITLE_HEIGHT = 30
 LATENT_FRAMES = 3
-SHAPE = (112, 64)  # of a run: nearly that of 832x480, which the templates make
+QUICK_START = "Wan2.1 - quick start.json"
+RUNS = {I2V: (112, 64), QUICK_START: (64, 64)}  # sizes of runs, in the shape that the graphs make
 LAPTOP = {"width": 1600, "height": 900}
 LEAST_ZOOM = 0.572  # below it the classic renderer draws no text
 DRAWN_MS = 1500  # Nodes 2.0 measures its nodes after it has drawn them
@@ -43,6 +44,12 @@ DRAWN = """() => [...document.querySelectorAll('[data-node-id]')].map(element =>
 })"""
 SAID = """() => document.body.innerText
     + app.graph._nodes.flatMap(node => node.widgets ?? []).map(widget => widget.value).join()"""
+# The boxes that show no more than a part of the sentence with the time and memory of a run.
+CUT_OFF = """() => {
+    const all = [...document.querySelectorAll('*')].filter(one => one.innerText?.includes('s per step'))
+    const cut = one => one.scrollHeight > one.clientHeight + 1 && getComputedStyle(one).overflowY !== 'visible'
+    return [all.length, all.filter(one => one.closest('.dom-widget, [data-node-id]') && cut(one)).length]
+}"""
 FIT = """async () => {
     await app.extensionManager.command.execute('Comfy.Canvas.FitView')
     await new Promise(done => setTimeout(done, 1000))
@@ -331,13 +338,14 @@ def is_link(value):
     return isinstance(value, tuple)
 
 
-def test_graph_runs_from_the_editor(page, server, drawn_by):
-    api = read(ROOT / "workflows" / "api" / I2V)
-    width, height = SHAPE
-    small = small_graph(api, SHAPE, num_frames=4 * LATENT_FRAMES - 3)
+@pytest.mark.parametrize("name", RUNS)
+def test_graph_runs_from_the_editor(name, page, server, drawn_by):
+    api = read(ROOT / "workflows" / "api" / name)
+    width, height = RUNS[name]
+    small = small_graph(api, RUNS[name], num_frames=4 * LATENT_FRAMES - 3)
     seed = 1 + (drawn_by == "classic")  # the host would not run the same again
     small = fill(small, "Sampler", seed=seed)
-    load_graph(page, read(ROOT / "workflows" / I2V))
+    load_graph(page, read(ROOT / "workflows" / name))
     page.evaluate(APPLY, small)
     before = videos(server)
     assert not page.evaluate(RUN)
@@ -353,9 +361,11 @@ def test_graph_runs_from_the_editor(page, server, drawn_by):
     assert [file.suffix for file in videos(server) - before] == [".mp4"]
     page.wait_for_timeout(DRAWN_MS)
     boxes = boxes_of(page, drawn_by)  # with the preview and the video shown
-    assert overlapping(boxes) == [] and homeless(boxes, read(ROOT / "workflows" / I2V)) == []
+    assert overlapping(boxes) == [] and homeless(boxes, read(ROOT / "workflows" / name)) == []
     said = page.evaluate(SAID)
     assert "s per step" in said, "time and memory stand on the sampler"
+    showing, cut_off = page.evaluate(CUT_OFF)
+    assert showing and not cut_off, "the sentence is read without scrolling"
 
 
 def videos(server):
