@@ -47,7 +47,8 @@ SAID = """() => document.body.innerText
 # The boxes that show no more than a part of the sentence with the time and memory of a run.
 CUT_OFF = """() => {
     const all = [...document.querySelectorAll('*')].filter(one => one.innerText?.includes('s per step'))
-    const cut = one => one.scrollHeight > one.clientHeight + 1 && getComputedStyle(one).overflowY !== 'visible'
+    const clips = one => getComputedStyle(one).overflowY !== 'visible'
+    const cut = one => one.scrollHeight > one.clientHeight + 1 && clips(one)
     return [all.length, all.filter(one => one.closest('.dom-widget, [data-node-id]') && cut(one)).length]
 }"""
 FIT = """async () => {
