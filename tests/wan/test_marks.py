@@ -59,7 +59,11 @@ def test_columns_are_rotated_together_by_powers_of_four(size):
         mark_of("a", as_bytes(json.dumps({"format": "int8_tensorwise", "params": mark})))
     with pytest.raises(ValueError, match=r"^a has the convrot_groupsize"):
         marks_in({"_quantization_metadata": json.dumps({"layers": {"a": mark}})})
+    with pytest.raises(ValueError, match=r"^a has the convrot_groupsize"):
+        mark_of("a", as_bytes(json.dumps({"format": "convrot_w4a4", "convrot_groupsize": size})))
     assert mark_of("a", as_bytes(json.dumps(mark | {"convrot_groupsize": 64})))["convrot_groupsize"] == 64
+    for unread in ({"convrot": False}, {"format": "float8_e4m3fn", "convrot": None}):  # nor by the host
+        assert mark_of("a", as_bytes(json.dumps(mark | unread)))["convrot_groupsize"] == size
 
 
 @pytest.mark.parametrize("stored", ["", "[]", "{}", '{"layers": []}', '{"layers": {"a": 1}}', "[" * 9000])

@@ -39,7 +39,10 @@ def mark_of(layer: str, value: Tensor) -> dict[str, Any]:
 
 def _check_group(mark: Mapping[str, Any], layer: str) -> None:
     """Refuses columns that are rotated together of a number that there is no rotation for."""
-    size = _rotation(mark).get("convrot_groupsize", 256)
+    rotation = _rotation(mark)
+    size = rotation.get("convrot_groupsize", 256)
+    if not _is_rotated(rotation, mark.get("format")):
+        return  # nobody reads it
     if type(size) is not int or size not in GROUPS:
         raise Refusal(
             f"{layer} has the convrot_groupsize {str(size)[:40]}; {', '.join(map(str, GROUPS))} are read",
@@ -51,6 +54,11 @@ def _rotation(mark: Mapping[str, Any]) -> dict[str, Any]:
     """A mark with what its `params` say, which older files have."""
     params = mark.get("params")
     return {**(params if isinstance(params, dict) else {}), **mark}
+
+
+def _is_rotated(rotation: Mapping[str, Any], name: str | None) -> bool:
+    """Whether a layer of the format `name` holds columns that were rotated, by what `_rotation` gave."""
+    return name == "convrot_w4a4" or bool(rotation.get("convrot"))
 
 
 def marks_in(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -107,7 +115,7 @@ def _check_sizes(layer: str, name: str, state_dict: Mapping[str, Tensor]) -> Non
             )
     rotation = _rotation(mark_of(layer, state_dict[layer + MARK]) if layer + MARK in state_dict else {})
     size = rotation.get("convrot_groupsize", 256)
-    if (name == "convrot_w4a4" or rotation.get("convrot")) and columns % size:
+    if _is_rotated(rotation, name) and columns % size:
         raise Refusal(f"{layer} has {columns} columns, which are no whole groups of {size}", AGAIN)
 
 
