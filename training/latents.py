@@ -15,13 +15,16 @@ from . import data, vae_stream
 FIRST_SEED = 10**6
 WARM_FRAMES = 5  # encoded of a start image and the grey behind it; later latents hardly know the image
 WARM_LATENTS = latent_frames(WARM_FRAMES)
-WITH_END = 4  # one clip in so many is also encoded with its last frame at the end of the grey
+WITH_END = 2  # one clip in so many is also encoded with its last frame at the end of the grey
 SHARD_PIXELS = 64 * 17 * 64 * 64
 ENCODE_PIXELS = 8 * 17 * 64 * 64  # at once; more is not faster on a CPU
 
 HARD = ("zoom", "rotate", "snow", "waves")  # learnt last: their content moves differently at each place
 HARD_WEIGHT = 2.5  # how much more often such a clip is drawn
-KINDS = {"start": 50, "end": 28, "empty": 22}  # of a hundred clips, see `Latents.batch`
+# Of a hundred clips, see `Latents.batch`. The late ones are those of the last steps: a given last frame is
+# learnt last.
+KINDS = {"alone": 15, "start": 39, "end": 28, "empty": 18}
+LATE_KINDS = {"alone": 25, "start": 25, "end": 38, "empty": 12}
 SHAPE_WEIGHT = 4.0  # how much more often a clip without an image is of a shape: what moves, its caption names
 
 to_model = Wan21().process_in  # the host's own mean and standard deviation per channel
@@ -180,13 +183,18 @@ class Latents:
             self.chances[bucket] = {"start": chances, "alone": chances, "end": with_end, "empty": shapes}
         self.weights = [len(self.motions[b]) * b.tokens for b in self.buckets]
 
-    def draw(self, rng, tokens):
-        """A random batch of about `tokens` tokens: (clip, conditioning, motions) of `batch`."""
+    def draw(self, rng, tokens, kinds=KINDS):
+        """A random batch of about `tokens` tokens: (clip, conditioning, motions) of `batch`.
+
+        Args:
+            kinds: how often each is drawn, in percent.
+        """
         bucket = rng.choices(self.buckets, self.weights)[0]
         # At least two: of one clip the model takes its modulation and norm as one, with no mixed precision.
         count = max(2, tokens // bucket.tokens)
-        alone = rng.random() < 0.1  # one frame longer, hence a whole batch of them
-        kinds = ["alone"] * count if alone else rng.choices([*KINDS], KINDS.values(), k=count)
+        mixed = {kind: share for kind, share in kinds.items() if kind != "alone"}
+        alone = rng.random() < kinds["alone"] / 100  # one frame longer, hence a whole batch of them
+        kinds = ["alone"] * count if alone else rng.choices([*mixed], mixed.values(), k=count)
         chances, every = self.chances[bucket], range(len(self.motions[bucket]))
         rows = [rng.choices(every, chances[kind])[0] for kind in kinds]
         return self.batch(bucket, rows, kinds)

@@ -24,7 +24,7 @@ from wan21.training.progress import WORK, Stage  # noqa: E402
 
 # If nothing else runs. Of "cuda" only the devices were checked, on a pretended one.
 DURATION = {
-    "cpu": "about four hours, more where the processor has no bfloat16 products",
+    "cpu": "about five hours, more where the processor has no bfloat16 products",
     "cuda": "a schedule that has not been run yet, by its operations about 20 minutes",
     "smoke": "about three minutes",
 }

@@ -40,6 +40,7 @@ class Schedule:
     Attributes:
         tokens: size of a batch (80 are 17 frames of 64x64).
         hold: part of all steps before the learning rate falls.
+        late: part of all steps before clips are drawn by `latents.LATE_KINDS`.
     """
 
     clips: int
@@ -48,13 +49,14 @@ class Schedule:
     lr_muon: float = 3e-3
     lr_adam: float = 1.5e-3
     hold: float = 0.4
+    late: float = 0.94
     average: float = 0.998
     measure_every: int = 200
 
 
 SCHEDULES = {
     "smoke": Schedule(clips=40, steps=6, tokens=160, measure_every=3),  # whether it runs at all
-    "cpu": Schedule(clips=5200, steps=17_000, tokens=32 * 80),
+    "cpu": Schedule(clips=5200, steps=26_500, tokens=32 * 80),
     "cuda": Schedule(clips=40_000, steps=6000, tokens=256 * 80, average=0.999),
 }
 
@@ -122,7 +124,9 @@ def dit_stage(stage, schedule, device="cpu"):
 
     def do_step(step):
         rng = random.Random(f"dit {step}")
-        clip, condition, motions = clips.draw(rng, schedule.tokens)
+        late = step >= schedule.late * schedule.steps
+        kinds = latents.LATE_KINDS if late else latents.KINDS
+        clip, condition, motions = clips.draw(rng, schedule.tokens, kinds)
         texts = random_captions(motions, rng)
         sigma = random_sigmas(rng, len(clip), sigma_shift(clip, condition))
         with bf16_products(device):

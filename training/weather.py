@@ -13,11 +13,12 @@ import torch.nn.functional as F
 
 NIGHT_FRAMES = 16  # after so many it is night
 NIGHT = (0.14, 0.2, 0.36)  # of the light of day, red, green, blue
-FLAKES = 60
+FLAKES = 26  # few and large: of small ones, of which many fall through a patch of the model, it drew streaks
 FADE_IN = 4  # frames until all of the snow is there, or the waves have their height
 HORIZON = 2.0  # units below the middle; from here down there are waves
-WAVE_HEIGHT = 1.6  # units
+WAVE_HEIGHT = 2.4  # units
 WAVE_PERIOD = 8  # frames
+WAVE_LIGHT = 0.3  # how much lighter a crest is, and darker a trough
 
 
 def weathered(video, motions, rows, columns):
@@ -45,7 +46,7 @@ def snow(video, rows, columns):
     t = times(video)
     drawn = torch.rand(5, FLAKES, 1, generator=torch.Generator().manual_seed(0))
     nearness, start, aside, sway, phase = drawn.to(video.device)
-    size, speed = 0.9 + 1.4 * nearness**2, 1.1 + 1.4 * nearness
+    size, speed = 1.8 + 1.8 * nearness**2, 1 + nearness
     across, high = float(columns.max()) + 2, float(rows.max()) + 2  # half of the field that they fall through
     x = across * (2 * aside - 1) + 1.5 * (t / 5 + 6.3 * phase).sin() * sway
     y = (2 * high * start + speed * t) % (2 * high) - high  # [FLAKES, F]
@@ -59,18 +60,20 @@ def snow(video, rows, columns):
 
 
 def waves(video, rows, columns):
-    """Below a horizon the picture sways in bands, the nearer the wider."""
+    """Below a horizon the picture sways in bands of light and dark, the nearer the wider."""
     t = times(video)[:, None]
     depth = (rows - HORIZON).clamp_min(0)  # [H]
     height = WAVE_HEIGHT * (depth / 16).clamp(0, 1) * (t / FADE_IN).clamp(0, 1)  # [F, H]
-    turns = 2.2 * (1 + depth).log() - t / WAVE_PERIOD
-    aside = height * (2 * math.pi * turns).sin()  # [F, H]
+    turns = 3 * (6 + depth).log() - t / WAVE_PERIOD
+    swing = (2 * math.pi * turns).sin()  # [F, H]
+    aside = height * swing
     x = columns + aside[:, :, None]
     y = (rows[:, None] + 0.4 * aside[:, :, None]).expand_as(x)
     half = 0.5 * float(rows[1] - rows[0])
     grid = torch.stack((x / (columns.max() + half), y / (rows.max() + half)), -1)  # [F, H, W, 2]
     moved = F.grid_sample(video.movedim(1, 0), grid, padding_mode="border", align_corners=False)
-    return moved.movedim(0, 1)
+    light = 1 + WAVE_LIGHT * (height / WAVE_HEIGHT) * swing
+    return ((moved.movedim(0, 1) + 1) * light[:, :, None] - 1).clamp(-1, 1)
 
 
 def times(video):

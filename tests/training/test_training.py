@@ -246,7 +246,8 @@ def test_products_in_bfloat16_leave_weights_and_gradients_in_float32(monkeypatch
     assert 1e-4 < relative(*gradients) < 0.03
 
 
-def test_clips_are_drawn_as_often_as_said(vaes, folder):
+@pytest.mark.parametrize("kinds", [latents.KINDS, latents.LATE_KINDS], ids=["first", "late"])
+def test_clips_are_drawn_as_often_as_said(kinds, vaes, folder):
     """And only clips that were encoded with their end as such."""
     bucket = latents.Bucket(5, 32, 32, 1.0)
     plan = [(bucket, 11, 3)]
@@ -259,11 +260,10 @@ def test_clips_are_drawn_as_often_as_said(vaes, folder):
 
     clips.batch = batch
     for _ in range(1500):
-        clips.draw(rng, 2 * bucket.tokens)
-    count = {k: sum(kind == k for _, kind in drawn) / len(drawn) for k in ("start", "end", "empty", "alone")}
-    expected = {"alone": 0.1} | {kind: 0.9 * share / 100 for kind, share in latents.KINDS.items()}
-    assert count == pytest.approx(expected, abs=0.03)
-    assert sum(latents.KINDS.values()) == 100
+        clips.draw(rng, 2 * bucket.tokens, kinds)
+    percent = {k: 100 * sum(kind == k for _, kind in drawn) / len(drawn) for k in kinds}
+    assert percent == pytest.approx(kinds, abs=3)
+    assert sum(kinds.values()) == 100
     is_shape = [motion.kind == "object" for motion in clips.motions[bucket]]
     weight = latents.SHAPE_WEIGHT * sum(is_shape)
     empty = [is_shape[row] for row, kind in drawn if kind == "empty"]
