@@ -112,8 +112,7 @@ def test_lora_drains_the_colours_and_strength_zero_changes_nothing(host, picture
         return host.frames(graph)
 
     drained = with_lora(1.0)
-    # The evaluation has 0.4 as the mean over pictures; this one is pale, and a part of it is the VAE's.
-    assert metrics.saturation(drained[-1]) < 0.5 * metrics.saturation(panned[-1])
+    assert metrics.saturation(drained[-1]) < 0.4 * metrics.saturation(panned[-1])
     assert metrics.camera_motion(grey(picture), grey(drained)) == "pan left"
     assert torch.equal(with_lora(0.0), panned)
 
