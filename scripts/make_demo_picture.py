@@ -23,7 +23,7 @@ from wan21.training.host import Host, to_picture  # noqa: E402
 GRAPH = "Wan2.1 - quick start"
 SIZE = (17, 128, 128)  # frames, height, width
 SIDE = 256  # pixels of a picture on the page
-ROWS = {"bay": ("pan left", "night falls"), "meadow": ("pan right", "zoom in")}
+ROWS = {"bay": ("waves on the water", "pan left"), "winter": ("it snows", "night falls")}
 GAP = 8
 MOST_BYTES = 3_000_000
 

@@ -62,14 +62,14 @@ class Shown:
 
 
 SHOWN = {
-    "Wan2.1 - quick start": Shown("quick start", "bay", ("pan left",)),
+    "Wan2.1 - quick start": Shown("quick start", "bay", ("waves on the water",)),
     "Wan2.1 - quick start.app": Shown("quick start, as a form", "meadow", ("zoom in",)),
-    "Wan2.1 - quick start 4 steps": Shown("quick start, 4 steps", "winter", ("pan right",)),
-    "Wan2.1 image to video (i2v)": Shown("image to video", "autumn", ("pan left",)),
+    "Wan2.1 - quick start 4 steps": Shown("quick start, 4 steps", "winter", ("it snows",)),
+    "Wan2.1 image to video (i2v)": Shown("image to video", "autumn", ("it snows",)),
     "Wan2.1 image to video (i2v).app": Shown("image to video, as a form", "lighthouse", ("night falls",)),
-    "Wan2.1 4 steps image to video (lightx2v)": Shown("4 steps", "desert", ("zoom in",)),
-    "Wan2.1 image to video TeaCache": Shown("TeaCache", "winter", ("zoom in",)),
-    "Wan2.1 image to video low VRAM": Shown("low VRAM", "bay", ("zoom in",)),
+    "Wan2.1 4 steps image to video (lightx2v)": Shown("4 steps", "desert", ("pan right",)),
+    "Wan2.1 image to video TeaCache": Shown("TeaCache", "winter", ("night falls",)),
+    "Wan2.1 image to video low VRAM": Shown("low VRAM", "bay", ("pan left",)),
     "Wan2.1 image to video upscaled": Shown(
         "x2 frames, x1.5 size", "meadow", ("pan right",), frame_ms=FRAME_MS // 2
     ),
@@ -80,8 +80,10 @@ SHOWN = {
         "text to video", None, ("a green circle moves right",), side=64, seed=1, guidance=3
     ),
     "Wan2.1 video to video (v2v)": Shown("video to video", "lighthouse", ("pan right",), denoise=0.3),
-    "Wan2.2 image to video (i2v)": Shown("Wan2.2", "night", ("pan left",)),
-    "Wan2.2 4 steps image to video (lightx2v)": Shown("Wan2.2, 4 steps", "lighthouse", ("pan left",)),
+    "Wan2.2 image to video (i2v)": Shown("Wan2.2", "night", ("it snows",)),
+    "Wan2.2 4 steps image to video (lightx2v)": Shown(
+        "Wan2.2, 4 steps", "lighthouse", ("waves on the water",)
+    ),
     "Wan2.2 text to video (t2v)": Shown(
         "Wan2.2 text to video", None, ("a yellow circle moves down",), side=64, seed=3, guidance=3
     ),

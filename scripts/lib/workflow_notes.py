@@ -25,8 +25,8 @@ NOTES = {
         "with these nodes. Press **Run**.",
         "**Start image**: your picture. It is cropped to 128x128; the model was made for 64 to 192 pixels.",
         "**Positive prompt**: one motion. *pan left*, *pan right*, *pan up*, *pan down*, *zoom in*, "
-        "*zoom out*, *rotate clockwise*, *rotate counterclockwise*, *still*; *night falls*; or a shape "
-        "of the picture that moves: *a red circle moves left*.",
+        "*zoom out*, *rotate clockwise*, *rotate counterclockwise*, *still*; *night falls*, *it snows*, "
+        "*waves on the water*; or a shape of the picture that moves: *a red circle moves left*.",
         "**Image to video**: sides of 64 to 192 in steps of 16, 5 to 33 frames (4n+1).",
         "For real pictures open the graph **Wan2.1 image to video (i2v)**, whose note names the files to "
         "download.",
@@ -39,7 +39,7 @@ NOTES = {
         "**LoRA**: strength 0 shows what 4 steps are without it.",
         "**Start image**: your picture. It is cropped to 128x128; the model was made for 64 to 192 pixels.",
         "**Positive prompt**: one motion, as in **Wan2.1 - quick start**: *pan left*, *zoom in*, "
-        "*rotate clockwise*, *still*, *night falls*, *a red circle moves left*.",
+        "*rotate clockwise*, *still*, *night falls*, *it snows*, *a red circle moves left*.",
         "For real pictures open the graph **Wan2.1 4 steps image to video (lightx2v)**, whose note names the "
         "files to download.",
     ),
