@@ -9,8 +9,9 @@ from .workflow_notes import NOTE
 # Group -> columns of node titles. A node that grows in a run stands low in its group.
 GROUPS = {
     "Load": [
-        ["Model", "High-noise model", "Low-noise model", "VAE"],
-        ["LoRA", "High-noise LoRA", "Low-noise LoRA", "Text encoder"],
+        ["Model", "High-noise model", "Low-noise model"],
+        ["LoRA", "High-noise LoRA", "Low-noise LoRA"],
+        ["VAE", "Text encoder"],
     ],
     "Prompt": [["Positive prompt", "Negative prompt"]],
     "Images": [["Start image", "CLIP vision"], ["Start image features", "Image to video"]],
@@ -23,12 +24,15 @@ GROUPS = {
 }
 GROUPS_WITH_END_IMAGE = GROUPS | {
     "Load": [["Model", "VAE"], ["Text encoder", "CLIP vision"]],
-    "Images": [["Start image", "Start image features"], ["End image", "End image features"]],
-    "Sample": [["Image to video", "Sampler"]],
+    "Images": [
+        ["Start image", "Start image features"],
+        ["End image", "End image features"],
+        ["Image to video"],
+    ],
 }
 GROUPS_UPSCALED = GROUPS | {
     "Sample": [["Sampler", "Decode"]],
-    "Video": [["More frames", "More pixels", "Create video", "Save video"]],
+    "Video": [["More frames", "More pixels"], ["Create video", "Save video"]],
 }
 COLUMNS = [
     [NOTE, "Prompt"],
@@ -49,10 +53,10 @@ HEIGHTS |= {"Source video": 320, "Save video": 300}
 ROOM = {"Sampler": 100, "Size of the clip": 40}
 # Room below a node, in its group: it grows by the preview or the video of a run, here one as wide as high.
 BELOW = {"Sampler": 190, "Save video": 80}
-BELOW_WITH_END_IMAGE = {"Save video": 80}  # the sampler's column is as high as it may be
 TITLE_HEIGHT = 30  # the bar above a node, and a group's own title
 GAP = 8
 FOOTER = 27  # below a node of Nodes 2.0: "Error", "Show advanced inputs"
+SPOKEN = 92  # below a node of ours, of Nodes 2.0, for two lines that it says; the classic renderer needs less
 COLUMN_GAP = 16
 
 
@@ -71,7 +75,6 @@ def arranged(graph):
             nodes[title]["size"][1] += room
     places = GROUPS_WITH_END_IMAGE if "End image" in nodes else GROUPS
     places = GROUPS_UPSCALED if "More frames" in nodes else places
-    below = BELOW_WITH_END_IMAGE if "End image" in nodes else BELOW
     groups, placed, left = [], {NOTE}, 0
     for column in COLUMNS:
         top, right = 0, left
@@ -83,7 +86,7 @@ def arranged(graph):
             held = [[nodes[title] for title in titles if title in nodes] for titles in places[name]]
             held = [column for column in held if column]
             if held:
-                box = _place_group(name, held, (left, top), below)
+                box = _place_group(name, held, (left, top))
                 placed |= {node["title"] for column in held for node in column}
                 groups.append(box | {"id": len(groups) + 1})
                 top = box["bounding"][1] + box["bounding"][3] + COLUMN_GAP
@@ -95,14 +98,17 @@ def arranged(graph):
     return graph | {"groups": groups, "extra": {"ds": {"scale": 0.6, "offset": [120, 160]}}}
 
 
-def _place_group(name, columns, corner, below):
+def _place_group(name, columns, corner):
     left, top = corner
     x, bottom = left + GAP, top
     for column in columns:
         y = top + TITLE_HEIGHT + GAP
         for node in column:
             node["pos"] = [x, y + TITLE_HEIGHT]
-            y += TITLE_HEIGHT + node["size"][1] + FOOTER + GAP + below.get(node["title"], 0)
+            room = FOOTER + BELOW.get(node["title"], 0)
+            if node is not column[-1] and node["type"].startswith("Wan21"):
+                room = max(room, SPOKEN)
+            y += TITLE_HEIGHT + node["size"][1] + room + GAP
         x += max(node["size"][0] for node in column) + GAP
         bottom = max(bottom, y)
     bounding = [left, top, x - left, bottom - top]

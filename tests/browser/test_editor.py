@@ -51,6 +51,13 @@ CUT_OFF = """() => {
     const cut = one => one.scrollHeight > one.clientHeight + 1 && clips(one)
     return [all.length, all.filter(one => one.closest('.dom-widget, [data-node-id]') && cut(one)).length]
 }"""
+# Every node of ours says two lines, as of a file's keys that are left out; how many there are.
+SPEAK = """() => {
+    const ours = app.graph._nodes.filter(node => node.type.startsWith('Wan21'))
+    const text = 'one line of what a node has to say\\nand another'
+    for (const {id} of ours) app.api.dispatchCustomEvent('progress_text', {nodeId: String(id), text})
+    return ours.length
+}"""
 FIT = """async () => {
     await app.extensionManager.command.execute('Comfy.Canvas.FitView')
     await new Promise(done => setTimeout(done, 1000))
@@ -189,6 +196,10 @@ def test_nodes_lie_apart_in_their_groups_and_are_read(path, page, drawn_by):
         boxes = boxes_of(page, drawn_by)
         assert overlapping(boxes) == []
         assert homeless(boxes, read(path)) == []
+        spoke = page.evaluate(SPEAK)
+        page.wait_for_timeout(DRAWN_MS)
+        boxes = boxes_of(page, drawn_by)
+        assert spoke >= 3 and overlapping(boxes) == [], "a node that says something lies over the next"
     finally:
         page.set_viewport_size(VIEWPORT)
 
