@@ -7,11 +7,13 @@ import functools
 import io
 import math
 import random
+from contextlib import nullcontext
 
 import comfy.ops
 import sentencepiece
 import torch
 from comfy.text_encoders.t5 import T5, T5LayerNorm
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import captions, data
 
@@ -39,7 +41,7 @@ def train_tokenizer(sentences=20000, seed=0):
     negative prompt then reads as little more than its commas.
     """
     rng = random.Random(seed)
-    lines = [captions.caption(data.random_motion(rng, scenes=True), rng) for _ in range(sentences)]
+    lines = [captions.caption(data.random_motion(rng, data.SCENE_SHARE), rng) for _ in range(sentences)]
     lines += 20 * (captions.SCENES + captions.QUALITY) + 20 * captions.ENGLISH
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -133,4 +135,7 @@ class PaddedTextAttention:
     def __call__(self, q, k, v):
         bias = self.bias if k.shape[1] == self.width != q.shape[1] else None
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, N, L, D/N]
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+        # On a CPU torch's flash attention is slow backwards with so few tokens: with plain products a step
+        # of training takes 13 % less.
+        with sdpa_kernel(SDPBackend.MATH) if q.device.type == "cpu" else nullcontext():
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
