@@ -47,6 +47,7 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = ("left", "right", "up", "down")
 OBJECT_ACTIONS = ("move", "grow", "shrink", "bounce")
 SCENES = ("night", "snow", "waves")  # falls, falls, and run over the lower part
+SCENE_SHARE = 1 / 7  # of the clips that are trained on
 HELD_OUT = 10**9  # seeds from here on are never trained on
 FACES = 7 * 10**9  # added to the seed, for what is drawn over a scene
 
@@ -69,12 +70,13 @@ class Motion:
     direction: str | None = None  # of the action "move"
 
 
-def clips(seed, count, frames=17, height=64, width=64, motions=None, device="cpu"):
+def clips(seed, count, frames=17, height=64, width=64, motions=None, device="cpu", scenes=SCENE_SHARE):
     """Clips and what happens in them; the same arguments give the same clips.
 
     Args:
         seed: From HELD_OUT on for what must never be trained on.
         motions: Motions or names of camera motions, repeated to `count`; None draws them.
+        scenes: of those drawn to be trained on, the part that are scenes that change.
 
     Returns:
         (video float32 [count, 3, frames, height, width] in [-1, 1], list of Motion)
@@ -83,7 +85,7 @@ def clips(seed, count, frames=17, height=64, width=64, motions=None, device="cpu
     gen = torch.Generator(device).manual_seed(seed)
     if motions is None:
         # Numbers on held-out clips stay comparable: what came to the training later is not in them.
-        motions = [random_motion(rng, scenes=seed < HELD_OUT) for _ in range(count)]
+        motions = [random_motion(rng, scenes * (seed < HELD_OUT)) for _ in range(count)]
     motions = [as_motion(motions[i % len(motions)]) for i in range(count)]
     rows, columns = units(height, width, device)
     view = camera_path(motions, frames, Random(gen).uniform(count, 1.0, 1.25))  # [B, F, 2, 3]
@@ -118,9 +120,9 @@ def as_motion(motion):
     return Motion("camera", motion) if isinstance(motion, str) else motion
 
 
-def random_motion(rng, scenes=False):
-    """Half of the camera, half of a shape; with `scenes`, one in seven is a scene that changes."""
-    if scenes and rng.random() < 1 / 7:
+def random_motion(rng, scenes=0.0):
+    """Half of the camera, half of a shape, but for a part `scenes` of all, which are scenes that change."""
+    if scenes and rng.random() < scenes:
         return Motion("scene", rng.choice(SCENES))
     if rng.random() < 0.5:
         return Motion("camera", rng.choice(CAMERA))

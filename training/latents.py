@@ -23,7 +23,7 @@ HARD = ("zoom", "rotate", "snow", "waves")  # learnt last: their content moves d
 HARD_WEIGHT = 2.5  # how much more often such a clip is drawn
 # Of a hundred clips, see `Latents.batch`. The late ones are those of the last steps: a given last frame is
 # learnt last.
-KINDS = {"alone": 15, "start": 39, "end": 28, "empty": 18}
+KINDS = {"alone": 18, "start": 36, "end": 30, "empty": 16}
 LATE_KINDS = {"alone": 25, "start": 25, "end": 38, "empty": 12}
 SHAPE_WEIGHT = 4.0  # how much more often a clip without an image is of a shape: what moves, its caption names
 
@@ -32,12 +32,13 @@ to_model = Wan21().process_in  # the host's own mean and standard deviation per 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Clips of one size. `share` is the part of all clips that has it."""
+    """Clips of one size: a part `share` of all clips, of which a part `scenes` are scenes that change."""
 
     frames: int
     height: int
     width: int
     share: float
+    scenes: float = data.SCENE_SHARE
 
     @property
     def tokens(self):
@@ -53,15 +54,17 @@ class Bucket:
 
 
 BUCKETS = (
-    Bucket(17, 64, 64, 0.3),
+    Bucket(17, 64, 64, 0.23),
     Bucket(17, 96, 96, 0.1),
     Bucket(17, 128, 128, 0.19),
     Bucket(17, 64, 96, 0.05),
     Bucket(17, 96, 64, 0.05),
-    Bucket(17, 80, 128, 0.04),
-    Bucket(17, 128, 96, 0.02),
-    Bucket(17, 128, 192, 0.01),
-    Bucket(17, 192, 192, 0.015),
+    # Of these there are few, and where flakes fall and waves run is another place in each size.
+    Bucket(17, 80, 128, 0.06, scenes=1 / 4),
+    Bucket(17, 128, 96, 0.03, scenes=1 / 4),
+    Bucket(17, 128, 192, 0.01, scenes=1 / 3),
+    Bucket(17, 192, 128, 0.01, scenes=1 / 3),
+    Bucket(17, 192, 192, 0.03, scenes=1 / 3),
     Bucket(5, 64, 64, 0.03),
     Bucket(9, 64, 64, 0.05),
     Bucket(13, 64, 64, 0.05),
@@ -121,7 +124,7 @@ class Encoder:
     def shard(self, bucket, count, seed):
         """Everything the DiT is trained with on `count` clips; half precision."""
         size = (bucket.frames, bucket.height, bucket.width)
-        video, motions = data.clips(seed, count, *size, device=self.device)
+        video, motions = data.clips(seed, count, *size, device=self.device, scenes=bucket.scenes)
         video = self.change(video)
         first, last = video[:, :, :1], video[:, :, -1:]
         with_end = grey_behind(first[::WITH_END], bucket.frames)

@@ -49,7 +49,7 @@ class Schedule:
     lr_muon: float = 3e-3
     lr_adam: float = 1.5e-3
     hold: float = 0.4
-    late: float = 0.94
+    late: float = 0.9
     average: float = 0.998
     measure_every: int = 200
 

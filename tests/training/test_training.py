@@ -322,8 +322,9 @@ def test_scenes_change_as_they_are_called():
 
 
 def test_scenes_are_trained_on_and_leave_the_held_out_clips_as_they_were():
-    drawn = [data.random_motion(random.Random(i), scenes=True).kind for i in range(3000)]
-    assert drawn.count("scene") / 3000 == pytest.approx(1 / 7, abs=0.02)
+    for share in (data.SCENE_SHARE, 1 / 3):
+        drawn = [data.random_motion(random.Random(i), share).kind for i in range(3000)]
+        assert drawn.count("scene") / 3000 == pytest.approx(share, abs=0.02)
     _, motions = data.clips(data.HELD_OUT + 72, 60, 1, 16, 16)
     assert {m.kind for m in motions} == {"camera", "object"}
     assert {m.kind for m in data.clips(72, 60, 1, 16, 16)[1]} == {"camera", "object", "scene"}
