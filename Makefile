@@ -9,8 +9,8 @@
 #   make bench-gpu                             everything worth knowing of a GPU, within ten minutes;
 #                                              ARGS="--only step,vae" picks (docs/gpu-benchmark.md)
 #   make pack-for-gpu                          one archive for a GPU machine without network
-#   make train-tiny                            trains the bundled checkpoint anew, hours without a GPU
-#   make distil-tiny                           distils it to four steps, an hour on one CPU core
+#   make train-tiny                            trains the bundled files anew, hours without a GPU
+#   make distil-tiny                           of that the last part alone: four steps, half an hour
 #   make eval-tiny                             measures it through a real ComfyUI; ARGS="--cases 18" is quick
 #   make lint                                  ruff and pyright
 #   make clean                                 removes what demo, tests and benchmark wrote

@@ -128,8 +128,8 @@ def arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def main():
-    args = arguments()
+def main(argv=None):
+    args = arguments(argv)
     with torch.inference_mode():
         coefficients, explained, count = calibrate(Files(args.model, args.text_encoder, args.vae), args)
     print(f"{count} points, {100 * explained:.0f} % of the variance explained: {coefficients}")

@@ -1,11 +1,10 @@
-"""Distil the bundled model to four steps, as a LoRA on it: `make distil-tiny`.
+"""Distil the bundled model to four steps, as a LoRA on it: `make distil-tiny`, the end of `make train-tiny`.
 
 Needs the other files in `models/`. An interrupted run goes on where it was last saved: what the teacher does
 is kept in shards, the LoRA at most two minutes back.
 """
 
 import argparse
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -17,26 +16,10 @@ from lib import bundled, pack  # noqa: E402
 pack.load_pack()
 pack.load_host()
 
-from safetensors.torch import save_file  # noqa: E402
-from wan21.training import export  # noqa: E402
-from wan21.training.train_four_steps import RANK, SCHEDULES, SHIFT, STEPS, distil  # noqa: E402
+from wan21.training.export import export_four_steps  # noqa: E402
+from wan21.training.train_four_steps import SCHEDULES  # noqa: E402
 
 WORK = pack.ROOT / "build" / "distil_tiny"
-
-
-def metadata(seconds):
-    """What the file is, how it was made, and how it is to be sampled."""
-    return {
-        "title": "Wan2.1 tiny LoRA: four steps",
-        "description": f"LoRA of rank {RANK} for wan21-tiny-i2v: {STEPS} steps of euler at shift {SHIFT:g} "
-        "and guidance 1 in place of 20 at guidance 2.",
-        "license": "Apache-2.0",
-        "trained": "on what wan21-tiny-i2v makes of procedural pictures of our own, by `make distil-tiny` "
-        "(training/); no photograph and no other model was used",
-        "training_commit": export.commit(),
-        "training_seconds": json.dumps({"distil": seconds}),
-        "base_model": export.TITLES["dit"],
-    }
 
 
 def main():
@@ -52,8 +35,7 @@ def main():
     out = options.out or (work if smoke else options.models / "loras") / bundled.FOUR_STEPS_LORA
     # A norm with float32 weights on what a bfloat16 product gave: torch takes it in float32, as wanted.
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
-    tensors = export.stored(distil(work, options.models, SCHEDULES[options.size]))
-    save_file(tensors, out, metadata=metadata(export.seconds_of(work, "distil")))
+    export_four_steps(work, options.models, out, SCHEDULES[options.size])
     print(f"{out.stat().st_size / 2**20:.2f} MiB  {out}")
 
 

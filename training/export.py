@@ -1,4 +1,4 @@
-"""Trained stages -> the four files of `models/`: float16, Wan2.1's own names, with metadata."""
+"""Trained stages -> the five files of `models/`: float16, Wan2.1's own names, with metadata."""
 
 import json
 
@@ -10,6 +10,7 @@ from .files import commit, stored
 from .preview_colours import measure
 from .progress import Stage
 from .train_dit import averaged_model
+from .train_four_steps import RANK, SHIFT, STEPS, distil
 from .train_lora import trained_lora
 from .train_vae import load_vae
 
@@ -43,7 +44,7 @@ TITLES = {
 
 
 def export(work, models, vae_schedule):
-    """Write the four files below the folder `models` and return their paths by part.
+    """Write the four files that need no other below the folder `models`, and return their paths by part.
 
     Args:
         work: folder of the finished stages.
@@ -88,6 +89,28 @@ def metadata(part, seconds):
     if part == "lora":
         common["base_model"] = TITLES["dit"]
     return common
+
+
+def export_four_steps(work, models, path, schedule):
+    """Distil what `models` holds, where that is not done, and write the LoRA of four steps.
+
+    Args:
+        work: folder of the teacher's paths and of the state.
+        schedule: one of `train_four_steps.SCHEDULES`.
+    """
+    told = {
+        "title": "Wan2.1 tiny LoRA: four steps",
+        "description": f"LoRA of rank {RANK} for wan21-tiny-i2v: {STEPS} steps of euler at shift {SHIFT:g} "
+        "and guidance 1 in place of 20 at guidance 2.",
+        "license": "Apache-2.0",
+        "trained": "on what wan21-tiny-i2v makes of procedural pictures of our own, by `make distil-tiny` "
+        "(training/); no photograph and no other model was used",
+        "training_commit": commit(),
+        "base_model": TITLES["dit"],
+    }
+    tensors = stored(distil(work, models, schedule))
+    told["training_seconds"] = json.dumps({"distil": seconds_of(work, "distil")})
+    save_file(tensors, path, metadata=told)
 
 
 def seconds_of(work, name):

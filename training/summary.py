@@ -15,11 +15,13 @@ STAGES = {
     "dit": "DiT and text encoder",
     "lora": "LoRA",
     "vae_refined": "VAE decoder refined",
+    "four_steps/distil": "LoRA of four steps, behind the teacher's paths",
 }
 NAMES = {
     "first_frame_psnr": "first frame {} dB",
     "clip_psnr": "clip {} dB",
     "held_out": "loss {}",
+    "nearness": "{} dB from the teacher",
 }
 
 

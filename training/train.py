@@ -13,13 +13,13 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[1] / "scripts")  # in place of this folder
 
-from lib import pack  # noqa: E402
+from lib import bundled, pack  # noqa: E402
 
 pack.load_pack()
 pack.load_host()
 
-from wan21.training import train_decoder, train_dit, train_lora, train_vae  # noqa: E402
-from wan21.training.export import export  # noqa: E402
+from wan21.training import teacache, train_decoder, train_dit, train_four_steps, train_lora, train_vae  # noqa: E402
+from wan21.training.export import export, export_four_steps  # noqa: E402
 from wan21.training.progress import WORK, Stage  # noqa: E402
 
 # If nothing else runs. Of "cuda" only the devices were checked, on a pretended one.
@@ -79,8 +79,14 @@ def main():
         run()
     if options.only:
         return
-    for part, path in export(options.work, options.models, VAE_SCHEDULES[size]).items():
-        print(f"{part:5} {path.stat().st_size / 2**20:6.2f} MiB  {path}")
+    paths = export(options.work, options.models, VAE_SCHEDULES[size])
+    print("TeaCache, then four steps", flush=True)
+    teacache.fit(options.models, options.work, seeds=1 if size == "smoke" else 3)
+    paths["four steps"] = paths["lora"].with_name(bundled.FOUR_STEPS_LORA)
+    four_steps = train_four_steps.SCHEDULES["smoke" if size == "smoke" else "full"]
+    export_four_steps(options.work / "four_steps", options.models, paths["four steps"], four_steps)
+    for part, path in paths.items():
+        print(f"{part:10} {path.stat().st_size / 2**20:6.2f} MiB  {path}")
 
 
 def keep_to_one_size(work, size):

@@ -9,6 +9,7 @@ goes back through all four, so a step learns to mend what those before it did, a
     B clips    T latent frames    h w latent size    S the student's steps
 """
 
+import hashlib
 import random
 from dataclasses import dataclass
 from itertools import pairwise
@@ -240,6 +241,7 @@ def student(model):
 def distil(work, models, schedule):
     """Make the teacher's paths and train the LoRA; returns its tensors."""
     model = bundled_model(models)
+    keep_to_one_teacher(work, model)
     plan = latents.shard_plan(schedule.clips, first_seed=FIRST_SEED)
     kept = latents.shard_plan(schedule.held_out, latents.HELD_OUT_BUCKETS, 3 * data.HELD_OUT)
     if not Stage(work, "distil").done:
@@ -252,6 +254,21 @@ def distil(work, models, schedule):
         train_lora(stage, model, lora, paths, held_out, schedule)
     lora.load_state_dict(stage.load()["parts"]["lora"])
     return lora.to_file()
+
+
+def keep_to_one_teacher(work, model):
+    """A work folder belongs to one model: the paths of another would be followed without a word."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(model.state_dict().items()):
+        digest.update(tensor.numpy().tobytes())
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "teacher.txt"
+    if not path.exists():
+        path.write_text(digest.hexdigest())
+    if path.read_text() != digest.hexdigest():
+        raise SystemExit(
+            f"{work} holds the paths of another model; delete it, or give another folder with --work"
+        )
 
 
 def train_lora(stage, model, lora, paths, held_out, schedule):
@@ -268,7 +285,7 @@ def train_lora(stage, model, lora, paths, held_out, schedule):
         return {"loss": loss.item(), "norm": norm}
 
     def measure():
-        return {"held_out": nearness(model, held_out)}
+        return {"nearness": nearness(model, held_out)}
 
     parts = Parts(lora=lora, optimizer=optimizer)
     train(stage, parts, schedule.steps, do_step, measure, log_every=20, measure_every=schedule.measure_every)

@@ -1,5 +1,6 @@
 """How the bundled model is distilled to four steps: the teacher's paths, the student's, and what learns."""
 
+import copy
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from wan21.training.train_four_steps import (
     bundled_encoder,
     bundled_model,
     conditions,
+    keep_to_one_teacher,
     path_loss,
     roll_out,
     student,
@@ -121,3 +123,14 @@ def test_guidance_of_the_teacher_is_the_samplers(model):
     with torch.no_grad():
         expected = nothing(x, 0.9) + TEACHER_GUIDANCE * (words(x, 0.9) - nothing(x, 0.9))
         assert (words.guided(x, 0.9) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_work_folder_belongs_to_one_teacher(model, tmp_path):
+    """The paths of another are kept on disk, and would be followed without a word."""
+    keep_to_one_teacher(tmp_path, model)
+    keep_to_one_teacher(tmp_path, model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.dit.head.head.bias += 1e-4
+    with pytest.raises(SystemExit, match="holds the paths of another model; delete it"):
+        keep_to_one_teacher(tmp_path, other)
