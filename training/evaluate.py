@@ -180,16 +180,24 @@ def first_frames(host, videos):
 
 
 def measure_scenes(host, cases):
-    """What changes a whole scene, each of the changes on each picture, at the home size."""
-    size, rows, videos = (17, 128, 128), [], []
-    images = pictures(7000, max(2, cases // 12), size)
-    for name in data.SCENES:
-        prompt, found = captions.canonical(data.Motion("scene", name)), []
-        for i, image in enumerate(images):
-            videos.append(host.frames(host.graph("Wan2.1 - quick start", prompt, size, i, Start_image=image)))
-            found.append(metrics.scene_change(videos[-1]))
-        rows.append(share(f"{prompt}: told from the other scenes", found, [name] * len(found), 0.9))
-    sheet("scenes", videos)
+    """What changes a whole scene, each of the changes on each picture: at the home size, and at others."""
+    few, rows = max(2, cases // 25), []
+    for size, count, least in (
+        ((17, 128, 128), max(2, cases // 12), 0.9),
+        ((17, 64, 64), few, None),
+        ((17, 80, 128), few, None),
+        ((17, 192, 192), few, None),
+    ):
+        images, videos = pictures(7000, count, size), []
+        for name in data.SCENES:
+            prompt, found = captions.canonical(data.Motion("scene", name)), []
+            for i, image in enumerate(images):
+                graph = host.graph("Wan2.1 - quick start", prompt, size, i, Start_image=image)
+                videos.append(host.frames(graph))
+                found.append(metrics.scene_change(videos[-1]))
+            what = f"{prompt}, {size_name(size)}: told from the other scenes"
+            rows.append(share(what, found, [name] * len(found), least))
+        sheet(f"scenes_{size_name(size)}", videos)
     return rows
 
 
