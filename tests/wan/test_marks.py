@@ -49,7 +49,7 @@ def test_a_mark_of_any_type_is_looked_at(tmp_path, dtype):
         mark_of("a", read_shapes(path).state_dict["a.comfy_quant"])
 
 
-@pytest.mark.parametrize("size", [0, -16, 7, 2**40, "x", True, 16.0, [], None])
+@pytest.mark.parametrize("size", [0, -16, 7, 2**40, "x", True, 16.5, [], None])
 def test_columns_are_rotated_together_by_powers_of_four(size):
     """The host had divided by it at the first product of a run."""
     mark = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
@@ -61,7 +61,9 @@ def test_columns_are_rotated_together_by_powers_of_four(size):
         marks_in({"_quantization_metadata": json.dumps({"layers": {"a": mark}})})
     with pytest.raises(ValueError, match=r"^a has the convrot_groupsize"):
         mark_of("a", as_bytes(json.dumps({"format": "convrot_w4a4", "convrot_groupsize": size})))
-    assert mark_of("a", as_bytes(json.dumps(mark | {"convrot_groupsize": 64})))["convrot_groupsize"] == 64
+    for read in (64, 64.0):  # the host makes an int of it
+        changed = mark | {"convrot_groupsize": read}
+        assert mark_of("a", as_bytes(json.dumps(changed)))["convrot_groupsize"] == 64
     for unread in ({"convrot": False}, {"format": "float8_e4m3fn", "convrot": None}):  # nor by the host
         assert mark_of("a", as_bytes(json.dumps(mark | unread)))["convrot_groupsize"] == size
 
@@ -110,6 +112,7 @@ def test_a_layer_that_cannot_be_unpacked_is_named():
         ("int8_tensorwise", (4, 320), 4, {"params": {"convrot": True}}, "no whole groups of 256"),
         ("int8_tensorwise", (4, 320), 4, {"convrot_groupsize": 256}, None),  # not rotated
         ("convrot_w4a4", (4, 96), 12, {"convrot_groupsize": 64}, None),
+        ("convrot_w4a4", (4, 96), 12, {"convrot_groupsize": 64.0}, None),
         ("convrot_w4a4", (4, 96), 12, {}, "has 192 columns, which are no whole groups of 256"),
     ],
 )

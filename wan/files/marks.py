@@ -43,7 +43,7 @@ def _check_group(mark: Mapping[str, Any], layer: str) -> None:
     size = rotation.get("convrot_groupsize", 256)
     if not _is_rotated(rotation, mark.get("format")):
         return  # nobody reads it
-    if type(size) is not int or size not in GROUPS:
+    if type(size) not in (int, float) or size not in GROUPS:
         raise Refusal(
             f"{layer} has the convrot_groupsize {str(size)[:40]}; {', '.join(map(str, GROUPS))} are read",
             AGAIN,
