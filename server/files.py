@@ -108,6 +108,8 @@ class Files:
     def _row(self, owner: str, request: Any) -> FileRow:
         given = request if isinstance(request, dict) else {}
         size, name, kind = (given.get(key) for key in ("size", "filename", "content_type"))
+        if isinstance(size, float) and size.is_integer():
+            size = int(size)  # to JSON 12.0 is an integer
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise Problem(422, "each file needs its size in bytes")
         if size > self._settings.max_upload_bytes:

@@ -42,6 +42,15 @@ def test_the_forms_that_the_client_takes(api, job, image, form):
     assert again["id"] != task["id"]
 
 
+@pytest.mark.parametrize("size, status", [(3.0, 200), (3.5, 422), (1e300, 413), (True, 422), ("3", 422)])
+def test_sizes_are_whole_numbers_as_json_has_them(api, size, status):
+    request = {"files": [{"uri": "", "filename": "a.bin", "content_type": "a/b", "size": size}]}
+    answer = requests.post(f"{api.url}/files", json=request)
+    assert answer.status_code == status
+    if status == 200:
+        assert requests.put(answer.json()["data"][0]["upload_url"], data=b"abc").ok
+
+
 def test_texts_that_the_client_takes_for_base64_come_back(api, job):
     task = api.client.run(job(prompt="photorealistic42"), wait=False)
     assert task["input"]["prompt"] == "photorealistic42"
