@@ -16,6 +16,7 @@ import random
 import secrets
 import sqlite3
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -25,9 +26,9 @@ from pathlib import Path
 
 import psutil
 import requests
-from lib import namespaces
 from lib.host_server import HostServer
 from lib.job_api import Receiver, upload
+from lib.machines import ADDRESSES, cannot_be_made, two_machines
 from lib.pack import comfyui_path
 
 APP = "infsh/wan2-1-i2v"
@@ -187,13 +188,22 @@ def in_namespaces(options):
     """All of it once more, on a cluster of two namespaces."""
     # Both machines are this one: each would take all of its cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
-    if reason := namespaces.cannot():
+    if reason := cannot_be_made():
         print(f"skipped: {reason}")
         return
-    os.environ["MINE"] = MINE
     given = [f"--{name}={value}" for name, value in vars(options).items() if name != "namespaces"]
-    with namespaces.cluster(cpus=2) as run:
-        run(sys.executable, __file__, *given, WAN21_GPUS_PER_JOB="0")
+    with (
+        tempfile.TemporaryDirectory(prefix="wan21-ns-") as folder,
+        two_machines(folder, secrets.token_hex(32), cpus=2) as machines,
+    ):
+        here = os.environ | machines.environment | {"MINE": MINE}
+        for machine, name in enumerate(("first", "second")):
+            said, started = machines.start_ray(machine, here | {"WAN21_STATION_NAME": name})
+            if not started:
+                sys.exit(said)
+        here |= {"WAN21_RAY_ADDRESS": f"{ADDRESSES[0]}:6379", "WAN21_GPUS_PER_JOB": "0"}
+        done = subprocess.run(machines.inside(0, [sys.executable, __file__, *given]), env=here)
+    sys.exit(done.returncode)
 
 
 def main():

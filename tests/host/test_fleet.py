@@ -14,8 +14,8 @@ from helpers_cluster import ray_cluster
 from helpers_workers import LONG
 from inferencesh import TaskStatus
 from lib.host_server import HostServer
+from lib.machines import ADDRESSES, cannot_be_made, two_machines
 from lib.pack import comfyui_path
-from machines import ADDRESSES, cannot_be_made, two_machines
 from PIL import Image
 from wan21.workers import cannot_run
 

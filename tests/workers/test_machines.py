@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import relative
 from helpers_workers import LONG, ON_RAY, Faulty, FaultyVae
-from machines import ADDRESSES, cannot_be_made, two_machines
+from lib.machines import ADDRESSES, cannot_be_made, two_machines
 from wan21 import host, workers
 from wan21.nodes import workers as node
 from wan21.nodes.vae_decode import Wan21VAEDecode

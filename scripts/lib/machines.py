@@ -33,11 +33,12 @@ class Machines:
     Args:
         folder: for what Ray writes.
         token: of the cluster.
+        cpus: that Ray gives out on each.
     """
 
-    def __init__(self, folder, token):
+    def __init__(self, folder, token, cpus=1):
         self.names = [f"w{os.getpid()}{letter}" for letter in "ab"]
-        self.folder = folder
+        self.folder, self.cpus = folder, cpus
         keep = ("PATH", "HOME", "OMP_NUM_THREADS")
         self.environment = {name: os.environ[name] for name in keep if name in os.environ} | {
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0",
@@ -62,7 +63,7 @@ class Machines:
         """
         place = ["--head", "--port=6379"] if machine == 0 else [f"--address={ADDRESSES[0]}:6379"]
         command = [
-            RAY, "start", *place, f"--node-ip-address={ADDRESSES[machine]}", "--num-cpus=1",
+            RAY, "start", *place, f"--node-ip-address={ADDRESSES[machine]}", f"--num-cpus={self.cpus}",
             "--object-store-memory=100000000",
         ]  # fmt: skip
         if machine == 0:
@@ -133,8 +134,9 @@ def ip(*arguments):
 
 
 @contextmanager
-def two_machines(folder, token):
-    machines = Machines(folder, token)
+def two_machines(folder, token, cpus=1):
+    """`Machines`, made and removed."""
+    machines = Machines(folder, token, cpus)
     try:
         machines.make()
         yield machines
