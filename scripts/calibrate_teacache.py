@@ -14,6 +14,7 @@ itself, as `teacache_coefficients`. Sample with the steps, shift and size you wi
 import argparse
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,7 @@ def embed(path, coefficients):
         metadata = file.metadata() or {}
     unfinished = path.with_suffix(".part")
     save_file(load_file(path), unfinished, {**metadata, COEFFICIENTS_KEY: json.dumps(coefficients)})
+    shutil.copymode(path, unfinished)
     os.replace(unfinished, path)
 
 

@@ -3,10 +3,9 @@
 import json
 
 import torch
-from safetensors.torch import save_file
 from wan21.wan.config import PREVIEW_COLOURS
 
-from .files import commit, stored
+from .files import commit, stored, write
 from .preview_colours import measure
 from .progress import Stage
 from .train_dit import averaged_model
@@ -65,8 +64,7 @@ def export(work, models, vae_schedule):
     told["dit"][PREVIEW_COLOURS] = json.dumps(measure(vae)[0])
     paths = {part: models / name for part, name in FILES.items()}
     for part, path in paths.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors[part], path, metadata=told[part])
+        write(tensors[part], path, told[part])
     check_sizes(paths)
     return paths
 
@@ -110,7 +108,7 @@ def export_four_steps(work, models, path, schedule):
     }
     tensors = stored(distil(work, models, schedule))
     told["training_seconds"] = json.dumps({"distil": seconds_of(work, "distil")})
-    save_file(tensors, path, metadata=told)
+    write(tensors, path, told)
 
 
 def seconds_of(work, name):

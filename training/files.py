@@ -1,9 +1,11 @@
 """What every file of `models/` has in common: its numbers are float16, and it says which code made it."""
 
+import os
 import subprocess
 
 import torch
 from lib.pack import ROOT
+from safetensors.torch import save_file
 
 
 def stored(tensors):
@@ -20,6 +22,15 @@ def stored(tensors):
     if broken:
         raise ValueError(f"{broken[0]} is not finite in float16: the training diverged, do its stage again")
     return halves
+
+
+def write(tensors, path, metadata):
+    """Save what `stored` gave, whole or not at all, for all to read: safetensors lets its owner only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    save_file(tensors, unfinished, metadata=metadata)
+    unfinished.chmod(0o644)
+    os.replace(unfinished, path)
 
 
 def commit():

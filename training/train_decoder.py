@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 if __name__ == "__main__":
@@ -27,7 +27,7 @@ from lib import bundled, pack
 pack.load_pack()
 
 from wan21.training import data, metrics, train_vae  # noqa: E402
-from wan21.training.files import commit, stored  # noqa: E402
+from wan21.training.files import commit, stored, write  # noqa: E402
 from wan21.training.optim import MuonAdamW, warm_up_then_decay  # noqa: E402
 from wan21.training.progress import WORK, Parts, Stage, train  # noqa: E402
 from wan21.training.vae_stream import decode, encode  # noqa: E402
@@ -104,7 +104,7 @@ def rewrite(path, vae, seconds):
     spent = json.loads(metadata["training_seconds"])
     spent["vae_refined"] = spent.get("vae_refined", 0) + seconds
     metadata |= {"training_seconds": json.dumps(spent), "training_commit": commit()}
-    save_file(stored(vae.state_dict()), path, metadata=metadata)
+    write(stored(vae.state_dict()), path, metadata)
 
 
 def main():

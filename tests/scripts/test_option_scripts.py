@@ -33,7 +33,9 @@ def test_calibration_writes_what_the_sampler_then_uses(files, tmp_path, sample, 
     _, report = sample(loaded, *prompts, latent, steps=10, flow_shift=5.0, cache__multiplier=2.0)
     assert "teacache: 5 of 10 steps computed, profile measured" in report
     model.with_name("tiny.safetensors.teacache.json").unlink()
+    model.chmod(0o640)
     calibrate_teacache.embed(model, coefficients)
+    assert model.stat().st_mode & 0o777 == 0o640
     assert host.measured_coefficients(host.load_model(model)) == tuple(coefficients)
 
 

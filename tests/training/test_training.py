@@ -22,7 +22,8 @@ from wan21.training import (
     train_vae,
     vae_stream,
 )
-from wan21.training.export import metadata, stored
+from wan21.training.export import metadata
+from wan21.training.files import stored, write
 from wan21.training.text import HOST_TOKENS, train_tokenizer
 from wan21.training.train_dit import TinyModel, flow_loss, random_sigmas, sigma_shift
 from wan21.wan.vae import WanVAE
@@ -194,6 +195,13 @@ def test_weights_of_a_training_that_diverged_are_not_written():
     for value in (torch.nan, torch.inf, 1e5):
         with pytest.raises(ValueError, match=r"b\.weight is not finite in float16"):
             stored(fine | {"b.weight": torch.tensor([1.0, value])})
+
+
+def test_files_of_models_are_for_everybody_to_read(tmp_path):
+    path = tmp_path / "loras" / "x.safetensors"
+    write({"a": torch.ones(2)}, path, {"title": "x"})
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_a_longer_training_is_not_taken_for_a_finished_one(folder):
