@@ -56,7 +56,7 @@ class Schedule:
 
 SCHEDULES = {
     "smoke": Schedule(clips=40, steps=6, tokens=160, measure_every=3),  # whether it runs at all
-    "cpu": Schedule(clips=5200, steps=26_500, tokens=32 * 80),
+    "cpu": Schedule(clips=5200, steps=24_000, tokens=32 * 80),
     "cuda": Schedule(clips=40_000, steps=6000, tokens=256 * 80, average=0.999),
 }
 
