@@ -10,8 +10,8 @@
 #                                              ARGS="--only step,vae" picks (docs/gpu-benchmark.md)
 #   make pack-for-gpu                          one archive for a GPU machine without network
 #   make train-tiny                            trains the bundled files anew, hours without a GPU
-#   make distil-tiny                           of that the last part alone: four steps, half an hour
-#   make eval-tiny                             measures it through a real ComfyUI; ARGS="--cases 18" is quick
+#   make distil-tiny                           of that the last part alone: four steps, ten minutes
+#   make eval-tiny                             measures them through a real ComfyUI; ARGS="--cases 18" is quick
 #   make lint                                  ruff and pyright
 #   make clean                                 removes what demo, tests and benchmark wrote
 #

@@ -1,6 +1,6 @@
 """Measure the bundled checkpoint on pictures it has never seen, through a real ComfyUI and our nodes.
 
-    python training/evaluate.py                      # all of it, about 20 minutes on two CPU cores
+    python training/evaluate.py                      # all of it, about a quarter of an hour on two CPU cores
     python training/evaluate.py --cases 18           # a quick look
     python training/evaluate.py --only camera lora --json eval.json
 

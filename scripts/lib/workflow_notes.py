@@ -21,7 +21,7 @@ SIDES_AND_FRAMES = "Sides are multiples of 16 (8 works too); frames are 4n+1 (5,
 TEXT_ENCODER = "**Text encoder**: set *device* to *cpu* to keep it out of GPU memory."
 NOTES = {
     "Wan2.1 - quick start": (
-        "# Quick start\nA still image moves, on any machine, in about a minute: the small model that comes "
+        "# Quick start\nA still image moves within seconds, also without a GPU: the small model that comes "
         "with these nodes. Press **Run**.",
         "**Start image**: your picture. It is cropped to 128x128; the model was made for 64 to 192 pixels.",
         "**Positive prompt**: one motion. *pan left*, *pan right*, *pan up*, *pan down*, *zoom in*, "

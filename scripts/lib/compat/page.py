@@ -75,7 +75,7 @@ def _counted(number):
 
 def _summary(rows):
     counted = Counter(word for verdicts in rows.values() for word in verdicts if word != "-")
-    return ", ".join(f"{count} {word}" for word, count in counted.most_common()) or "not run"
+    return ", ".join(f"{count} {word}" for word, count in counted.most_common()) or "none: see there"
 
 
 def words(page_text):
