@@ -132,10 +132,10 @@ def test_passes_of_the_vae_give_the_numbers_of_pytorch(monkeypatch, dtype, width
     }
     with torch.no_grad():
         for name, (call, passes) in calls.items():
-            ours, took = call(y.clone()).clone(), milliseconds(partial(call, y))
+            ours, took = call(y.clone()).clone(), milliseconds(partial(call, y.clone()))
             with monkeypatch.context() as patch:
                 patch.setattr(vae_cuda, "_kernel", lambda *_: None)
-                expected, eager = call(y.clone()).clone(), milliseconds(partial(call, y))
+                expected, eager = call(y.clone()).clone(), milliseconds(partial(call, y.clone()))
             speed = passes * x.nbytes / took / 1e9
             print(f"{name}, {width}: {took:.3f} ms, {speed:.2f} TB/s; PyTorch {eager:.3f} ms")
             limit = kernels.TOLERANCE if dtype.itemsize == 2 else kernels.TOLERANCE_IN_FLOAT32
