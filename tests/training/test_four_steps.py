@@ -134,3 +134,7 @@ def test_a_work_folder_belongs_to_one_teacher(model, tmp_path):
         other.dit.head.head.bias += 1e-4
     with pytest.raises(SystemExit, match="holds the paths of another model; delete it"):
         keep_to_one_teacher(tmp_path, other)
+    (tmp_path / "teacher.txt").unlink()
+    (tmp_path / "paths").mkdir()
+    with pytest.raises(SystemExit, match="holds the paths of another model"):  # nobody knows of which
+        keep_to_one_teacher(tmp_path, model)
