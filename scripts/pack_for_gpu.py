@@ -21,6 +21,7 @@ from pathlib import Path
 
 from lib import commit
 from lib.pack import ROOT, comfyui_path
+from packaging.utils import parse_wheel_filename
 
 TOP = "gpu-bench"
 INSTALLED = (
@@ -91,8 +92,7 @@ def download(wheels, folder, python):
     options += [f"--platform={name}" for name in PLATFORMS]
     paths = []
     for wheel in wheels:
-        pattern = wheel.replace("-", "_").replace("==", "-") + "-*.whl"
-        if not list(folder.glob(pattern)):
+        if not lying(folder, wheel, tag):
             command = [
                 sys.executable,
                 "-m",
@@ -106,8 +106,18 @@ def download(wheels, folder, python):
             if subprocess.run(command).returncode:
                 name = wheel.partition("==")[0]
                 raise SystemExit(f"pip could not download {wheel}. Leave it out: --without {name}")
-        paths += folder.glob(pattern)
+        paths += lying(folder, wheel, tag)
     return paths
+
+
+def lying(folder, wheel, tag):
+    """Paths in a folder of NAME==VERSION for a version of Python, such as cp312."""
+    found = folder.glob(wheel.replace("-", "_").replace("==", "-") + "-*.whl")
+    return [
+        path
+        for path in found
+        if any(one.abi in (tag, "abi3", "none") for one in parse_wheel_filename(path.name)[3])
+    ]
 
 
 def pack(target, wheels):

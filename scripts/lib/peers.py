@@ -37,10 +37,10 @@ def random_dit(
         dtype: of the weights and to compute in. The patch embedding stays float32, as in the release.
         operations: classes of the layers; by default those that our loader takes on this device.
     """
-    from wan21.host.operations import casting_operations
+    from wan21.host.operations import casting_operations, lending
     from wan21.wan.dit import WanModel
 
-    layers = operations or casting_operations(torch.device(device))
+    layers = operations or lending(casting_operations(torch.device(device)))
     return randomise(WanModel(config, layers, device=device, dtype=dtype))
 
 

@@ -13,6 +13,7 @@ from lib.gpu_bench.bench import Race, gpu_size, toy_size
 from lib.gpu_bench.dit import tera_operations
 from lib.gpu_bench.kernels import eager
 from lib.pack import ROOT
+from lib.peers import random_dit
 from wan21.wan import glue
 
 
@@ -143,3 +144,23 @@ def test_the_archive_holds_this_tree_and_the_host(tmp_path):
     others = {name.rpartition(".")[2] for name in names} - {"py", "toml", "sh", "whl"}
     assert others == {"gpu-bench/COMMIT"} and "bench_gpu.py" in run and commit.strip()
     assert not [name for name in names if name.startswith("/") or ".." in name]
+
+
+def test_a_wheel_of_another_python_is_not_taken(tmp_path):
+    there = ["one_two-1-cp311-cp311-any.whl", "one_two-1-cp312-cp312-any.whl", "one_two-1-cp39-abi3-any.whl"]
+    for name in (*there, "one_two-2-py3-none-any.whl", "other-1-py3-none-any.whl"):
+        (tmp_path / name).touch()
+
+    def lying(wheel, tag):
+        return sorted(path.name for path in pack_for_gpu.lying(tmp_path, wheel, tag))
+
+    assert lying("one-two==1", "cp312") == there[1:]
+    assert lying("one-two==1", "cp313") == there[2:]
+    assert lying("one-two==2", "cp312") == ["one_two-2-py3-none-any.whl"]
+    assert not lying("one-two==3", "cp312")
+
+
+def test_layers_of_the_bench_are_those_of_the_loader():
+    """They lend their numbers to the kernels, or these would not run in it."""
+    model = random_dit(toy_size().config, "cpu", torch.float32)
+    assert hasattr(model.blocks[0].norm3, "lend")

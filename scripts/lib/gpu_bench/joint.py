@@ -42,7 +42,7 @@ def streamed(bench: Bench) -> Iterator[Row]:
 
 def _in_host_memory(model: nn.Module, bench: Bench) -> nn.Module:
     """The same model with the host's layers that fetch, its weights in memory that the device can read."""
-    from wan21.host.operations import casting_operations
+    from wan21.host.operations import casting_operations, lending
     from wan21.wan.dit import WanModel
 
     weights = {key: value.cpu() for key, value in model.state_dict().items()}
@@ -50,6 +50,6 @@ def _in_host_memory(model: nn.Module, bench: Bench) -> nn.Module:
         weights = {key: value.pin_memory() for key, value in weights.items()}
     config: Any = model.config
     with torch.device("meta"):
-        away = WanModel(config, casting_operations(bench.device))
+        away = WanModel(config, lending(casting_operations(bench.device)))
     away.load_state_dict(weights, assign=True)
     return away.eval().requires_grad_(False)
