@@ -129,8 +129,10 @@ def room_of_convolution(x, weight, bias=None, stride=1, padding=0, dilation=1, g
 
 
 @pytest.mark.parametrize("chunk", [2, 4])
-@pytest.mark.parametrize("way, tile", [("decode", None), ("decode", 128), ("encode", None)])
-def test_the_estimate_is_near_the_counted_tensors(on_gpu, way, tile, chunk, monkeypatch):
+@pytest.mark.parametrize(
+    "way, tile, t", [("decode", None, 5), ("decode", 128, 5), ("encode", None, 5), ("encode", None, 1)]
+)
+def test_the_estimate_is_near_the_counted_tensors(on_gpu, way, tile, t, chunk, monkeypatch):
     on_gpu(True)
     monkeypatch.setattr(memory, "suits", lambda device, itemsize: True)
     monkeypatch.setattr(AttentionBlock, "attend", staticmethod(lambda q, k, v: torch.empty_like(q)))
@@ -138,7 +140,7 @@ def test_the_estimate_is_near_the_counted_tensors(on_gpu, way, tile, chunk, monk
     monkeypatch.setitem(CHUNK_FRAMES, "cpu", chunk)
     for name in ("conv2d", "conv3d"):
         monkeypatch.setattr(torch.nn.functional, name, room_of_convolution)
-    vae, t, h, w = WanVAE(dim=8), 5, 20, 24
+    vae, h, w = WanVAE(dim=8), 20, 24
     if way == "decode":
         z, out = torch.zeros(1, 16, t, h, w), torch.empty(1, 3, 4 * t - 3, 8 * h, 8 * w)
         real = peak_bytes(decode_within_memory, vae, z, out, tile)
@@ -146,7 +148,8 @@ def test_the_estimate_is_near_the_counted_tensors(on_gpu, way, tile, chunk, monk
     else:
         real = peak_bytes(vae.encode, torch.zeros(1, 3, 4 * t - 3, 8 * h, 8 * w))
         estimate = memory.encode_bytes(vae, 4 * t - 3, 8 * h, 8 * w, CUDA, chunk_frames=chunk)
-    assert 1 <= estimate / real < 1.15, (estimate / 2**20, real / 2**20)
+    most = 1.15 if t > 1 else 1.5  # of a picture hardly anything is kept
+    assert 1 <= estimate / real < most, (estimate / 2**20, real / 2**20)
 
 
 def kernels_room(moved):

@@ -85,7 +85,7 @@ class CudaPast(Past):
         else:
             norm_silu_into(fresh, x, norm)
         if look_back:
-            self.keep(conv, window[:, :, -look_back:])
+            self.keep(conv, window[:, :, -min(look_back, known + f) :])  # not the zeros before frame 0
         return window
 
     def upsample_conv(self, upsample: nn.Module, conv: nn.Conv2d, x: Tensor) -> Tensor:
