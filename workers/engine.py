@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "PYTORCH_CUDA_ALLOC_CONF": None,
     "PYTORCH_ALLOC_CONF": None,
 }
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # Ray leaves all of them to a worker that asks for none
 
 
 class Cancelled(Exception):
@@ -198,7 +199,8 @@ class Engine:
         if self.in_cluster and self.started:  # a machine may be gone
             count = min(count, free(self.gpus))
         missing = range(self.started, self.started + count)
-        new = [Worker(number, self.kind.remote(self.root, ENVIRONMENT, *self.settings)) for number in missing]
+        environment = ENVIRONMENT | ({} if self.gpus else WITHOUT_GPU)
+        new = [Worker(number, self.kind.remote(self.root, environment, *self.settings)) for number in missing]
         self.started = missing.stop
         there = bool(self.workers)
         for worker in new:

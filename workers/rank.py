@@ -200,9 +200,14 @@ class Rank:
         forget_states()
 
     def leave(self) -> None:
-        """Out of all groups. They are kept: one whose exchange never ended waits for it when it is freed."""
+        """Out of all groups. NCCL's give their memory back at once; Gloo's are kept: one whose exchange
+        never ended waits for it when it is freed."""
         self.pieces = iter(())
-        self.left += self.groups.values()
+        for group in self.groups.values():
+            if group.name() == "nccl":
+                group.abort()
+            else:
+                self.left.append(group)
         self.groups = {}
 
     def _shard(self, name: str, meeting: str, rank: int, size: int, attempt: int) -> Shard:
@@ -263,10 +268,14 @@ def _meet(meeting: str, name: str, rank: int, size: int) -> Any:
     )  # not there yet on another machine than the engine's
     store = c10d.PrefixStore(name, c10d.FileStore(meeting, size))
     store.set_timeout(timedelta(seconds=MEET_SECONDS))
+    store.set(f"here {rank}", "")
+    store.wait([f"here {one}" for one in range(size)])  # NCCL, once it connects, waits without an end
     if torch.cuda.is_available():
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=EXCHANGE_SECONDS)
-        return c10d.ProcessGroupNCCL(store, rank, size, options)
+        group = c10d.ProcessGroupNCCL(store, rank, size, options)
+        group.eager_connect_single_device(torch.device("cuda", 0))  # else at the first exchange
+        return group
     options = c10d.ProcessGroupGloo._Options()
     options._devices = [c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     options._timeout = timedelta(seconds=EXCHANGE_SECONDS)

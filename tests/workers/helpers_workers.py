@@ -53,6 +53,9 @@ class Faulty(LoadedModel):
     def pid(self):
         return os.getpid()
 
+    def gpus_seen(self):
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
     def call(self, asked, passes, shard, watch):
         return super().call(asked, passes, shard, self.fault.around(watch))
 

@@ -110,6 +110,11 @@ def test_our_sampler_gives_the_latents_of_one_process(client, job, sample, split
     assert re.search(r" s a call of the model, of which worker \d+ [\d.]+ s, worker \d+ ", report)
 
 
+def test_workers_on_the_cpu_see_no_gpu(client, faulty, job):
+    """Theirs is ComfyUI's `--cpu`: they would else meet over NCCL where there is a GPU."""
+    assert faulty(job[0]).model.diffusion_model.elsewhere.ask(int, "gpus_seen") == ["", ""]
+
+
 @LONG
 def test_rays_door_is_shut_and_workers_meet_on_this_machine(client, job, sample, tmp_path):
     model, *rest = job
