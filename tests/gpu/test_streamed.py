@@ -8,13 +8,16 @@ import pytest
 import torch
 from lib.comfy_client import fill, find_node, without
 from lib.host_server import HostServer
-from lib.pack import ROOT
+from lib.pack import ROOT, comfyui_path
 from lib.peers import random_dit
 from lib.random_checkpoints import TEXT_DIM, TEXT_ENCODER, make_checkpoints
 from safetensors.torch import save_file
 from wan21.wan.config import SIZES
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(not (comfyui_path() / "api_server").is_dir(), reason="needs ComfyUI's server"),
+]
 MODEL = "wan21-random-1.3b.safetensors"
 ROOM_GIB = 3.2  # for a step and weights: of 2.6 GiB of weights a part stays
 AFTER = ("Wan21VAELoader", "Wan21VAEDecode", "CreateVideo", "SaveVideo")
