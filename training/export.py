@@ -5,7 +5,7 @@ import json
 import torch
 from wan21.wan.config import PREVIEW_COLOURS
 
-from .files import commit, stored, write
+from .files import commit, holds, stored, write
 from .preview_colours import measure
 from .progress import Stage
 from .train_dit import averaged_model
@@ -45,6 +45,8 @@ TITLES = {
 def export(work, models, vae_schedule):
     """Write the four files that need no other below the folder `models`, and return their paths by part.
 
+    One that holds these numbers already is left as it is, with what was added to its metadata.
+
     Args:
         work: folder of the finished stages.
         vae_schedule: of `train_vae`, for the sizes.
@@ -64,7 +66,8 @@ def export(work, models, vae_schedule):
     told["dit"][PREVIEW_COLOURS] = json.dumps(measure(vae)[0])
     paths = {part: models / name for part, name in FILES.items()}
     for part, path in paths.items():
-        write(tensors[part], path, told[part])
+        if not holds(path, tensors[part]):
+            write(tensors[part], path, told[part])
     check_sizes(paths)
     return paths
 
@@ -89,12 +92,13 @@ def metadata(part, seconds):
     return common
 
 
-def export_four_steps(work, models, path, schedule):
+def export_four_steps(work, models, path, schedule, device="cpu"):
     """Distil what `models` holds, where that is not done, and write the LoRA of four steps.
 
     Args:
         work: folder of the teacher's paths and of the state.
         schedule: one of `train_four_steps.SCHEDULES`.
+        device: to distil on.
     """
     told = {
         "title": "Wan2.1 tiny LoRA: four steps",
@@ -106,7 +110,7 @@ def export_four_steps(work, models, path, schedule):
         "training_commit": commit(),
         "base_model": TITLES["dit"],
     }
-    tensors = stored(distil(work, models, schedule))
+    tensors = stored(distil(work, models, schedule, device))
     told["training_seconds"] = json.dumps({"distil": seconds_of(work, "distil")})
     write(tensors, path, told)
 

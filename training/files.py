@@ -1,11 +1,14 @@
-"""What every file of `models/` has in common: its numbers are float16, and it says which code made it."""
+"""What is written whole or not at all.
+
+Every file of `models/` has its numbers in float16, and says which code made it.
+"""
 
 import os
 import subprocess
 
 import torch
 from lib.pack import ROOT
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 def stored(tensors):
@@ -30,6 +33,21 @@ def write(tensors, path, metadata):
     unfinished = path.with_suffix(".part")
     save_file(tensors, unfinished, metadata=metadata)
     unfinished.chmod(0o644)
+    os.replace(unfinished, path)
+
+
+def holds(path, tensors):
+    """Whether a file has just these tensors."""
+    if not path.exists():
+        return False
+    there = load_file(path)
+    return there.keys() == tensors.keys() and all(torch.equal(there[name], tensors[name]) for name in there)
+
+
+def write_text(path, text):
+    """Whole or not at all."""
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text)
     os.replace(unfinished, path)
 
 

@@ -4,6 +4,7 @@ B clips    F pixel frames    T latent frames    H W pixels    h w latent size
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -183,7 +184,8 @@ class Latents:
             with_end = [c * (at >= 0) for c, at in zip(chances, self.parts[bucket]["where"])]
             shapes = [SHAPE_WEIGHT if m.kind == "object" else 1 for m in self.motions[bucket]]
             # Every shard has clips with an end.
-            self.chances[bucket] = {"start": chances, "alone": chances, "end": with_end, "empty": shapes}
+            kinds = {"start": chances, "alone": chances, "end": with_end, "empty": shapes}
+            self.chances[bucket] = {kind: [*accumulate(weights)] for kind, weights in kinds.items()}
         self.weights = [len(self.motions[b]) * b.tokens for b in self.buckets]
 
     def draw(self, rng, tokens, kinds=KINDS):
@@ -199,7 +201,7 @@ class Latents:
         alone = rng.random() < kinds["alone"] / 100  # one frame longer, hence a whole batch of them
         kinds = ["alone"] * count if alone else rng.choices([*mixed], mixed.values(), k=count)
         chances, every = self.chances[bucket], range(len(self.motions[bucket]))
-        rows = [rng.choices(every, chances[kind])[0] for kind in kinds]
+        rows = [rng.choices(every, cum_weights=chances[kind])[0] for kind in kinds]
         return self.batch(bucket, rows, kinds)
 
     def batch(self, bucket, rows, kinds):
@@ -226,10 +228,11 @@ class Latents:
             end = part["end"][rows].float()
             clip, image = torch.cat([clip, end], dim=2), torch.cat([image, end], dim=2)
             mask = known_mask(*size, True, True).expand(len(rows), -1, -1, -1, -1)
+        with_end = known_mask(*size, True)[0]
         for i, (row, kind) in enumerate(zip(rows, kinds)):
             at = part["where"][row]
             if kind == "end" and at >= 0:
-                image[i], mask[i] = part["start_and_end"][at].float(), known_mask(*size, True)[0]
+                image[i], mask[i] = part["start_and_end"][at].float(), with_end
             if kind == "empty":
                 image[i], mask[i] = 0, 0
         return clip, torch.cat([mask, image], dim=1), [self.motions[bucket][row] for row in rows]

@@ -23,6 +23,7 @@ from ..wan.sigmas import flow_sigmas
 from ..wan.solvers import SOLVERS, solve
 from ..wan.vae import WanVAE
 from . import data, dit, latents
+from .files import write_text
 from .latents import WITH_END
 from .optim import MuonAdamW, bf16_products, warm_up_then_decay
 from .progress import Parts, Stage, train
@@ -148,12 +149,12 @@ def shard(model, encoder, bucket, count, seed):
     """Paths of the teacher on `count` clips, in half precision, with what the student needs to follow."""
     video, motions = data.clips(seed, count, bucket.frames, bucket.height, bucket.width)
     condition, texts = conditions(encoder, bucket, video), random_captions(motions, random.Random(seed))
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), device_of(model)
     paths = []
     for rows in torch.arange(count).split(max(1, 24 * 80 // bucket.tokens)):
         noise = torch.randn(len(rows), 16, *condition.shape[2:], generator=generator)
-        velocity = Velocity(model, condition[rows], [texts[row] for row in rows])
-        paths.append(teacher_path(velocity, noise))
+        velocity = Velocity(model, condition[rows].to(device), [texts[row] for row in rows])
+        paths.append(teacher_path(velocity, noise.to(device)).cpu())
     return {"path": torch.cat(paths, 1).half(), "condition": condition.half(), "texts": texts}
 
 
@@ -169,10 +170,15 @@ def write_shards(model, encoder, folder, plan):
             print(f"{folder.name}: {done + 1} of {len(plan)} shards", flush=True)
 
 
-class Paths:
-    """All shards of a plan in memory, and batches of one size of them."""
+def device_of(model):
+    return next(model.parameters()).device
 
-    def __init__(self, folder, plan):
+
+class Paths:
+    """All shards of a plan in memory, and batches of one size of them, which go to a device."""
+
+    def __init__(self, folder, plan, device):
+        self.device = device
         parts = {}
         for bucket, _, seed in plan:
             parts.setdefault(bucket, []).append(torch.load(folder / f"{bucket.name}-{seed}.pt"))
@@ -196,8 +202,8 @@ class Paths:
     def rows(self, bucket, rows):
         part = self.parts[bucket]
         return (
-            part["path"][:, rows].float(),
-            part["condition"][rows].float(),
+            part["path"][:, rows].to(self.device).float(),
+            part["condition"][rows].to(self.device).float(),
             [part["texts"][r] for r in rows],
         )
 
@@ -228,29 +234,32 @@ def bundled_model(models):
     return model.requires_grad_(False).eval()
 
 
-def bundled_encoder(models):
+def bundled_encoder(models, device="cpu"):
     vae = WanVAE(dim=16)
     vae.load_state_dict(load_file(models / "vae" / bundled.VAE))
-    return latents.Encoder(vae.eval())
+    return latents.Encoder(vae.eval(), device)
 
 
 def student(model):
     return Lora(model.dit, RANK, targets=TARGETS.pattern + MORE_TARGETS)
 
 
-def distil(work, models, schedule):
+def distil(work, models, schedule, device="cpu"):
     """Make the teacher's paths and train the LoRA; returns its tensors."""
     model = bundled_model(models)
     keep_to_one_teacher(work, model)
+    model.to(device)
     plan = latents.shard_plan(schedule.clips, first_seed=FIRST_SEED)
     kept = latents.shard_plan(schedule.held_out, latents.HELD_OUT_BUCKETS, 3 * data.HELD_OUT)
     if not Stage(work, "distil").done:
-        encoder = bundled_encoder(models)
+        encoder = bundled_encoder(models, device)
         write_shards(model, encoder, work / "paths", plan)
         write_shards(model, encoder, work / "paths_held_out", kept)
-    lora, stage = student(model), Stage(work, "distil")  # its clock begins behind the paths
+    lora, stage = student(model).to(device), Stage(work, "distil")  # its clock begins behind the paths
     if not stage.done:
-        paths, held_out = Paths(work / "paths", plan), Paths(work / "paths_held_out", kept)
+        paths, held_out = (
+            Paths(work / name, part, device) for name, part in (("paths", plan), ("paths_held_out", kept))
+        )
         train_lora(stage, model, lora, paths, held_out, schedule)
     lora.load_state_dict(stage.load()["parts"]["lora"])
     return lora.to_file()
@@ -264,7 +273,7 @@ def keep_to_one_teacher(work, model):
     work.mkdir(parents=True, exist_ok=True)
     path = work / "teacher.txt"
     if not path.exists() and not (work / "paths").exists():
-        path.write_text(digest.hexdigest())
+        write_text(path, digest.hexdigest())
     if not path.exists() or path.read_text() != digest.hexdigest():
         raise SystemExit(
             f"{work} holds the paths of another model; delete it, or give another folder with --work"

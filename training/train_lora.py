@@ -31,7 +31,7 @@ BUCKETS = (
 )
 FIRST_SEED = 5 * 10**8
 LUMA = (0.299, 0.587, 0.114)  # BT.601
-STEPS = {"smoke": (6, 16), "cpu": (1400, 200), "cuda": (800, 2000)}  # steps, clips
+STEPS = {"smoke": (6, 16), "cpu": (1400, 200), "cuda": (1400, 2000)}  # steps, clips
 
 
 def drained(video):

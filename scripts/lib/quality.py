@@ -16,7 +16,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
     """The structural similarity of videos [F, H, W, 3] in [0, 1], after Wang et al. 2004."""
-    at = torch.arange(WINDOW) - WINDOW // 2
+    at = torch.arange(WINDOW, device=a.device) - WINDOW // 2
     window = torch.exp(-at.square() / (2 * WIDTH**2))
     window = torch.outer(window, window)
     window = (window / window.sum()).expand(3, 1, WINDOW, WINDOW)
