@@ -9,6 +9,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import torch
+
 sys.path[0] = str(Path(__file__).resolve().parents[1] / "scripts")  # in place of this folder
 
 from lib import bundled, pack  # noqa: E402
@@ -17,6 +19,7 @@ pack.load_pack()
 pack.load_host()
 
 from wan21.training.export import export_four_steps  # noqa: E402
+from wan21.training.progress import keep_to_one_size  # noqa: E402
 from wan21.training.train_four_steps import SCHEDULES  # noqa: E402
 
 WORK = pack.ROOT / "build" / "distil_tiny"
@@ -35,7 +38,9 @@ def main():
     out = options.out or (work if smoke else options.models / "loras") / bundled.FOUR_STEPS_LORA
     # A norm with float32 weights on what a bfloat16 product gave: torch takes it in float32, as wanted.
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
-    export_four_steps(work, options.models, out, SCHEDULES[options.size])
+    keep_to_one_size(work, options.size)
+    device = "cuda" if torch.cuda.is_available() and not smoke else "cpu"
+    export_four_steps(work, options.models, out, SCHEDULES[options.size], device)
     print(f"{out.stat().st_size / 2**20:.2f} MiB  {out}")
 
 

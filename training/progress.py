@@ -7,8 +7,27 @@ from pathlib import Path
 
 import torch
 
+from .files import write_text
+
 WORK = Path(__file__).resolve().parents[1] / "build" / "train_tiny"
 SAVE_SECONDS = 120
+
+
+def work_of(size):
+    """The folder of a training of a size, where none is given."""
+    return WORK if size == "cpu" else Path(f"{WORK}_{size}")
+
+
+def keep_to_one_size(work, size):
+    """A work folder belongs to one schedule: the stages of another would pass for done."""
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "size.txt"
+    if not path.exists():
+        write_text(path, size)
+    if path.read_text() != size:
+        raise SystemExit(
+            f"{work} holds a training of size {path.read_text()}; give another folder with --work"
+        )
 
 
 class Stage:

@@ -10,7 +10,7 @@ from pathlib import Path
 STAGES = {
     "vae_start": "VAE, the best linear code",
     "vae_video": "VAE, pictures and clips",
-    "vae": "VAE in all, its scale folded in",
+    "vae": "VAE, its scale and basis folded in",
     "encode": "clips encoded, in shards",
     "dit": "DiT and text encoder",
     "lora": "LoRA",

@@ -3,6 +3,8 @@
 import calibrate_teacache
 from lib import bundled
 from lib.scenes import SCENES, small
+from safetensors import safe_open
+from wan21.host.coefficients import COEFFICIENTS_KEY
 
 SIDE = 128
 PROMPTS = ("pan left", "zoom in", "rotate clockwise", "still", "night falls")
@@ -14,13 +16,17 @@ JOB = (
 
 
 def fit(models, work, seeds=3):
-    """Write it into the metadata of the DiT's file.
+    """Write it into the metadata of the DiT's file, where none is: one with other weights has none.
 
     Args:
         models: folder of the exported files.
         work: folder for the start image.
         seeds: runs for each of the prompts.
     """
+    model = models / "diffusion_models" / bundled.MODEL
+    with safe_open(model, "pt") as file:
+        if COEFFICIENTS_KEY in file.metadata():
+            return
     image = work / "teacache.png"
     small(SCENES["meadow"](), SIDE).save(image)
     files = {
@@ -30,5 +36,4 @@ def fit(models, work, seeds=3):
     }
     named = [str(part) for pair in files.items() for part in pair]
     told = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-    model = str(models / "diffusion_models" / bundled.MODEL)
-    calibrate_teacache.main([model, *named, *told, *JOB, "--seeds", str(seeds), "--embed"])
+    calibrate_teacache.main([str(model), *named, *told, *JOB, "--seeds", str(seeds), "--embed"])

@@ -1,7 +1,7 @@
 """Train the bundled checkpoint from nothing to the files in `models/`: `make train-tiny`.
 
 Stages that are done are skipped, and an interrupted one goes on where it was last saved, at most two
-minutes back. Delete a stage's files in the work folder to do it again.
+minutes back. To do a stage again, delete its files in the work folder, and those of all later ones.
 """
 
 import argparse
@@ -20,12 +20,12 @@ pack.load_host()
 
 from wan21.training import teacache, train_decoder, train_dit, train_four_steps, train_lora, train_vae  # noqa: E402
 from wan21.training.export import export, export_four_steps  # noqa: E402
-from wan21.training.progress import WORK, Stage  # noqa: E402
+from wan21.training.progress import Stage, keep_to_one_size, work_of  # noqa: E402
 
 # If nothing else runs. Of "cuda" only the devices were checked, on a pretended one.
 DURATION = {
     "cpu": "about five hours, more where the processor has no bfloat16 products",
-    "cuda": "a schedule that has not been run yet, by its operations about 20 minutes",
+    "cuda": "a schedule that has not been run yet, about half an hour by an estimate",
     "smoke": "about three minutes",
 }
 STAGES = ("vae", "encode", "dit", "lora", "vae_refined")
@@ -84,21 +84,9 @@ def main():
     teacache.fit(options.models, options.work, seeds=1 if size == "smoke" else 3)
     paths["four steps"] = paths["lora"].with_name(bundled.FOUR_STEPS_LORA)
     four_steps = train_four_steps.SCHEDULES["smoke" if size == "smoke" else "full"]
-    export_four_steps(options.work / "four_steps", options.models, paths["four steps"], four_steps)
+    export_four_steps(options.work / "four_steps", options.models, paths["four steps"], four_steps, device)
     for part, path in paths.items():
         print(f"{part:10} {path.stat().st_size / 2**20:6.2f} MiB  {path}")
-
-
-def keep_to_one_size(work, size):
-    """A work folder belongs to one schedule: the stages of another would pass for done."""
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / "size.txt"
-    if not path.exists():
-        path.write_text(size)
-    if path.read_text() != size:
-        raise SystemExit(
-            f"{work} holds a training of size {path.read_text()}; give another folder with --work"
-        )
 
 
 def arguments():
@@ -113,7 +101,7 @@ def arguments():
     parser.add_argument("--only", nargs="+", choices=STAGES, help="run these stages and export nothing")
     options = parser.parse_args()
     options.size = options.size or ("cuda" if torch.cuda.is_available() else "cpu")
-    options.work = options.work or (WORK if options.size == "cpu" else Path(f"{WORK}_{options.size}"))
+    options.work = options.work or work_of(options.size)
     options.models = options.models or (options.work if options.size == "smoke" else pack.ROOT) / "models"
     return options
 

@@ -3,7 +3,7 @@
     python training/train_decoder.py   # the file in models/, which is written at the end; killed, it goes on
 
 The encoder is left alone, so latents made so far, the DiT and the LoRAs stay valid. `make train-tiny` does
-the same at its end, as the stage vae_refined.
+the same as its stage vae_refined.
 
     B batch    F pixel frames    H W height, width
 """

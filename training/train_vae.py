@@ -27,7 +27,7 @@ pack.load_pack()
 from wan21.training import data  # noqa: E402
 from wan21.training.linear_start import per_channel, start_linear  # noqa: E402
 from wan21.training.optim import MuonAdamW, warm_up_then_decay  # noqa: E402
-from wan21.training.progress import WORK, Parts, Stage, train  # noqa: E402
+from wan21.training.progress import WORK, Parts, Stage, keep_to_one_size, train, work_of  # noqa: E402
 from wan21.training.vae_stream import decode, encode  # noqa: E402
 from wan21.wan.vae import WanVAE  # noqa: E402
 
@@ -73,7 +73,7 @@ class Schedule:
 
 
 CPU = Schedule(video_steps=7200, refine_steps=2000, batch=1)
-CUDA = Schedule(video_steps=3000, refine_steps=3000, batch=16)  # never run, see README
+CUDA = Schedule(video_steps=4000, refine_steps=2000, batch=8)  # never run, see README
 
 
 class LatentNorm(nn.Module):
@@ -306,10 +306,10 @@ def start(stage, schedule, device):
 
 def train_vae(work=WORK, schedule=CPU, device="cpu"):
     """All of it up to the folded VAE, which is returned; what is done already is loaded."""
-    folded = Stage(work, "vae")
-    if not folded.done:
+    if not Stage(work, "vae").done:
         vae, norm = start(Stage(work, "vae_start"), schedule, device)
         train_video(Stage(work, "vae_video"), vae, norm, schedule)
+        folded = Stage(work, "vae")  # its clock begins here
         settle(vae, norm)
         fold(vae, norm)
         weigh_by_pixels(vae)
@@ -332,10 +332,12 @@ def load_vae(work=WORK, schedule=CPU, device="cpu", refined=True):
 def main():
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of the stages")
+    parser.add_argument("--work", type=Path, help="folder of the stages; default: as of train.py")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    train_vae(args.work, CUDA if device == "cuda" else CPU, device)
+    work = args.work or work_of(device)
+    keep_to_one_size(work, device)
+    train_vae(work, CUDA if device == "cuda" else CPU, device)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import re
 import pytest
 import torch
 from helpers import relative
+from lib import bundled
 from safetensors.torch import save_file
 from wan21 import host
+from wan21.host.coefficients import COEFFICIENTS_KEY
 from wan21.nodes.image_to_video import Wan21ImageToVideo
 from wan21.nodes.sampler import Wan21Sampler
 from wan21.training import (
@@ -19,11 +21,12 @@ from wan21.training import (
     metrics,
     optim,
     progress,
+    teacache,
     train_vae,
     vae_stream,
 )
 from wan21.training.export import metadata
-from wan21.training.files import stored, write
+from wan21.training.files import holds, stored, write
 from wan21.training.text import HOST_TOKENS, train_tokenizer
 from wan21.training.train_dit import TinyModel, flow_loss, random_sigmas, sigma_shift
 from wan21.wan.vae import WanVAE
@@ -202,6 +205,28 @@ def test_files_of_models_are_for_everybody_to_read(tmp_path):
     write({"a": torch.ones(2)}, path, {"title": "x"})
     assert path.stat().st_mode & 0o777 == 0o644
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_with_the_same_numbers_is_left_as_it_is(tmp_path, monkeypatch):
+    """So a start behind the end keeps TeaCache's polynomial, and does not fit another one."""
+    path = tmp_path / bundled.MODEL
+    assert not holds(path, {"a": torch.ones(2)})
+    write({"a": torch.ones(2)}, path, {COEFFICIENTS_KEY: "[1]"})
+    assert holds(path, {"a": torch.ones(2)})
+    for other in ({"a": torch.zeros(2)}, {"b": torch.ones(2)}, {"a": torch.ones(3)}, {}):
+        assert not holds(path, other)
+    models = tmp_path / "models"
+    (models / "diffusion_models").mkdir(parents=True)
+    path.rename(models / "diffusion_models" / path.name)
+    monkeypatch.setattr(teacache.calibrate_teacache, "main", lambda argv: pytest.fail("fitted"))
+    teacache.fit(models, tmp_path)
+
+
+def test_a_work_folder_belongs_to_one_schedule(tmp_path):
+    for _ in range(2):
+        progress.keep_to_one_size(tmp_path / "work", "smoke")
+    with pytest.raises(SystemExit, match="holds a training of size smoke; give another folder"):
+        progress.keep_to_one_size(tmp_path / "work", "cpu")
 
 
 def test_a_longer_training_is_not_taken_for_a_finished_one(folder):
