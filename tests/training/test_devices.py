@@ -109,7 +109,6 @@ def test_the_vae(pretended):
     schedule = train_vae.Schedule(video_steps=2, refine_steps=2, batch=1)
     train_vae.initialize(vae)
     train_vae.train_video(Named("vae_video"), vae, norm, schedule)
-    train_vae.settle(vae, norm, 2)
     train_vae.fold(vae, norm, batches=2)
     train_decoder.refine(Named("vae_refined"), vae, schedule)
 
