@@ -18,10 +18,12 @@ STAGES = {
     "four_steps/distil": "LoRA of four steps, behind the teacher's paths",
 }
 NAMES = {
-    "first_frame_psnr": "first frame {} dB",
-    "clip_psnr": "clip {} dB",
+    "first_frame_psnr": "first frame {:.1f} dB",
+    "clip_psnr": "clip {:.1f} dB",
+    "first": "first frame {:.1f} dB",
+    "psnr": "clip {:.1f} dB",
     "held_out": "loss {}",
-    "nearness": "{} dB from the teacher",
+    "nearness": "{:.1f} dB from the teacher",
 }
 
 
@@ -32,7 +34,7 @@ def rows(work):
         if log is None:
             continue
         measured = last_row(work / f"{stage}_held_out.csv") or log
-        numbers = [text.format(measured[name]) for name, text in NAMES.items() if name in measured]
+        numbers = [text.format(float(measured[name])) for name, text in NAMES.items() if name in measured]
         minutes = f"{max(float(log['seconds']), float(measured['seconds'])) / 60:.0f}"
         yield title, log["step"], minutes, ", ".join(numbers)
 

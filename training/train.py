@@ -24,7 +24,7 @@ from wan21.training.progress import Stage, keep_to_one_size, work_of  # noqa: E4
 
 # If nothing else runs. Of "cuda" only the devices were checked, on a pretended one.
 DURATION = {
-    "cpu": "about five hours, more where the processor has no bfloat16 products",
+    "cpu": "about four and a half hours, more where the processor has no bfloat16 products",
     "cuda": "a schedule that has not been run yet, about half an hour by an estimate",
     "smoke": "about three minutes",
 }
