@@ -257,9 +257,8 @@ def distil(work, models, schedule, device="cpu"):
         write_shards(model, encoder, work / "paths_held_out", kept)
     lora, stage = student(model).to(device), Stage(work, "distil")  # its clock begins behind the paths
     if not stage.done:
-        paths, held_out = (
-            Paths(work / name, part, device) for name, part in (("paths", plan), ("paths_held_out", kept))
-        )
+        paths = Paths(work / "paths", plan, device)
+        held_out = Paths(work / "paths_held_out", kept, device)
         train_lora(stage, model, lora, paths, held_out, schedule)
     lora.load_state_dict(stage.load()["parts"]["lora"])
     return lora.to_file()
